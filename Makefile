@@ -1,0 +1,42 @@
+# make demo    train on phantom cells, generate 8 cells, leave outputs/demo/
+# make test    the tests; make test ARGS="-m slow" for the long ones
+# make lint    ruff
+# make venv    .venv/ with the pinned versions; the targets above call it
+# make clean   remove .venv/, outputs/demo/ and caches
+#
+# PYTHON=python3.12      another interpreter (3.10 or newer)
+# TORCH_INDEX=https://download.pytorch.org/whl/cpu   the CPU wheel, where PyPI's brings CUDA
+
+PYTHON ?= python3
+ARGS ?=
+TORCH_INDEX ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
+
+.PHONY: venv demo test lint clean
+
+venv: $(STAMP)
+
+$(STAMP): setup.py pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "diffusers_byoc needs Python 3.10 or newer, got $$($(PYTHON) --version 2>&1); try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch==2.13.0
+	$(PIP) --editable ".[dev]"
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/accelerate launch examples/train_byoc.py --output_dir outputs/demo $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf $(VENV) outputs/demo build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	find src tests examples -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,56 @@
+"""Packaging of diffusers_byoc. The exact versions the tests run with stand in constraints.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+readme = Path(__file__).parent / "README.md"
+
+extras = {
+    # volumes from TIFF, .npy and Hugging Face data sets; phantom cells
+    "data": ["tifffile>=2024.8.10", "scipy>=1.11", "pandas>=2.1", "datasets>=3.0"],
+    # segmentation and shape of cells
+    "metrics": ["scipy>=1.11", "scikit-image>=0.22"],
+    # pictures of volumes
+    "viz": ["matplotlib>=3.8"],
+    # LoRA fine-tuning on few cells
+    "lora": ["peft>=0.15"],
+}
+extras["train"] = ["accelerate>=1.1", "tensorboard>=2.15", "tqdm>=4.66", *extras["data"]]
+extras["all"] = sorted({requirement for requirements in extras.values() for requirement in requirements})
+extras["test"] = ["pytest>=8.0", "pytest-timeout>=2.3", "hypothesis>=6.100", *extras["all"]]
+extras["dev"] = ["ruff>=0.9", *extras["test"]]
+
+setup(
+    name="diffusers_byoc",
+    version="0.1.0",
+    description="Generate two-channel 3D microscopy volumes of single cells with diffusers",
+    long_description=readme.read_text(encoding="utf-8") if readme.exists() else "",
+    long_description_content_type="text/markdown",
+    author="The diffusers_byoc authors",
+    license="Apache-2.0",
+    keywords="diffusion, microscopy, light-sheet, single cell, 3D, VQ-VAE, diffusers",
+    package_dir={"": "src"},
+    packages=find_packages("src"),
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.6",
+        "diffusers>=0.41,<0.43",  # 0.41 is the last release for Python 3.10
+        "huggingface-hub>=1.0",
+        "safetensors>=0.4.3",
+        "numpy>=1.26",
+    ],
+    extras_require=extras,
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Bio-Informatics",
+    ],
+)
