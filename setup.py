@@ -36,8 +36,8 @@ setup(
     install_requires=[
         "torch>=2.6",
         "diffusers>=0.41,<0.43",  # 0.41 is the last release for Python 3.10
-        "huggingface-hub>=1.0",
-        "safetensors>=0.4.3",
+        "huggingface-hub>=1.32",
+        "safetensors>=0.8",
         "numpy>=1.26",
     ],
     extras_require=extras,
