@@ -1,0 +1,318 @@
+import io
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+
+from diffusers_byoc.data import files, read_volume, write_ome_tiff
+
+
+SHAPE = (2, 5, 6, 7)
+
+
+@pytest.fixture
+def volume():
+    return np.random.default_rng(0).integers(0, 2**16, SHAPE).astype(np.uint16)
+
+
+# what can be read
+
+
+@pytest.mark.parametrize("shape", [SHAPE, (1, 5, 6, 7), (3, 3, 4, 4), (2, 4, 5, 3), (4, 2, 2, 2)])
+def test_ome_tiff_round_trip(tmp_path, shape):
+    written = np.random.default_rng(1).random(shape)
+    names = tuple("abcd"[: shape[0]])
+    path = tmp_path / "new folder" / "Zelle ä ß 細胞.ome.tif"
+    write_ome_tiff(path, torch.from_numpy(written), (0.5, 0.65, 0.1), names)
+    read = read_volume(path)
+    assert read.data.dtype == np.uint16
+    np.testing.assert_allclose(read.data / 65535, written, atol=0.5001 / 65535)
+    assert read.voxel_size_um == (0.5, 0.65, 0.1)
+    assert read.channel_names == names
+    assert [file.name for file in path.parent.iterdir()] == [path.name]  # no temporary file is left
+
+
+def test_ome_tiff_is_what_other_readers_expect(tmp_path):
+    write_ome_tiff(tmp_path / "a.ome.tif", np.full(SHAPE, 1.0))
+    with tifffile.TiffFile(tmp_path / "a.ome.tif") as tiff:
+        assert tiff.series[0].axes == "CZYX"
+        assert tiff.series[0].asarray().max() == 65535
+        assert 'PhysicalSizeXUnit="µm"' in tiff.ome_metadata and 'Name="nucleus"' in tiff.ome_metadata
+        assert tiff.pages[0].compression == tifffile.COMPRESSION.ADOBE_DEFLATE
+
+
+def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.ome.tif"
+    write_ome_tiff(path, np.full(SHAPE, 0.5))
+    before = path.read_bytes()
+
+    def disk_full(file, *args, **kwargs):
+        file.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(tifffile, "imwrite", disk_full)
+    with pytest.raises(OSError, match="No space"):
+        write_ome_tiff(path, np.full(SHAPE, 0.1))
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("order", ["CZYX", "ZCYX", "XYZC", "TCZYX", "CZYXS"])
+def test_named_axes_are_put_in_order(tmp_path, volume, order):
+    array = volume.transpose(["CZYX".index(axis) for axis in order if axis in "CZYX"])
+    array = array[tuple(np.newaxis if axis in "TS" else slice(None) for axis in order)]
+    tifffile.imwrite(tmp_path / "a.tif", array, metadata={"axes": order}, photometric="minisblack")
+    np.testing.assert_array_equal(read_volume(tmp_path / "a.tif").data, volume)
+
+
+def test_imagej_hyperstack(tmp_path, volume):
+    metadata = {"axes": "ZCYX", "spacing": 2.0, "unit": "um"}
+    tifffile.imwrite(
+        tmp_path / "a.tif", volume.swapaxes(0, 1), imagej=True, metadata=metadata, resolution=(1 / 0.25, 1 / 0.5)
+    )
+    read = read_volume(tmp_path / "a.tif")
+    np.testing.assert_array_equal(read.data, volume)
+    assert read.voxel_size_um == pytest.approx((2.0, 0.5, 0.25))
+
+
+def test_imagej_pixels_without_a_length_have_no_voxel_size(tmp_path, volume):
+    metadata = {"axes": "ZCYX", "spacing": 2.0, "unit": "pixel"}
+    tifffile.imwrite(tmp_path / "a.tif", volume.swapaxes(0, 1), imagej=True, metadata=metadata, resolution=(1, 1))
+    assert read_volume(tmp_path / "a.tif").voxel_size_um is None
+
+
+@pytest.mark.parametrize(("unit", "expected"), [("nm", 0.25), ("mm", 250000.0), ("µm", 250.0), ("pixel", None)])
+def test_ome_units(tmp_path, volume, unit, expected):
+    metadata = {"axes": "CZYX"}
+    for axis in "XYZ":
+        metadata |= {f"PhysicalSize{axis}": 250.0, f"PhysicalSize{axis}Unit": unit}
+    tifffile.imwrite(tmp_path / "a.ome.tif", volume, ome=True, metadata=metadata, photometric="minisblack")
+    assert read_volume(tmp_path / "a.ome.tif").voxel_size_um == (expected and pytest.approx((expected,) * 3))
+
+
+def test_unnamed_tiff_axes_are_read_like_numpy(tmp_path, volume):
+    tifffile.imwrite(tmp_path / "four.tif", volume, photometric="minisblack")
+    tifffile.imwrite(tmp_path / "three.TIFF", volume[0], photometric="minisblack")
+    tifffile.imwrite(tmp_path / "pages.tif", volume[0], photometric="minisblack", metadata=None)
+    np.testing.assert_array_equal(read_volume(tmp_path / "four.tif").data, volume)
+    np.testing.assert_array_equal(read_volume(tmp_path / "three.TIFF").data, volume[:1])
+    np.testing.assert_array_equal(read_volume(tmp_path / "pages.tif").data, volume[:1])
+
+
+@pytest.mark.parametrize("dtype", ["bool", "uint8", "int16", ">u2", "<i4", "float16", ">f4", "float64"])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_numpy_files(tmp_path, volume, dtype, order):
+    array = np.asarray((volume % 200).astype(dtype), order=order)
+    np.save(tmp_path / "a b.npy", array)
+    np.savez(tmp_path / "one.npz", anything=array)
+    np.savez_compressed(tmp_path / "two.npz", volume=array, mask=array > 0)
+    for name in ("a b.npy", "one.npz", "two.npz"):
+        read = read_volume(str(tmp_path / name))
+        np.testing.assert_array_equal(read.data, array)
+        assert read.data.dtype == np.dtype(dtype).newbyteorder("=")
+        assert read.data.flags.writeable and torch.from_numpy(read.data).shape == SHAPE
+        assert read.voxel_size_um is None and read.channel_names is None
+
+
+# what is refused
+
+
+def assert_refused(path, match, error=ValueError):
+    """The message names the file, and says what the parameter `match` expects."""
+    with pytest.raises(error, match=match) as caught:
+        read_volume(path)
+    assert str(path) in str(caught.value)
+
+
+def test_missing_and_unknown_files(tmp_path):
+    assert_refused(tmp_path / "none.tif", "no such file", FileNotFoundError)
+    (tmp_path / "folder.npy").mkdir()
+    assert_refused(tmp_path / "folder.npy", "no such file", FileNotFoundError)
+    (tmp_path / "a.png").write_bytes(b"x")
+    assert_refused(tmp_path / "a.png", r"expected one of \.tif.*got '\.png'")
+
+
+@pytest.mark.parametrize("suffix", files.VOLUME_SUFFIXES)
+def test_empty_and_random_bytes(tmp_path, suffix):
+    path = tmp_path / f"ä b{suffix}"
+    path.write_bytes(b"")
+    assert_refused(path, "empty file")
+    rng = np.random.default_rng(0)
+    signatures = {".npy": b"\x93NUMPY\x01\x00", ".npz": b"PK\x03\x04"}
+    for prefix in (b"", signatures.get(suffix, b"II*\x00\x08\x00\x00\x00")):
+        for _ in range(5):
+            path.write_bytes(prefix + rng.bytes(500))
+            assert_refused(path, "not a readable|damaged|expected")
+
+
+@pytest.mark.parametrize("kind", ["ome", "shaped", "pages", "npy", "npz"])
+def test_truncated_files(tmp_path, volume, kind):
+    whole = tmp_path / {"npy": "w.npy", "npz": "w.npz"}.get(kind, "w.tif")
+    if kind == "ome":
+        write_ome_tiff(whole, volume / 65535)
+    elif kind in ("shaped", "pages"):
+        tifffile.imwrite(whole, volume, photometric="minisblack", **({"metadata": None} if kind == "pages" else {}))
+    else:
+        {"npy": np.save, "npz": np.savez_compressed}[kind](whole, volume)
+    expected, data = read_volume(whole).data, whole.read_bytes()
+    truncated = whole.with_name("t" + whole.suffix)
+    num_refused, lengths = 0, range(1, len(data), max(1, len(data) // 50))
+    for length in lengths:
+        truncated.write_bytes(data[:length])
+        try:
+            read = read_volume(truncated).data
+        except ValueError as err:
+            assert str(truncated) in str(err)
+            num_refused += 1
+        else:  # the tail of a TIFF may be page headers that only repeat the first
+            np.testing.assert_array_equal(read, expected)
+    assert num_refused > 0.3 * len(lengths) if kind == "shaped" else num_refused >= len(lengths) - 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes", "match"),
+    [
+        ((6, 7), "YX", "2D image"),
+        ((2, 6, 7), "CYX", "2D image"),
+        ((2, 1, 6, 7), "CZYX", "not 3D.*at least 2 voxels"),
+        ((3, 5, 6, 7), "TZYX", "time series.*T=3"),
+        ((3, 2, 5, 6, 7), "TCZYX", "time series"),
+        ((5, 6, 7, 3), "ZYXS", "S=3"),
+        ((3, 2, 5, 6, 7), None, "Q=3, Q=2"),
+        ((1, 2, 5, 6, 7), None, "Q=1, Q=2"),
+    ],
+)
+def test_other_axes_of_a_tiff(tmp_path, shape, axes, match):
+    photometric = "rgb" if axes and "S" in axes else "minisblack"
+    tifffile.imwrite(
+        tmp_path / "a.tif", np.ones(shape, np.uint8), photometric=photometric, metadata={"axes": axes} if axes else {}
+    )
+    assert_refused(tmp_path / "a.tif", match)
+
+
+def test_tiff_of_several_images(tmp_path, volume):
+    with tifffile.TiffWriter(tmp_path / "a.tif") as writer:
+        writer.write(volume)
+        writer.write(volume[:, :4], photometric="minisblack")
+    assert_refused(tmp_path / "a.tif", "expected one image, got 2")
+
+
+def test_ome_tiff_with_missing_planes(tmp_path, volume):
+    path = tmp_path / "a.ome.tif"
+    tifffile.imwrite(path, volume[:, :3], ome=True, metadata={"axes": "CZYX"}, photometric="minisblack")
+    data = path.read_bytes()
+    assert data.count(b'SizeZ="3"') == 1
+    path.write_bytes(data.replace(b'SizeZ="3"', b'SizeZ="4"'))
+    assert_refused(path, "planes are missing")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_not_finite(tmp_path, bad):
+    array = np.zeros(SHAPE, np.float32)
+    array[1, 2, 3, 4] = bad
+    np.save(tmp_path / "a.npy", array)
+    tifffile.imwrite(tmp_path / "a.tif", array, photometric="minisblack")
+    assert_refused(tmp_path / "a.npy", "finite")
+    assert_refused(tmp_path / "a.tif", "finite")
+
+
+@pytest.mark.parametrize(
+    "shape", [(), (6,), (6, 7), (5, 6, 7), (1, 2, 5, 6, 7), (2, 1, 6, 7), (2, 0, 6, 7), (0, 5, 6, 7)]
+)
+def test_numpy_arrays_that_are_not_3d(tmp_path, shape):
+    np.save(tmp_path / "a.npy", np.ones(shape))
+    assert_refused(tmp_path / "a.npy", "not 3D")
+
+
+def test_complex_and_text(tmp_path):
+    for dtype in ("complex64", "S4", "datetime64[s]", [("a", "u1")]):
+        np.save(tmp_path / "a.npy", np.zeros(SHAPE, dtype))
+        assert_refused(tmp_path / "a.npy", "integers or real floats")
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros(SHAPE, np.complex64), photometric="minisblack")
+    assert_refused(tmp_path / "a.tif", "integers or real floats")
+
+
+class Trap:
+    def __reduce__(self):
+        return (exec, ("import sys; sys._byoc_trap = True",))
+
+
+def test_pickles_are_not_run(tmp_path):
+    array = np.array([Trap()] * 16, dtype=object).reshape(2, 2, 2, 2)
+    np.save(tmp_path / "a.npy", array, allow_pickle=True)
+    np.savez(tmp_path / "a.npz", volume=array)
+    assert_refused(tmp_path / "a.npy", "dtype object")
+    assert_refused(tmp_path / "a.npz", "dtype object")
+    assert not hasattr(sys, "_byoc_trap")
+
+
+def npy_header(shape):
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(stream, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("shape", [(2, 10**6, 10**6, 10**6), (2, 10**30, 5, 5), (2, -5, -6, 7)])
+def test_absurd_shapes_in_a_header(tmp_path, shape):
+    (tmp_path / "a.npy").write_bytes(npy_header(shape) + bytes(1000))
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("volume.npy", npy_header(shape) + bytes(1000))
+    for name in ("a.npy", "a.npz"):
+        assert_refused(tmp_path / name, "at most|not 3D")
+
+
+def test_absurd_shape_in_a_tiff(tmp_path, volume):
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, volume, photometric="minisblack", metadata=None)
+    with tifffile.TiffFile(path, mode="r+") as tiff:
+        for page in tiff.pages:
+            for tag in ("ImageWidth", "ImageLength"):
+                page.tags[tag].overwrite(2**31 - 1, dtype="I")
+    assert_refused(path, "at most")
+
+
+def test_zip_bomb(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MAX_VOLUME_BYTES", 10**6)
+    with zipfile.ZipFile(tmp_path / "large.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("volume.npy", npy_header((2, 100, 100, 100)) + bytes(2 * 10**6))
+    with zipfile.ZipFile(tmp_path / "lying.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("volume.npy", npy_header((2, 10, 10, 10)) + bytes(2 * 10**6))
+    assert (tmp_path / "large.npz").stat().st_size < 10**4
+    assert_refused(tmp_path / "large.npz", "at most 1000000 bytes")
+    assert_refused(tmp_path / "lying.npz", "needs 2000 bytes, got 2000000")
+
+
+def test_npz_without_a_clear_volume(tmp_path, volume):
+    np.savez(tmp_path / "a.npz", raw=volume, mask=volume)
+    np.savez(tmp_path / "none.npz")
+    assert_refused(tmp_path / "a.npz", "raw.npy.*mask.npy")
+    assert_refused(tmp_path / "none.npz", "expected one array|not a readable")
+
+
+def test_missing_tifffile_names_the_extra(tmp_path, monkeypatch):
+    write_ome_tiff(tmp_path / "a.ome.tif", np.zeros(SHAPE))
+    monkeypatch.setitem(sys.modules, "tifffile", None)
+    with pytest.raises(ImportError, match=r"pip install diffusers_byoc\[data\]"):
+        read_volume(tmp_path / "a.ome.tif")
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "options", "match"),
+    [
+        ("a.npy", np.zeros(SHAPE), {}, "must end in"),
+        ("a.tif", np.zeros((1, *SHAPE)), {}, "shape"),
+        ("a.tif", np.zeros((3, 5, 6, 7)), {}, "must name 3 channels"),
+        ("a.tif", np.full(SHAPE, -0.1), {}, r"\[0, 1\]"),
+        ("a.tif", np.full(SHAPE, 2, np.uint8), {}, r"\[0, 1\]"),
+        ("a.tif", np.full(SHAPE, np.nan), {}, r"\[0, 1\]"),
+        ("a.tif", np.zeros(SHAPE), {"voxel_size_um": 0.0}, "voxel_size_um"),
+        ("a.tif", np.zeros(SHAPE), {"voxel_size_um": (1.0, 1.0)}, "voxel_size_um"),
+    ],
+)
+def test_write_refuses(tmp_path, name, array, options, match):
+    with pytest.raises(ValueError, match=match):
+        write_ome_tiff(tmp_path / name, array, **options)
+    assert not list(tmp_path.iterdir())
