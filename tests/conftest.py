@@ -1,0 +1,27 @@
+import os
+
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from hub_server import HubServer  # noqa: E402
+
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test starts from the same random state, whichever ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def hub(tmp_path_factory):
+    """A local Hub; see `hub_server`."""
+    server = HubServer(tmp_path_factory.mktemp("hub"))
+    yield server
+    server.close()
