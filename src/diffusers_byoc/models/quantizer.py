@@ -1,0 +1,146 @@
+"""The library of codebooks (BYOC section 3.1): one independent vector-quantiser per biological channel."""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+_ROWS_PER_CHUNK = 2048  # rows of the distance matrix held at once: 8 MB at K = 1024, which stays in the cache
+
+
+@torch.no_grad()
+def nearest_code(vectors: Tensor, codebook: Tensor) -> Tensor:
+    """Index of the closest code for every vector.
+
+    Computed in float32 whatever the inputs' dtype: in half precision distances overflow or tie.
+
+    Args:
+        vectors: (N, n) encoder output, one row per latent position.
+        codebook: (K, n) codes.
+
+    Returns:
+        (N,) int64, in [0, K).
+
+    Raises:
+        ValueError: if the code lengths differ.
+
+    Source: BYOC, eq. 3-4.
+    """
+    if vectors.shape[-1] != codebook.shape[-1]:
+        raise ValueError(
+            f"Expected vectors of the codebook's code length {codebook.shape[-1]}, got {vectors.shape[-1]}. "
+            f"Pass latents of {codebook.shape[-1]} features per biological channel."
+        )
+    device_type = vectors.device.type
+    with torch.autocast(device_type, enabled=False):
+        codes = codebook.float()
+        # |v - e|² without |v|², which is the same for every code
+        squared_norms = codes.square().sum(1)
+        chunks = vectors.float().split(_ROWS_PER_CHUNK)
+        return torch.cat([torch.addmm(squared_norms, c, codes.t(), alpha=-2).min(1).indices for c in chunks])
+
+
+class Codebook(nn.Module):
+    """K codes of length n for one biological channel, with the running statistics that maintain them.
+
+    Args:
+        num_codes: K.
+        code_length: n.
+        use_ema: codes follow a moving average of the vectors assigned to them; otherwise they are learnt by gradient.
+
+    Source: BYOC, eq. 2; the moving average is van den Oord et al. 2017, appendix A.1.
+    """
+
+    def __init__(self, num_codes: int, code_length: int, use_ema: bool = True):
+        super().__init__()
+        self.use_ema = use_ema
+        codes = torch.empty(num_codes, code_length).uniform_(-1 / num_codes, 1 / num_codes)
+        self.embedding = nn.Parameter(codes, requires_grad=not use_ema)
+        self.register_buffer("ema_count", torch.ones(num_codes))
+        self.register_buffer("ema_sum", codes.clone())
+        # A buffer, so that a resumed run does not initialise its codes a second time.
+        self.register_buffer("is_initialized", torch.tensor(False))
+
+    @property
+    def range(self) -> tuple[Tensor, Tensor]:
+        """The smallest and the largest number in the codebook, two scalars (section 3.2, after Khader 2023)."""
+        codes = self.embedding.detach().float()
+        return codes.amin(), codes.amax()
+
+    @torch.no_grad()
+    def initialize(self, vectors: Tensor, generator: torch.Generator | None = None) -> None:
+        """Set the codes to random rows of `vectors` (N, n); with fewer rows than codes, jittered repetitions."""
+        num_codes = len(self.embedding)
+        order = torch.randperm(len(vectors), generator=generator).repeat(-(-num_codes // len(vectors)))[:num_codes]
+        codes = vectors.float()[order.to(vectors.device)]
+        if len(vectors) < num_codes:
+            jitter = torch.randn(codes.shape, generator=generator).to(codes.device)
+            codes = codes + 0.01 * vectors.float().std() * jitter
+        _broadcast(codes)
+        self.embedding.copy_(codes)
+        self.ema_sum.copy_(codes)
+        self.ema_count.fill_(1.0)
+        self.is_initialized.fill_(True)
+
+    @torch.no_grad()
+    def update(
+        self, vectors: Tensor, indices: Tensor, decay: float, revival_threshold: float, generator=None
+    ) -> tuple[Tensor, Tensor]:
+        """Fold one batch's assignments into the running statistics, move the codes (EMA), revive the dead ones.
+
+        Statistics are summed over all processes first, so every process holds the same codes afterwards.
+
+        Args:
+            vectors: (N, n) unquantised latents.
+            indices: (N,) their codes.
+            decay: of the moving average.
+            revival_threshold: a code whose share of the assignments falls below this fraction of an even share is
+                replaced by a random vector of the batch, its statistics with it.
+            generator: CPU generator that picks the replacing vectors.
+
+        Returns:
+            (K,) assignments in this batch, over all processes, and the number of revived codes.
+        """
+        vectors = vectors.float()
+        num_codes = len(self.embedding)
+        count = torch.bincount(indices, minlength=num_codes).float()
+        total = torch.zeros_like(self.ema_sum, dtype=torch.float32).index_add_(0, indices, vectors)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(count)
+            dist.all_reduce(total)
+
+        self.ema_count.mul_(decay).add_(count, alpha=1 - decay)
+        self.ema_sum.mul_(decay).add_(total, alpha=1 - decay)
+        if self.use_ema:
+            self.embedding.copy_(self.ema_sum / self.ema_count.clamp(min=1e-5)[:, None])
+
+        even_share = self.ema_count.sum() / num_codes
+        dead = self.ema_count < revival_threshold * even_share
+        num_dead = int(dead.sum())
+        if num_dead:
+            picks = torch.randint(len(vectors), (num_dead,), generator=generator).to(vectors.device)
+            replacements = vectors[picks]
+            _broadcast(replacements)
+            self.embedding[dead] = replacements.to(self.embedding.dtype)
+            self.ema_count[dead] = even_share
+            self.ema_sum[dead] = replacements * even_share
+        return count, dead.sum()
+
+
+def _broadcast(tensor: Tensor) -> None:
+    if dist.is_available() and dist.is_initialized():
+        dist.broadcast(tensor, src=0)
+
+
+def codebook_usage(count: Tensor) -> tuple[Tensor, Tensor]:
+    """Share of the codes in use and perplexity, two scalars, from `count` (K,) assignments per code."""
+    probabilities = count.float() / count.sum().clamp(min=1)
+    entropy = torch.special.entr(probabilities).sum()
+    return (count > 0).float().mean(), entropy.exp()
+
+
+def quantize_rows(vectors: Tensor, codebook: Codebook) -> tuple[Tensor, Tensor]:
+    """Closest codes (N, n), differentiable in the codes, and their indices (N,), for `vectors` (N, n)."""
+    indices = nearest_code(vectors, codebook.embedding)
+    return F.embedding(indices, codebook.embedding), indices

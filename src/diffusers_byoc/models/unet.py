@@ -1,0 +1,253 @@
+"""The DualChannelUNet (BYOC section 3.2, Table 3): one trunk that denoises all channels' latents jointly."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.activations import get_activation
+from diffusers.models.attention import AttentionMixin
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from torch import Tensor, nn
+
+from .attention import AxialAttention
+from .normalization import InstanceNorm, to_fast_memory_format
+
+
+@dataclass
+class DualChannelUNet3DOutput(BaseOutput):
+    """`sample` (B, M*n, d, h, w): the predicted noise (or v, or sample, as the scheduler was configured)."""
+
+    sample: Tensor
+
+
+class TimeResidualBlock(nn.Module):
+    """norm, act, conv; norm scaled and shifted by the time embedding, act, conv; plus the (projected) input."""
+
+    def __init__(self, in_features: int, out_features: int, time_dim: int, norm_num_groups: int | None, act_fn: str):
+        super().__init__()
+        self.norm1 = InstanceNorm(in_features, norm_num_groups)
+        self.conv1 = nn.Conv3d(in_features, out_features, 3, padding=1)
+        self.time_emb_proj = nn.Linear(time_dim, 2 * out_features)
+        self.norm2 = InstanceNorm(out_features, norm_num_groups)
+        self.conv2 = nn.Conv3d(out_features, out_features, 3, padding=1)
+        self.conv_shortcut = nn.Conv3d(in_features, out_features, 1) if in_features != out_features else nn.Identity()
+        self.nonlinearity = get_activation(act_fn)
+
+    def forward(self, hidden_states: Tensor, time_embedding: Tensor) -> Tensor:
+        scale, shift = self.time_emb_proj(time_embedding).chunk(2, dim=1)  # (B, C) each
+        residual = self.conv1(self.nonlinearity(self.norm1(hidden_states)))
+        residual = self.conv2(self.nonlinearity(self.norm2(residual, scale, shift)))
+        return self.conv_shortcut(hidden_states) + residual
+
+
+class UNetBlock(nn.Module):
+    """A residual block, then attention within the depth planes and along the depth."""
+
+    def __init__(self, in_features, out_features, time_dim, norm_num_groups, act_fn, head_dim):
+        super().__init__()
+        self.resnet = TimeResidualBlock(in_features, out_features, time_dim, norm_num_groups, act_fn)
+        self.spatial_attention = AxialAttention(out_features, head_dim, axes="spatial")
+        self.depth_attention = AxialAttention(out_features, head_dim, axes="depth")
+
+    def forward(self, hidden_states: Tensor, time_embedding: Tensor) -> Tensor:
+        hidden_states = self.resnet(hidden_states, time_embedding)
+        hidden_states = self.spatial_attention(hidden_states)
+        return self.depth_attention(hidden_states)
+
+
+class Upsample(nn.Module):
+    """Double D, H and W by repetition, then a 3×3×3 convolution."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.conv = nn.Conv3d(in_features, out_features, 3, padding=1)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.conv(F.interpolate(hidden_states, scale_factor=2.0, mode="nearest"))
+
+
+class DualChannelUNet3D(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
+    """3D U-Net over the paired latents of M biological channels.
+
+    The channels' latents lie side by side along the feature axis, so every layer's output for one channel depends on
+    the others (eq. 13).
+
+    Args:
+        num_channels: M, the biological channels (2: cell, nucleus).
+        latent_channels: n, features per channel (Table 2: 16).
+        sample_size: edge d = h = w of the latent grid the model is made for. Other sizes work if they can be
+            halved `len(block_out_channels) - 1` times.
+        block_out_channels: features at each resolution, finest first (Table 3: 64 times 1, 2, 4, 8).
+        layers_per_block: residual blocks per resolution on the way down; one more on the way up.
+        norm_num_groups: groups of the group norm; `None` is instance normalisation (Table 3).
+        attention_head_dim: features per attention head.
+        num_class_embeds: number of classes (drugs) that can be given as `class_labels`; `None` for none.
+        act_fn: activation, by diffusers' names.
+
+    Raises:
+        ValueError: for a `sample_size` that cannot be halved so often, or that reaches 1³ under instance norm.
+
+    Source: BYOC, section 3.2, eq. 13, Table 3.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["UNetBlock"]
+    _repeated_blocks = ["AxialAttention"]
+    _skip_layerwise_casting_patterns = ["norm", "time_embedding", "class_embedding"]
+    _supports_group_offloading = True
+
+    @register_to_config
+    def __init__(
+        self,
+        num_channels: int = 2,
+        latent_channels: int = 16,
+        sample_size: int = 16,
+        block_out_channels: tuple[int, ...] = (64, 128, 256, 512),
+        layers_per_block: int = 2,
+        norm_num_groups: int | None = None,
+        attention_head_dim: int = 32,
+        num_class_embeds: int | None = None,
+        act_fn: str = "silu",
+    ):
+        super().__init__()
+        widths = tuple(block_out_channels)
+        self.downsampling_factor = 2 ** (len(widths) - 1)
+        self._check_grid((sample_size,) * 3, "sample_size")
+
+        # 1. time and class
+        time_dim = 4 * widths[0]
+        self.time_proj = Timesteps(widths[0], flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embedding = TimestepEmbedding(widths[0], time_dim, act_fn=act_fn)
+        self.class_embedding = nn.Embedding(num_class_embeds, time_dim) if num_class_embeds is not None else None
+
+        # 2. in
+        self.conv_in = nn.Conv3d(num_channels * latent_channels, widths[0], 3, padding=1)
+
+        # 3. down
+        block_arguments = (time_dim, norm_num_groups, act_fn, attention_head_dim)
+        self.down_blocks, self.downsamplers = nn.ModuleList(), nn.ModuleList()
+        skip_widths = []
+        for level, width in enumerate(widths):
+            for _ in range(layers_per_block):
+                self.down_blocks.append(UNetBlock(width, width, *block_arguments))
+                skip_widths.append(width)
+            if level < len(widths) - 1:
+                self.downsamplers.append(nn.Conv3d(width, widths[level + 1], 3, stride=2, padding=1))
+
+        # 4. middle
+        self.mid_blocks = nn.ModuleList([UNetBlock(widths[-1], widths[-1], *block_arguments) for _ in range(2)])
+
+        # 5. up
+        self.up_blocks, self.upsamplers = nn.ModuleList(), nn.ModuleList()
+        for level in reversed(range(len(widths))):
+            for _ in range(layers_per_block):
+                self.up_blocks.append(UNetBlock(widths[level] + skip_widths.pop(), widths[level], *block_arguments))
+            if level > 0:
+                self.upsamplers.append(Upsample(widths[level], widths[level - 1]))
+
+        # 6. out
+        self.norm_out = InstanceNorm(widths[0], norm_num_groups)
+        self.nonlinearity = get_activation(act_fn)
+        self.conv_out = nn.Conv3d(widths[0], num_channels * latent_channels, 3, padding=1)
+
+        self.gradient_checkpointing = False
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float | int,
+        class_labels: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> DualChannelUNet3DOutput | tuple[Tensor]:
+        """Predict the noise in `sample`.
+
+        Args:
+            sample: (B, M*n, d, h, w) noisy normalised latents.
+            timestep: one for all samples, or (B,).
+            class_labels: (B,) int64 in [0, num_class_embeds); required exactly if the model has classes.
+            return_dict: return the dataclass, or a plain tuple.
+
+        Returns:
+            `sample` (B, M*n, d, h, w).
+
+        Raises:
+            ValueError: for a sample of another shape, or class labels where there should be none (or the reverse).
+        """
+        self._check_sample(sample)
+
+        # 1. time and class
+        if not torch.is_tensor(timestep):
+            timestep = torch.tensor([timestep], device=sample.device)
+        timesteps = timestep.reshape(-1).to(sample.device).expand(len(sample))
+        time_features = self.time_proj(timesteps).to(sample.dtype)  # sines are computed in float32
+        embedding = self.time_embedding(time_features)  # (B, time_dim)
+        if (self.class_embedding is None) != (class_labels is None):
+            wanted = "no class_labels" if self.class_embedding is None else "class_labels (B,)"
+            raise ValueError(
+                f"Expected {wanted} for num_class_embeds={self.config.num_class_embeds}, got {class_labels!r}. "
+                "Pass class labels exactly to a model that was built with num_class_embeds."
+            )
+        if class_labels is not None:
+            embedding = embedding + self.class_embedding(class_labels).to(embedding.dtype)
+        embedding = self.nonlinearity(embedding)
+
+        # 2. in
+        hidden_states = self.conv_in(to_fast_memory_format(sample))
+
+        # 3. down
+        skips = []
+        layers_per_block = self.config.layers_per_block
+        for index, block in enumerate(self.down_blocks):
+            hidden_states = self._run(block, hidden_states, embedding)
+            skips.append(hidden_states)
+            level, layer = divmod(index, layers_per_block)
+            if layer == layers_per_block - 1 and level < len(self.downsamplers):
+                hidden_states = self.downsamplers[level](hidden_states)
+
+        # 4. middle
+        for block in self.mid_blocks:
+            hidden_states = self._run(block, hidden_states, embedding)
+
+        # 5. up
+        for index, block in enumerate(self.up_blocks):
+            hidden_states = self._run(block, torch.cat([hidden_states, skips.pop()], dim=1), embedding)
+            level, layer = divmod(index, layers_per_block)
+            if layer == layers_per_block - 1 and level < len(self.upsamplers):
+                hidden_states = self.upsamplers[level](hidden_states)
+
+        # 6. out
+        sample = self.conv_out(self.nonlinearity(self.norm_out(hidden_states)))
+        return DualChannelUNet3DOutput(sample=sample) if return_dict else (sample,)
+
+    def _run(self, block: nn.Module, hidden_states: Tensor, embedding: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            return self._gradient_checkpointing_func(block, hidden_states, embedding)
+        return block(hidden_states, embedding)
+
+    def _check_sample(self, sample: Tensor) -> None:
+        num_features = self.config.num_channels * self.config.latent_channels
+        if sample.ndim != 5 or sample.shape[1] != num_features:
+            raise ValueError(
+                f"Expected a sample (B, {num_features}, d, h, w) ({self.config.num_channels} channels of "
+                f"{self.config.latent_channels} features), got {tuple(sample.shape)}. Pass normalised latents."
+            )
+        self._check_grid(sample.shape[2:], "latent grid")
+
+    def _check_grid(self, sizes, name: str) -> None:
+        factor = self.downsampling_factor
+        if any(size % factor for size in sizes):
+            raise ValueError(
+                f"Expected a {name} divisible by {factor} (block_out_channels has "
+                f"{len(self.config.block_out_channels)} resolutions), got {tuple(sizes)}. "
+                "Choose another size, or fewer entries in block_out_channels."
+            )
+        if self.config.norm_num_groups is None and all(size == factor for size in sizes):
+            raise ValueError(
+                f"Expected a {name} larger than {factor}, got {tuple(sizes)}: the deepest features would be 1x1x1, "
+                "and instance norm of a single voxel is zero. Remove an entry of block_out_channels, choose a larger "
+                "size, or set norm_num_groups."
+            )

@@ -1,0 +1,445 @@
+"""The multichannel VQGAN (BYOC section 3.1, Figure 2): shared encoder, library of codebooks, joint decoder."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.activations import get_activation
+from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import Tensor, nn
+
+from .normalization import InstanceNorm, VoxelNorm, to_fast_memory_format
+from .quantizer import Codebook, codebook_usage, quantize_rows
+from .tiling import blend_tiles
+
+
+@dataclass
+class MultiCodebookEncoderOutput(BaseOutput):
+    """`latents` (B, M*n, d, h, w): unquantised, one group of n features per biological channel."""
+
+    latents: Tensor
+
+
+@dataclass
+class MultiCodebookQuantizerOutput(BaseOutput):
+    """`latents` (B, M*n, d, h, w): each vector replaced by its closest code; `indices` (B, M, d, h, w) int64."""
+
+    latents: Tensor
+    indices: Tensor
+
+
+@dataclass
+class MultiCodebookVQOutput(BaseOutput):
+    """What training needs of one pass.
+
+    Attributes:
+        sample: (B, M, D, H, W) reconstruction in [-1, 1].
+        commit_loss: scalar, eq. 7 (and its mirror image, where codes are learnt by gradient).
+        latents: (B, M*n, d, h, w) unquantised.
+        indices: (B, M, d, h, w) int64 codes.
+    """
+
+    sample: Tensor
+    commit_loss: Tensor
+    latents: Tensor
+    indices: Tensor
+
+
+class ResidualBlock(nn.Module):
+    """norm, act, conv, norm, act, conv, plus the input. `(B, C, D, H, W)` to the same."""
+
+    def __init__(self, num_features: int, norm_num_groups: int | None, act_fn: str):
+        super().__init__()
+        self.norm1 = _norm(num_features, norm_num_groups)
+        self.conv1 = nn.Conv3d(num_features, num_features, 3, padding=1)
+        self.norm2 = _norm(num_features, norm_num_groups)
+        self.conv2 = nn.Conv3d(num_features, num_features, 3, padding=1)
+        self.nonlinearity = get_activation(act_fn)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        residual = self.conv1(self.nonlinearity(self.norm1(hidden_states)))
+        residual = self.conv2(self.nonlinearity(self.norm2(residual)))
+        return hidden_states + residual
+
+
+class Encoder3D(nn.Module):
+    """One biological channel `(B, 1, D, H, W)` to latents `(B, n, d, h, w)`.
+
+    The first convolution halves the grid at once, so no layer works at the full resolution: on a 64³ volume such a
+    layer costs more time and memory than all the others together.
+    """
+
+    def __init__(self, latent_channels, block_out_channels, layers_per_block, norm_num_groups, act_fn):
+        super().__init__()
+        widths = block_out_channels
+        self.conv_in = _halving_conv(1, widths[0]) if len(widths) > 1 else nn.Conv3d(1, widths[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList()
+        for level in range(1, len(widths)):
+            width_in, width = widths[level - 1], widths[level]
+            block = [nn.Conv3d(width_in, width, 3, padding=1) if level == 1 else _halving_conv(width_in, width)]
+            block += [ResidualBlock(width, norm_num_groups, act_fn) for _ in range(layers_per_block)]
+            self.down_blocks.append(nn.Sequential(*block))
+        self.norm_out = _norm(widths[-1], norm_num_groups)
+        self.nonlinearity = get_activation(act_fn)
+        self.conv_out = nn.Conv3d(widths[-1], latent_channels, 1)
+        self.gradient_checkpointing = False
+
+    def forward(self, sample: Tensor) -> Tensor:
+        # 1. in
+        hidden_states = self.nonlinearity(self.conv_in(sample))
+        # 2. down
+        for block in self.down_blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states)
+            else:
+                hidden_states = block(hidden_states)
+        # 3. out
+        return self.conv_out(self.nonlinearity(self.norm_out(hidden_states)))
+
+
+class Decoder3D(nn.Module):
+    """All channels' quantised latents `(B, M*n, d, h, w)` to all channels' volumes `(B, M, D, H, W)` (eq. 5)."""
+
+    def __init__(self, num_channels, latent_channels, block_out_channels, layers_per_block, norm_num_groups, act_fn):
+        super().__init__()
+        widths = block_out_channels
+        self.conv_in = nn.Conv3d(latent_channels, widths[-1], 3, padding=1)
+        self.up_blocks = nn.ModuleList()
+        for level in reversed(range(1, len(widths))):
+            width, width_out = widths[level], widths[level - 1]
+            block = [ResidualBlock(width, norm_num_groups, act_fn) for _ in range(layers_per_block)]
+            block += [nn.Conv3d(width, width_out, 3, padding=1) if level == 1 else _doubling_conv(width, width_out)]
+            self.up_blocks.append(nn.Sequential(*block))
+        self.norm_out = _norm(widths[0], norm_num_groups)
+        self.nonlinearity = get_activation(act_fn)
+        last_conv = _doubling_conv if len(widths) > 1 else lambda *features: nn.Conv3d(*features, 3, padding=1)
+        self.conv_out = last_conv(widths[0], num_channels)
+        self.gradient_checkpointing = False
+
+    def forward(self, latents: Tensor) -> Tensor:
+        # 1. in
+        hidden_states = self.conv_in(latents)
+        # 2. up
+        for block in self.up_blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states)
+            else:
+                hidden_states = block(hidden_states)
+        # 3. out
+        return self.conv_out(self.nonlinearity(self.norm_out(hidden_states)))
+
+
+class MultiCodebookVQModel(ModelMixin, AutoencoderMixin, ConfigMixin, PeftAdapterMixin):
+    """Vector-quantising autoencoder for volumes of M biological channels, with one codebook per channel.
+
+    Each channel is encoded alone, by the same encoder (eq. 1), and quantised with its own codebook (eq. 3-4); one
+    decoder sees all channels' codes and returns all channels (eq. 5).
+
+    Args:
+        num_channels: M, the biological channels (2: cell, nucleus).
+        channel_names: their M names; "channel_0", ... where `None` and M is not 2.
+        latent_channels: n, code length and features per channel of the latents (Table 2: 16).
+        num_vq_embeddings: K, codes per codebook (Table 2: 1024).
+        block_out_channels: features at each resolution, finest first; each further entry halves the grid, so three
+            entries take 64³ to 16³.
+        layers_per_block: residual blocks at each halved resolution.
+        norm_num_groups: groups of a group norm; `None` normalises each voxel's features alone, which makes decoding in
+            tiles agree with decoding whole.
+        act_fn: activation, by diffusers' names.
+        sample_size: edge D = H = W that the model is made for, in voxels. Other sizes divisible by the
+            downsampling factor work.
+        share_encoder: one encoder for all channels (as eq. 1 and 5 write it), or one each.
+        use_ema_codebook: codes follow a moving average (True) or gradients (False).
+        ema_decay: of the codebooks' moving average.
+        revival_threshold: codes used less than this fraction of an even share are replaced.
+        commitment_cost: weight of the commitment term in `commit_loss` (Table 2: 0.25).
+        latent_scaling: "codebook_range" maps each codebook's [min, max] to [-1, 1] (section 3.2); "standardize"
+            gives every latent feature zero mean and unit deviation (needs `set_latent_statistics`).
+
+    Raises:
+        ValueError: for sizes that cannot be halved, or counts that do not fit together.
+
+    Source: BYOC, section 3.1, eq. 1-8, Table 2.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["ResidualBlock", "Codebook"]
+    _repeated_blocks = ["ResidualBlock"]
+    _skip_layerwise_casting_patterns = ["norm", "codebooks"]
+    _supports_group_offloading = True
+
+    @register_to_config
+    def __init__(
+        self,
+        num_channels: int = 2,
+        channel_names: tuple[str, ...] | None = None,
+        latent_channels: int = 16,
+        num_vq_embeddings: int = 1024,
+        block_out_channels: tuple[int, ...] = (32, 64, 128),
+        layers_per_block: int = 2,
+        norm_num_groups: int | None = None,
+        act_fn: str = "silu",
+        sample_size: int = 64,
+        share_encoder: bool = True,
+        use_ema_codebook: bool = True,
+        ema_decay: float = 0.99,
+        revival_threshold: float = 0.03,
+        commitment_cost: float = 0.25,
+        latent_scaling: str = "codebook_range",
+    ):
+        super().__init__()
+        self.downsampling_factor = 2 ** (len(block_out_channels) - 1)
+        if sample_size % self.downsampling_factor:
+            raise ValueError(
+                f"Expected a sample_size divisible by {self.downsampling_factor} ({len(block_out_channels) - 1} "
+                f"halvings for the {len(block_out_channels)} entries of block_out_channels), got {sample_size}. "
+                "Choose another sample_size, or fewer entries."
+            )
+        if channel_names is None:
+            names = ("cell", "nucleus") if num_channels == 2 else tuple(f"channel_{m}" for m in range(num_channels))
+            self.register_to_config(channel_names=names)
+        elif len(channel_names) != num_channels:
+            raise ValueError(
+                f"Expected {num_channels} channel_names (num_channels), got {len(channel_names)}: {channel_names}. "
+                "Name every biological channel once."
+            )
+        if latent_scaling not in ("codebook_range", "standardize"):
+            raise ValueError(
+                f"Expected latent_scaling 'codebook_range' or 'standardize', got {latent_scaling!r}. Choose one."
+            )
+
+        num_encoders = 1 if share_encoder else num_channels
+        shape = (block_out_channels, layers_per_block, norm_num_groups, act_fn)
+        self.encoders = nn.ModuleList([Encoder3D(latent_channels, *shape) for _ in range(num_encoders)])
+        self.codebooks = nn.ModuleList(
+            [Codebook(num_vq_embeddings, latent_channels, use_ema_codebook) for _ in range(num_channels)]
+        )
+        self.decoder = Decoder3D(num_channels, num_channels * latent_channels, *shape)
+        self.register_buffer("latents_mean", torch.zeros(num_channels * latent_channels))
+        self.register_buffer("latents_std", torch.ones(num_channels * latent_channels))
+
+        self.use_slicing = False
+        self.use_tiling = False
+        self.tile_sample_min_size = 64  # voxels along each axis
+        self.tile_overlap_factor = 0.25
+        self.gradient_checkpointing = False
+
+    # ------------------------------------------------------------------ encode, quantise, decode
+
+    @apply_forward_hook
+    def encode(self, volumes: Tensor, return_dict: bool = True) -> MultiCodebookEncoderOutput | tuple[Tensor]:
+        """Unquantised latents (eq. 1).
+
+        Args:
+            volumes: (B, M, D, H, W) in [-1, 1].
+            return_dict: return the dataclass, or a plain tuple.
+
+        Returns:
+            `latents` (B, M*n, d, h, w).
+
+        Raises:
+            ValueError: for another number of axes or channels, or axes that cannot be halved.
+        """
+        self._check_volumes(volumes)
+        volumes = to_fast_memory_format(volumes.to(self.dtype))
+        latents = self._in_slices(self._encode, volumes)
+        return MultiCodebookEncoderOutput(latents=latents) if return_dict else (latents,)
+
+    @apply_forward_hook
+    def quantize(self, latents: Tensor, return_dict: bool = True) -> MultiCodebookQuantizerOutput | tuple[Tensor, ...]:
+        """Replace every latent vector by the closest code of its channel's codebook (eq. 3-4).
+
+        Changes nothing in the model, in train mode either; `update_codebooks` does.
+
+        Args:
+            latents: (B, M*n, d, h, w), in the encoder's units (not normalised).
+            return_dict: return the dataclass, or a plain tuple.
+        """
+        self._check_latents(latents)
+        quantized, indices = [], []
+        for channel_latents, codebook in zip(self._split_channels(latents), self.codebooks):
+            rows = channel_latents.movedim(1, -1)  # (B, d, h, w, n)
+            codes, code_indices = quantize_rows(rows.flatten(0, 3), codebook)
+            quantized.append(codes.to(latents.dtype).view(rows.shape).movedim(-1, 1))
+            indices.append(code_indices.view(rows.shape[:-1]))
+        quantized, indices = torch.cat(quantized, 1), torch.stack(indices, 1)
+        return MultiCodebookQuantizerOutput(quantized, indices) if return_dict else (quantized, indices)
+
+    @apply_forward_hook
+    def decode(
+        self, latents: Tensor, force_not_quantize: bool = False, return_dict: bool = True
+    ) -> DecoderOutput | tuple[Tensor]:
+        """Volumes from latents (eq. 5); the latents are quantised first, unless `force_not_quantize`.
+
+        Args:
+            latents: (B, M*n, d, h, w), in the encoder's units (not normalised).
+            force_not_quantize: decode the latents as they are.
+            return_dict: return the dataclass, or a plain tuple.
+
+        Returns:
+            `sample` (B, M, D, H, W), nominally in [-1, 1].
+        """
+        self._check_latents(latents)
+        latents = to_fast_memory_format(latents.to(self.dtype))
+        if not force_not_quantize:
+            latents = self.quantize(latents).latents
+        sample = self._in_slices(self._decode, latents)
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def forward(self, sample: Tensor, return_dict: bool = True) -> MultiCodebookVQOutput | tuple[Tensor, ...]:
+        """Reconstruct `sample` (B, M, D, H, W) in [-1, 1], straight-through (the training pass)."""
+        # 1. encode
+        latents = self.encode(sample).latents
+        # 2. quantise; the commitment pulls the latents to their codes
+        quantized, indices = self.quantize(latents, return_dict=False)
+        commit_loss = self.config.commitment_cost * F.mse_loss(latents.float(), quantized.detach().float())
+        if not self.config.use_ema_codebook:
+            commit_loss = commit_loss + F.mse_loss(quantized.float(), latents.detach().float())
+        # 3. decode; gradients pass the quantiser unchanged
+        straight_through = latents + (quantized - latents).detach()
+        reconstruction = self.decode(straight_through, force_not_quantize=True).sample
+        if not return_dict:
+            return (reconstruction, commit_loss, latents, indices)
+        return MultiCodebookVQOutput(reconstruction, commit_loss, latents, indices)
+
+    # ------------------------------------------------------------------ scaling for the diffusion
+
+    def normalize_latents(self, latents: Tensor) -> Tensor:
+        """Latents (B, M*n, d, h, w) to the diffusion's units, by `latent_scaling` (section 3.2)."""
+        self._check_latents(latents)
+        shift, scale = self._latent_affine(latents.device)
+        return ((latents.float() - shift) / scale).to(latents.dtype)
+
+    def denormalize_latents(self, latents: Tensor) -> Tensor:
+        """The inverse of `normalize_latents`."""
+        self._check_latents(latents)
+        shift, scale = self._latent_affine(latents.device)
+        return (latents.float() * scale + shift).to(latents.dtype)
+
+    @torch.no_grad()
+    def set_latent_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Record the training latents' mean and standard deviation, each (M*n,), for `latent_scaling="standardize"`."""
+        self.latents_mean.copy_(mean)
+        self.latents_std.copy_(std)
+
+    def _latent_affine(self, device) -> tuple[Tensor, Tensor]:
+        if self.config.latent_scaling == "standardize":
+            shift, scale = self.latents_mean.float(), self.latents_std.float()
+        else:
+            low, high = (torch.stack(ends) for ends in zip(*(codebook.range for codebook in self.codebooks)))  # (M,)
+            shift, scale = ((low + high) / 2, ((high - low) / 2).clamp(min=1e-8))
+            shift, scale = (x.repeat_interleave(self.config.latent_channels) for x in (shift, scale))
+        return tuple(x.to(device).view(1, -1, 1, 1, 1) for x in (shift, scale))
+
+    # ------------------------------------------------------------------ codebook maintenance
+
+    @torch.no_grad()
+    def initialize_codebooks(self, latents: Tensor, generator: torch.Generator | None = None) -> None:
+        """Start every codebook from random vectors of `latents` (B, M*n, d, h, w), once; later calls do nothing."""
+        for channel_latents, codebook in zip(self._split_channels(latents), self.codebooks):
+            if not codebook.is_initialized:
+                codebook.initialize(channel_latents.movedim(1, -1).flatten(0, 3), generator)
+
+    @torch.no_grad()
+    def update_codebooks(
+        self, latents: Tensor, indices: Tensor, generator: torch.Generator | None = None
+    ) -> dict[str, float]:
+        """Training step's half of the codebooks: moving averages and dead-code revival, agreed over all processes.
+
+        Args:
+            latents: (B, M*n, d, h, w) as `forward` returned them.
+            indices: (B, M, d, h, w) likewise.
+            generator: CPU generator that chooses replacements for dead codes.
+
+        Returns:
+            Per channel, in this batch: `usage/NAME` (share of codes assigned at least once), `perplexity/NAME`,
+            `revived/NAME`.
+        """
+        statistics = {}
+        per_channel = zip(
+            self.config.channel_names, self._split_channels(latents), indices.unbind(1), self.codebooks, strict=True
+        )
+        for name, channel_latents, channel_indices, codebook in per_channel:
+            count, num_revived = codebook.update(
+                channel_latents.movedim(1, -1).flatten(0, 3),
+                channel_indices.flatten(),
+                self.config.ema_decay,
+                self.config.revival_threshold,
+                generator,
+            )
+            usage, perplexity = codebook_usage(count)
+            statistics[f"usage/{name}"] = usage.item()
+            statistics[f"perplexity/{name}"] = perplexity.item()
+            statistics[f"revived/{name}"] = float(num_revived)
+        return statistics
+
+    # ------------------------------------------------------------------ inside
+
+    def _encode(self, volumes: Tensor) -> Tensor:
+        if self.use_tiling:
+            return self._in_tiles(self._encode_whole, volumes, self.tile_sample_min_size, 1 / self.downsampling_factor)
+        return self._encode_whole(volumes)
+
+    def _encode_whole(self, volumes: Tensor) -> Tensor:
+        if self.config.share_encoder:
+            latents = self.encoders[0](volumes.flatten(0, 1).unsqueeze(1))  # (B*M, n, d, h, w)
+            return latents.unflatten(0, (-1, self.config.num_channels)).flatten(1, 2)  # (B, M*n, d, h, w)
+        return torch.cat([encoder(volumes[:, m : m + 1]) for m, encoder in enumerate(self.encoders)], 1)
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        if self.use_tiling:
+            tile_size = self.tile_sample_min_size // self.downsampling_factor
+            return self._in_tiles(self.decoder, latents, tile_size, self.downsampling_factor)
+        return self.decoder(latents)
+
+    def _in_slices(self, function, batch: Tensor) -> Tensor:
+        if self.use_slicing and len(batch) > 1:
+            return torch.cat([function(part) for part in batch.split(1)])
+        return function(batch)
+
+    def _in_tiles(self, function, volume: Tensor, tile_size: int, scale: float) -> Tensor:
+        overlap = math.ceil(tile_size * self.tile_overlap_factor)
+        if scale < 1:  # encoding: tiles must start on the latent grid
+            overlap = math.ceil(overlap * scale) * self.downsampling_factor
+        return blend_tiles(function, volume, tile_size, overlap, scale)
+
+    def _split_channels(self, latents: Tensor) -> tuple[Tensor, ...]:
+        return latents.split(self.config.latent_channels, dim=1)
+
+    def _check_volumes(self, volumes: Tensor) -> None:
+        if volumes.ndim != 5 or volumes.shape[1] != self.config.num_channels:
+            raise ValueError(
+                f"Expected volumes (B, {self.config.num_channels}, D, H, W), got {tuple(volumes.shape)}. "
+                "Stack the biological channels along axis 1, in the order of channel_names."
+            )
+        if any(size % self.downsampling_factor for size in volumes.shape[2:]):
+            raise ValueError(
+                f"Expected axes divisible by {self.downsampling_factor}, got {tuple(volumes.shape[2:])}. "
+                "Pad the volume, for example with VolumeProcessor."
+            )
+
+    def _check_latents(self, latents: Tensor) -> None:
+        num_features = self.config.num_channels * self.config.latent_channels
+        if latents.ndim != 5 or latents.shape[1] != num_features:
+            raise ValueError(
+                f"Expected latents (B, {num_features}, d, h, w) ({self.config.num_channels} channels of "
+                f"{self.config.latent_channels} features), got {tuple(latents.shape)}. Pass what encode() returns."
+            )
+
+
+def _halving_conv(in_features: int, out_features: int) -> nn.Conv3d:
+    return nn.Conv3d(in_features, out_features, 4, stride=2, padding=1)
+
+
+def _doubling_conv(in_features: int, out_features: int) -> nn.ConvTranspose3d:
+    return nn.ConvTranspose3d(in_features, out_features, 4, stride=2, padding=1)
+
+
+def _norm(num_features: int, norm_num_groups: int | None) -> nn.Module:
+    return VoxelNorm(num_features) if norm_num_groups is None else InstanceNorm(num_features, norm_num_groups)

@@ -1,0 +1,205 @@
+"""BYOC inference: Gaussian noise to latents (eq. 13), latents to codes, codes to cells (section 3.2, "Final assembly")."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+from ..models import DualChannelUNet3D, MultiCodebookVQModel
+from .schedulers import check_scheduler
+
+
+@dataclass
+class BYOCPipelineOutput(BaseOutput):
+    """`volumes` (num_samples, M, D, H, W) in [0, 1] (or latents, for `output_type="latent"`)."""
+
+    volumes: np.ndarray | torch.Tensor
+
+
+class BYOCPipeline(DiffusionPipeline):
+    """Generate multichannel volumes of single cells.
+
+    Args:
+        vqvae: autoencoder between volumes and latents.
+        unet: denoiser of the latents.
+        scheduler: any of `USABLE_SCHEDULERS`, with the prediction type that `unet` was trained for.
+        default_num_inference_steps: denoising steps where a call names none; saved with the pipeline.
+        prediction_type: what `unet` was trained to predict; `None` takes the scheduler's word for it.
+        label2id: names of the classes (drugs), for `class_labels`; `None` for a model without names.
+        volume_processor_config: configuration of the `VolumeProcessor` the training volumes went through.
+
+    Source: BYOC, section 3.2.
+    """
+
+    model_cpu_offload_seq = "unet->vqvae"
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        vqvae: MultiCodebookVQModel,
+        unet: DualChannelUNet3D,
+        scheduler: DDPMScheduler,
+        default_num_inference_steps: int = 1000,
+        prediction_type: str | None = None,
+        label2id: dict[str, int] | None = None,
+        volume_processor_config: dict | None = None,
+    ):
+        super().__init__()
+        self.register_modules(vqvae=vqvae, unet=unet, scheduler=scheduler)
+        if prediction_type is None:
+            prediction_type = getattr(scheduler.config, "prediction_type", "epsilon")
+        self.register_to_config(
+            default_num_inference_steps=default_num_inference_steps,
+            prediction_type=prediction_type,
+            label2id=label2id,
+            volume_processor_config=volume_processor_config,
+        )
+
+    @property
+    def num_timesteps(self) -> int:
+        """Denoising steps of the latest call."""
+        return self._num_timesteps
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        num_samples: int = 1,
+        class_labels: int | str | list[int | str] | None = None,
+        num_inference_steps: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "np",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[["BYOCPipeline", int, int, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+    ) -> BYOCPipelineOutput | tuple:
+        """Generate cells.
+
+        Args:
+            num_samples: how many.
+            class_labels: the class (drug) of every cell, or of each: an index, or a name in the pipeline's `label2id`.
+                Required exactly if the model was trained with classes.
+            num_inference_steps: denoising steps; `None` takes the pipeline's `default_num_inference_steps`.
+            generator: one random generator, or one per sample.
+            latents: (num_samples, M*n, d, h, w) standard normal noise to start from, instead of `generator`.
+            output_type: "np", "pt", or "latent" for the denoised, normalised latents.
+            return_dict: return `BYOCPipelineOutput`, or a plain tuple.
+            callback_on_step_end: called as `callback(pipeline, step, timestep, tensors)` after each step; what it
+                returns replaces the tensors.
+            callback_on_step_end_tensor_inputs: names of the tensors it gets, among `_callback_tensor_inputs`.
+
+        Returns:
+            `volumes` (num_samples, M, D, H, W) in [0, 1], M as in the autoencoder's `channel_names`.
+
+        Raises:
+            ValueError: for arguments that fit neither each other nor the model.
+        """
+        # 1. check
+        callback_on_step_end_tensor_inputs = callback_on_step_end_tensor_inputs or ["latents"]
+        self.check_inputs(num_samples, num_inference_steps, output_type, callback_on_step_end_tensor_inputs)
+        check_scheduler(self.scheduler, self.config.prediction_type)
+        device = self._execution_device
+        class_labels = self._prepare_class_labels(class_labels, num_samples, device)
+
+        # 2. noise, and the scheduler's steps
+        steps = self.config.default_num_inference_steps if num_inference_steps is None else num_inference_steps
+        self.scheduler.set_timesteps(steps, device=device)
+        timesteps = self.scheduler.timesteps
+        self._num_timesteps = len(timesteps)
+        latents = self.prepare_latents(num_samples, generator, latents, device)
+        step_arguments = {"generator": generator} if "generator" in _parameters(self.scheduler.step) else {}
+
+        # 3. denoise; the latents stay in float32, as some schedulers start near 20,000
+        with self.progress_bar(total=len(timesteps)) as progress_bar:
+            for step, timestep in enumerate(timesteps):
+                model_input = self.scheduler.scale_model_input(latents, timestep).to(self.unet.dtype)
+                prediction = self.unet(model_input, timestep, class_labels=class_labels, return_dict=False)[0]
+                latents = self.scheduler.step(
+                    prediction.float(), timestep, latents, **step_arguments, return_dict=False
+                )[0]
+                if callback_on_step_end is not None:
+                    tensors = {name: locals()[name] for name in callback_on_step_end_tensor_inputs}
+                    latents = callback_on_step_end(self, step, timestep, tensors).pop("latents", latents)
+                progress_bar.update()
+
+        # 4. decode: denormalise, quantise, decode
+        if output_type == "latent":
+            volumes = latents
+        else:
+            decoded = self.vqvae.decode(self.vqvae.denormalize_latents(latents).to(self.vqvae.dtype)).sample
+            volumes = (decoded.float() / 2 + 0.5).clamp(0, 1)
+            volumes = volumes.cpu().numpy() if output_type == "np" else volumes
+
+        self.maybe_free_model_hooks()
+        return BYOCPipelineOutput(volumes=volumes) if return_dict else (volumes,)
+
+    def check_inputs(self, num_samples, num_inference_steps, output_type, callback_on_step_end_tensor_inputs) -> None:
+        """Raise `ValueError` for arguments outside their ranges."""
+        if not isinstance(num_samples, int) or num_samples < 1:
+            raise ValueError(f"Expected num_samples of at least 1, got {num_samples!r}. Ask for one or more cells.")
+        if num_inference_steps is not None and num_inference_steps < 1:
+            raise ValueError(f"Expected num_inference_steps of at least 1, got {num_inference_steps!r}. Raise it.")
+        if output_type not in ("np", "pt", "latent"):
+            raise ValueError(f"Expected output_type 'np', 'pt' or 'latent', got {output_type!r}. Choose one.")
+        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(
+                f"Expected callback_on_step_end_tensor_inputs among {self._callback_tensor_inputs}, got "
+                f"{sorted(unknown)}. Leave these out."
+            )
+
+    def prepare_latents(self, num_samples, generator, latents, device) -> torch.Tensor:
+        """Initial noise (num_samples, M*n, d, h, w) in float32, in the scheduler's units."""
+        config = self.unet.config
+        shape = (num_samples, config.num_channels * config.latent_channels, *(config.sample_size,) * 3)
+        if isinstance(generator, list) and len(generator) != num_samples:
+            raise ValueError(
+                f"Expected one generator, or one per sample ({num_samples}), got {len(generator)}. Match their number."
+            )
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        elif tuple(latents.shape) != shape:
+            raise ValueError(
+                f"Expected latents {shape} (num_samples, channels x latent_channels, d, h, w), got "
+                f"{tuple(latents.shape)}. Change num_samples or draw latents of that shape."
+            )
+        return latents.to(device, torch.float32) * self.scheduler.init_noise_sigma
+
+    def _prepare_class_labels(self, class_labels, num_samples, device) -> torch.Tensor | None:
+        num_classes = self.unet.config.num_class_embeds
+        if (class_labels is None) != (num_classes is None):
+            wanted = (
+                "no class_labels" if num_classes is None else f"class_labels (this model has {num_classes} classes)"
+            )
+            raise ValueError(f"Expected {wanted}, got {class_labels!r}. Known names: {self._class_names()}.")
+        if class_labels is None:
+            return None
+        if isinstance(class_labels, torch.Tensor):
+            class_labels = class_labels.tolist()
+        labels = list(class_labels) if isinstance(class_labels, (list, tuple)) else [class_labels] * num_samples
+        if len(labels) != num_samples:
+            raise ValueError(
+                f"Expected one class label, or one per sample ({num_samples}), got {len(labels)}. Match their number."
+            )
+        indices = [self._class_index(label, num_classes) for label in labels]
+        return torch.tensor(indices, device=device)
+
+    def _class_index(self, label: int | str, num_classes: int) -> int:
+        index = (self.config.label2id or {}).get(label) if isinstance(label, str) else label
+        if not isinstance(index, int) or not 0 <= index < num_classes:
+            raise ValueError(
+                f"Expected a class label in [0, {num_classes}) or one of {self._class_names()}, got {label!r}. "
+                "Choose one of these."
+            )
+        return index
+
+    def _class_names(self) -> list[str]:
+        return sorted(self.config.label2id or {})
+
+
+def _parameters(function: Callable) -> tuple[str, ...]:
+    return function.__code__.co_varnames[: function.__code__.co_argcount]
