@@ -110,8 +110,19 @@ def test_fixed_thresholds_replace_otsu():
     assert measure_cell(volume, thresholds=(0.1, 0.01)).cell_volume_um3 == ball(18).sum()
     assert measure_cell(volume, thresholds=(0.3, 0.01)).cell_volume_um3 == ball(9).sum()
     assert measure_cell(volume, thresholds=(0.3, 0.01)).nucleus_volume_um3 == ball(5).sum()
+    assert measure_cell(volume, thresholds=(0.1, None)).nucleus_volume_um3 == 0  # too little contrast for Otsu
     with pytest.raises(ValueError, match=r"\(cell, nucleus\)"):
         measure_cell(volume, thresholds=(0.1,))
+
+
+def test_a_cut_open_membrane_needs_a_low_threshold():
+    shell = ball(18) & ~ball(16)
+    volume = np.stack([np.where(shell, 0.9, 0.1 * ball(18)), 0.8 * ball(8)])
+    volume[:, 28:] = 0
+    whole = ball(18)[:28].sum()
+    assert measure_cell(volume).nucleus_inside_share < 0.5
+    found = measure_cell(volume, thresholds=(0.05, None))
+    assert (found.cell_volume_um3, found.nucleus_inside_share) == (whole, 1.0)
 
 
 def test_channels_can_be_chosen():

@@ -55,7 +55,7 @@ class CellMorphology:
 def measure_cell(
     volume: np.ndarray | torch.Tensor,
     voxel_size_um: float | Sequence[float] = 1.0,
-    thresholds: Sequence[float] | None = None,
+    thresholds: Sequence[float | None] | None = None,
     cell_channel: int = 0,
     nucleus_channel: int = 1,
 ) -> CellMorphology:
@@ -64,8 +64,10 @@ def measure_cell(
     Args:
         volume: (M, D, H, W) in [0, 1], M ≥ 2.
         voxel_size_um: voxel edge in µm, one number or (z, y, x).
-        thresholds: (cell, nucleus) in [0, 1], brighter voxels are foreground; None takes Otsu's threshold of each
-            channel, and no foreground where that channel's contrast is below `MIN_CONTRAST`.
+        thresholds: (cell, nucleus) in [0, 1], brighter voxels are foreground; None, for both or for one of them,
+            takes Otsu's threshold, and no foreground where the channel's contrast is below `MIN_CONTRAST`. Otsu suits
+            a dye that fills the cell. A membrane dye on a dark background needs a low number, as (0.05, None):
+            Otsu finds the membrane alone, and where the image cuts it open there is no hole to fill.
         cell_channel: channel of the cell body.
         nucleus_channel: channel of the nucleus.
 
@@ -107,7 +109,7 @@ def measure_cell(
 def measure_cells(
     volumes: np.ndarray | torch.Tensor | Sequence[np.ndarray | torch.Tensor],
     voxel_size_um: float | Sequence[float] = 1.0,
-    thresholds: Sequence[float] | None = None,
+    thresholds: Sequence[float | None] | None = None,
     cell_channel: int = 0,
     nucleus_channel: int = 1,
 ) -> list[CellMorphology]:
