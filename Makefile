@@ -39,4 +39,4 @@ lint: $(STAMP)
 
 clean:
 	rm -rf $(VENV) outputs/demo build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis
-	find src tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
