@@ -4,6 +4,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from .convolution import Conv3d
 from .normalization import VoxelNorm, to_fast_memory_format
 
 
@@ -21,12 +22,12 @@ class PatchDiscriminator3D(ModelMixin, ConfigMixin):
         layers: list[nn.Module] = []
         width_in = num_channels
         for level, width in enumerate(block_out_channels):
-            layers.append(nn.Conv3d(width_in, width, 4, stride=2, padding=1))
+            layers.append(Conv3d(width_in, width, 4, stride=2, padding=1))
             if level > 0:  # normalising the first level would hide the intensity
                 layers.append(VoxelNorm(width))
             layers.append(nn.LeakyReLU(0.2))
             width_in = width
-        layers.append(nn.Conv3d(width_in, 1, 3, padding=1))
+        layers.append(Conv3d(width_in, 1, 3, padding=1))
         self.layers = nn.Sequential(*layers)
 
     def forward(self, sample: Tensor) -> Tensor:

@@ -39,9 +39,9 @@ class _RowsInstanceNorm(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         rows, mean, rstd, scale = ctx.saved_tensors
         num_voxels = rows.shape[1]
-        grad_shift = grad.sum(1, keepdim=True, dtype=torch.float32)
+        grad_shift = grad.sum(1, keepdim=True, dtype=mean.dtype)
         # sum(grad * normalised), without materialising the normalised rows
-        grad_dot_rows = (grad.float() * rows).sum(1, keepdim=True)
+        grad_dot_rows = (grad.to(mean.dtype) * rows).sum(1, keepdim=True)
         grad_scale = rstd * (grad_dot_rows - mean * grad_shift)
         # d rows = gain * (grad - mean(grad) - normalised * mean(grad * normalised)), as two multiply-adds
         gain = rstd * scale
@@ -91,9 +91,10 @@ class InstanceNorm(nn.Module):
         return normalized * (1 + scale[:, :, None, None, None]) + shift[:, :, None, None, None]
 
     def _forward_rows(self, hidden_states: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
-        gain, offset = self.weight.float()[None], self.bias.float()[None]  # (1, C)
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        gain, offset = self.weight.to(dtype)[None], self.bias.to(dtype)[None]  # (1, C)
         if scale is not None:
-            gain, offset = gain * (1 + scale.float()), offset * (1 + scale.float()) + shift.float()
+            gain, offset = gain * (1 + scale.to(dtype)), offset * (1 + scale.to(dtype)) + shift.to(dtype)
         gain, offset = (x.expand(len(hidden_states), -1)[:, None] for x in (gain, offset))  # (B, 1, C)
         rows = hidden_states.permute(0, 2, 3, 4, 1).flatten(1, 3)  # a view: (B, D*H*W, C)
         if torch.is_grad_enabled():

@@ -62,10 +62,18 @@ class Codebook(nn.Module):
         # A buffer, so that a resumed run does not initialise its codes a second time.
         self.register_buffer("is_initialized", torch.tensor(False))
 
+    def forward(self) -> Tensor:
+        """The codes (K, n).
+
+        Read the codes by this call: offloading hooks bring a module's weights to the device when it is called, and
+        take them away afterwards, hence the copy.
+        """
+        return self.embedding.clone()
+
     @property
     def range(self) -> tuple[Tensor, Tensor]:
         """The smallest and the largest number in the codebook, two scalars (section 3.2, after Khader 2023)."""
-        codes = self.embedding.detach().float()
+        codes = self().detach().float()
         return codes.amin(), codes.amax()
 
     @torch.no_grad()
@@ -142,5 +150,6 @@ def codebook_usage(count: Tensor) -> tuple[Tensor, Tensor]:
 
 def quantize_rows(vectors: Tensor, codebook: Codebook) -> tuple[Tensor, Tensor]:
     """Closest codes (N, n), differentiable in the codes, and their indices (N,), for `vectors` (N, n)."""
-    indices = nearest_code(vectors, codebook.embedding)
-    return F.embedding(indices, codebook.embedding), indices
+    codes = codebook()
+    indices = nearest_code(vectors, codes)
+    return F.embedding(indices, codes), indices

@@ -43,13 +43,13 @@ def blend_tiles(
     stride = max(1, tile_size - overlap)
     result = weight_sum = None
     for corner in product(*(_starts(size, tile_size, stride) for size in sizes)):
-        window = tuple(slice(start, min(start + tile_size, size)) for start, size in zip(corner, sizes))
+        window = tuple(slice(start, min(start + tile_size, size)) for start, size in zip(corner, sizes, strict=True))
         tile = function(volume[(slice(None), slice(None), *window)])
         target = tuple(slice(round(w.start * scale), round(w.stop * scale)) for w in window)
         fade = round(overlap * scale)
         ramps = [
             _ramp(t.stop - t.start, fade if w.start > 0 else 0, fade if w.stop < size else 0, tile)
-            for t, w, size in zip(target, window, sizes)
+            for t, w, size in zip(target, window, sizes, strict=True)
         ]
         weights = ramps[0][:, None, None] * ramps[1][:, None] * ramps[2]
         if result is None:

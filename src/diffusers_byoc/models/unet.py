@@ -14,6 +14,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from .attention import AxialAttention
+from .convolution import Conv3d
 from .normalization import InstanceNorm, to_fast_memory_format
 
 
@@ -30,11 +31,11 @@ class TimeResidualBlock(nn.Module):
     def __init__(self, in_features: int, out_features: int, time_dim: int, norm_num_groups: int | None, act_fn: str):
         super().__init__()
         self.norm1 = InstanceNorm(in_features, norm_num_groups)
-        self.conv1 = nn.Conv3d(in_features, out_features, 3, padding=1)
+        self.conv1 = Conv3d(in_features, out_features, 3, padding=1)
         self.time_emb_proj = nn.Linear(time_dim, 2 * out_features)
         self.norm2 = InstanceNorm(out_features, norm_num_groups)
-        self.conv2 = nn.Conv3d(out_features, out_features, 3, padding=1)
-        self.conv_shortcut = nn.Conv3d(in_features, out_features, 1) if in_features != out_features else nn.Identity()
+        self.conv2 = Conv3d(out_features, out_features, 3, padding=1)
+        self.conv_shortcut = Conv3d(in_features, out_features, 1) if in_features != out_features else nn.Identity()
         self.nonlinearity = get_activation(act_fn)
 
     def forward(self, hidden_states: Tensor, time_embedding: Tensor) -> Tensor:
@@ -64,7 +65,7 @@ class Upsample(nn.Module):
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
-        self.conv = nn.Conv3d(in_features, out_features, 3, padding=1)
+        self.conv = Conv3d(in_features, out_features, 3, padding=1)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return self.conv(F.interpolate(hidden_states, scale_factor=2.0, mode="nearest"))
@@ -125,7 +126,7 @@ class DualChannelUNet3D(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
         self.class_embedding = nn.Embedding(num_class_embeds, time_dim) if num_class_embeds is not None else None
 
         # 2. in
-        self.conv_in = nn.Conv3d(num_channels * latent_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv3d(num_channels * latent_channels, widths[0], 3, padding=1)
 
         # 3. down
         block_arguments = (time_dim, norm_num_groups, act_fn, attention_head_dim)
@@ -136,7 +137,7 @@ class DualChannelUNet3D(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
                 self.down_blocks.append(UNetBlock(width, width, *block_arguments))
                 skip_widths.append(width)
             if level < len(widths) - 1:
-                self.downsamplers.append(nn.Conv3d(width, widths[level + 1], 3, stride=2, padding=1))
+                self.downsamplers.append(Conv3d(width, widths[level + 1], 3, stride=2, padding=1))
 
         # 4. middle
         self.mid_blocks = nn.ModuleList([UNetBlock(widths[-1], widths[-1], *block_arguments) for _ in range(2)])
@@ -152,7 +153,7 @@ class DualChannelUNet3D(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
         # 6. out
         self.norm_out = InstanceNorm(widths[0], norm_num_groups)
         self.nonlinearity = get_activation(act_fn)
-        self.conv_out = nn.Conv3d(widths[0], num_channels * latent_channels, 3, padding=1)
+        self.conv_out = Conv3d(widths[0], num_channels * latent_channels, 3, padding=1)
 
         self.gradient_checkpointing = False
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.activations import get_activation
 from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput
 from diffusers.models.modeling_utils import ModelMixin
@@ -14,6 +13,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
+from .convolution import Conv3d
 from .normalization import InstanceNorm, VoxelNorm, to_fast_memory_format
 from .quantizer import Codebook, codebook_usage, quantize_rows
 from .tiling import blend_tiles
@@ -57,9 +57,9 @@ class ResidualBlock(nn.Module):
     def __init__(self, num_features: int, norm_num_groups: int | None, act_fn: str):
         super().__init__()
         self.norm1 = _norm(num_features, norm_num_groups)
-        self.conv1 = nn.Conv3d(num_features, num_features, 3, padding=1)
+        self.conv1 = Conv3d(num_features, num_features, 3, padding=1)
         self.norm2 = _norm(num_features, norm_num_groups)
-        self.conv2 = nn.Conv3d(num_features, num_features, 3, padding=1)
+        self.conv2 = Conv3d(num_features, num_features, 3, padding=1)
         self.nonlinearity = get_activation(act_fn)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -78,16 +78,16 @@ class Encoder3D(nn.Module):
     def __init__(self, latent_channels, block_out_channels, layers_per_block, norm_num_groups, act_fn):
         super().__init__()
         widths = block_out_channels
-        self.conv_in = _halving_conv(1, widths[0]) if len(widths) > 1 else nn.Conv3d(1, widths[0], 3, padding=1)
+        self.conv_in = _halving_conv(1, widths[0]) if len(widths) > 1 else Conv3d(1, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList()
         for level in range(1, len(widths)):
             width_in, width = widths[level - 1], widths[level]
-            block = [nn.Conv3d(width_in, width, 3, padding=1) if level == 1 else _halving_conv(width_in, width)]
+            block = [Conv3d(width_in, width, 3, padding=1) if level == 1 else _halving_conv(width_in, width)]
             block += [ResidualBlock(width, norm_num_groups, act_fn) for _ in range(layers_per_block)]
             self.down_blocks.append(nn.Sequential(*block))
         self.norm_out = _norm(widths[-1], norm_num_groups)
         self.nonlinearity = get_activation(act_fn)
-        self.conv_out = nn.Conv3d(widths[-1], latent_channels, 1)
+        self.conv_out = Conv3d(widths[-1], latent_channels, 1)
         self.gradient_checkpointing = False
 
     def forward(self, sample: Tensor) -> Tensor:
@@ -109,16 +109,16 @@ class Decoder3D(nn.Module):
     def __init__(self, num_channels, latent_channels, block_out_channels, layers_per_block, norm_num_groups, act_fn):
         super().__init__()
         widths = block_out_channels
-        self.conv_in = nn.Conv3d(latent_channels, widths[-1], 3, padding=1)
+        self.conv_in = Conv3d(latent_channels, widths[-1], 3, padding=1)
         self.up_blocks = nn.ModuleList()
         for level in reversed(range(1, len(widths))):
             width, width_out = widths[level], widths[level - 1]
             block = [ResidualBlock(width, norm_num_groups, act_fn) for _ in range(layers_per_block)]
-            block += [nn.Conv3d(width, width_out, 3, padding=1) if level == 1 else _doubling_conv(width, width_out)]
+            block += [Conv3d(width, width_out, 3, padding=1) if level == 1 else _doubling_conv(width, width_out)]
             self.up_blocks.append(nn.Sequential(*block))
         self.norm_out = _norm(widths[0], norm_num_groups)
         self.nonlinearity = get_activation(act_fn)
-        last_conv = _doubling_conv if len(widths) > 1 else lambda *features: nn.Conv3d(*features, 3, padding=1)
+        last_conv = _doubling_conv if len(widths) > 1 else lambda *features: Conv3d(*features, 3, padding=1)
         self.conv_out = last_conv(widths[0], num_channels)
         self.gradient_checkpointing = False
 
@@ -135,7 +135,7 @@ class Decoder3D(nn.Module):
         return self.conv_out(self.nonlinearity(self.norm_out(hidden_states)))
 
 
-class MultiCodebookVQModel(ModelMixin, AutoencoderMixin, ConfigMixin, PeftAdapterMixin):
+class MultiCodebookVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
     """Vector-quantising autoencoder for volumes of M biological channels, with one codebook per channel.
 
     Each channel is encoded alone, by the same encoder (eq. 1), and quantised with its own codebook (eq. 3-4); one
@@ -173,6 +173,7 @@ class MultiCodebookVQModel(ModelMixin, AutoencoderMixin, ConfigMixin, PeftAdapte
     _repeated_blocks = ["ResidualBlock"]
     _skip_layerwise_casting_patterns = ["norm", "codebooks"]
     _supports_group_offloading = True
+    _group_offload_block_modules = ["decoder"]  # encode() and decode() are called without forward()
 
     @register_to_config
     def __init__(
@@ -228,7 +229,6 @@ class MultiCodebookVQModel(ModelMixin, AutoencoderMixin, ConfigMixin, PeftAdapte
         self.use_tiling = False
         self.tile_sample_min_size = 64  # voxels along each axis
         self.tile_overlap_factor = 0.25
-        self.gradient_checkpointing = False
 
     # ------------------------------------------------------------------ encode, quantise, decode
 
@@ -263,7 +263,7 @@ class MultiCodebookVQModel(ModelMixin, AutoencoderMixin, ConfigMixin, PeftAdapte
         """
         self._check_latents(latents)
         quantized, indices = [], []
-        for channel_latents, codebook in zip(self._split_channels(latents), self.codebooks):
+        for channel_latents, codebook in zip(self._split_channels(latents), self.codebooks, strict=True):
             rows = channel_latents.movedim(1, -1)  # (B, d, h, w, n)
             codes, code_indices = quantize_rows(rows.flatten(0, 3), codebook)
             quantized.append(codes.to(latents.dtype).view(rows.shape).movedim(-1, 1))
@@ -324,7 +324,7 @@ class MultiCodebookVQModel(ModelMixin, AutoencoderMixin, ConfigMixin, PeftAdapte
 
     @torch.no_grad()
     def set_latent_statistics(self, mean: Tensor, std: Tensor) -> None:
-        """Record the training latents' mean and standard deviation, each (M*n,), for `latent_scaling="standardize"`."""
+        """Record the latents' mean and standard deviation, each (M*n,), for `latent_scaling="standardize"`."""
         self.latents_mean.copy_(mean)
         self.latents_std.copy_(std)
 
@@ -332,7 +332,9 @@ class MultiCodebookVQModel(ModelMixin, AutoencoderMixin, ConfigMixin, PeftAdapte
         if self.config.latent_scaling == "standardize":
             shift, scale = self.latents_mean.float(), self.latents_std.float()
         else:
-            low, high = (torch.stack(ends) for ends in zip(*(codebook.range for codebook in self.codebooks)))  # (M,)
+            low, high = (
+                torch.stack(ends) for ends in zip(*(codebook.range for codebook in self.codebooks), strict=True)
+            )  # (M,)
             shift, scale = ((low + high) / 2, ((high - low) / 2).clamp(min=1e-8))
             shift, scale = (x.repeat_interleave(self.config.latent_channels) for x in (shift, scale))
         return tuple(x.to(device).view(1, -1, 1, 1, 1) for x in (shift, scale))
@@ -342,7 +344,7 @@ class MultiCodebookVQModel(ModelMixin, AutoencoderMixin, ConfigMixin, PeftAdapte
     @torch.no_grad()
     def initialize_codebooks(self, latents: Tensor, generator: torch.Generator | None = None) -> None:
         """Start every codebook from random vectors of `latents` (B, M*n, d, h, w), once; later calls do nothing."""
-        for channel_latents, codebook in zip(self._split_channels(latents), self.codebooks):
+        for channel_latents, codebook in zip(self._split_channels(latents), self.codebooks, strict=True):
             if not codebook.is_initialized:
                 codebook.initialize(channel_latents.movedim(1, -1).flatten(0, 3), generator)
 
@@ -434,7 +436,7 @@ class MultiCodebookVQModel(ModelMixin, AutoencoderMixin, ConfigMixin, PeftAdapte
 
 
 def _halving_conv(in_features: int, out_features: int) -> nn.Conv3d:
-    return nn.Conv3d(in_features, out_features, 4, stride=2, padding=1)
+    return Conv3d(in_features, out_features, 4, stride=2, padding=1)
 
 
 def _doubling_conv(in_features: int, out_features: int) -> nn.ConvTranspose3d:

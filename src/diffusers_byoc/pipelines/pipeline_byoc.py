@@ -1,4 +1,4 @@
-"""BYOC inference: Gaussian noise to latents (eq. 13), latents to codes, codes to cells (section 3.2, "Final assembly")."""
+"""BYOC inference (section 3.2, "Final assembly"): noise to latents (eq. 13), latents to codes, codes to cells."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -122,7 +122,7 @@ class BYOCPipeline(DiffusionPipeline):
                     prediction.float(), timestep, latents, **step_arguments, return_dict=False
                 )[0]
                 if callback_on_step_end is not None:
-                    tensors = {name: locals()[name] for name in callback_on_step_end_tensor_inputs}
+                    tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
                     latents = callback_on_step_end(self, step, timestep, tensors).pop("latents", latents)
                 progress_bar.update()
 

@@ -1,0 +1,83 @@
+"""Checkpoints that are whole or absent, in the layout of diffusers' examples: `DIR/checkpoint-STEP`."""
+
+import re
+import shutil
+from pathlib import Path
+
+from accelerate import Accelerator
+
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def list_checkpoints(directory: str | Path) -> list[Path]:
+    """The complete checkpoints below `directory`, oldest first."""
+    directory = Path(directory)
+    found = [path for path in directory.iterdir() if _NAME.fullmatch(path.name)] if directory.is_dir() else []
+    return sorted(found, key=checkpoint_step)
+
+
+def checkpoint_step(path: Path) -> int:
+    """The training step in a checkpoint's name.
+
+    Raises:
+        ValueError: if the name is not `checkpoint-STEP`.
+    """
+    match = _NAME.fullmatch(Path(path).name)
+    if match is None:
+        raise ValueError(f"Expected a folder named checkpoint-STEP, got {path}. Name one, or say 'latest'.")
+    return int(match[1])
+
+
+def save_checkpoint(accelerator: Accelerator, directory: str | Path, step: int, total_limit: int | None) -> Path:
+    """Save all that `accelerator` knows as `directory/checkpoint-STEP`, then delete all but the newest `total_limit`.
+
+    It is written under another name and renamed when complete: a run killed meanwhile leaves the earlier checkpoints
+    whole and no half one that `latest` could pick.
+    """
+    path = Path(directory) / f"checkpoint-{step}"
+    partial = path.with_name(path.name + ".partial")
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(partial))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        shutil.rmtree(path, ignore_errors=True)
+        partial.rename(path)
+        if total_limit is not None:
+            for old in list_checkpoints(directory)[:-total_limit]:
+                shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+    return path
+
+
+def load_checkpoint(accelerator: Accelerator, directory: str | Path, name: str | None) -> int:
+    """Restore `accelerator` from a checkpoint and return its step; 0 if there is nothing to restore.
+
+    Args:
+        accelerator: with everything prepared and registered as it was when saving.
+        directory: folder of the checkpoints.
+        name: "latest", a checkpoint's name or path, or None to begin anew.
+
+    Raises:
+        FileNotFoundError: if a checkpoint is named that does not exist.
+    """
+    if name is None:
+        return 0
+    if name == "latest":
+        checkpoints = list_checkpoints(directory)
+        if not checkpoints:
+            accelerator.print(f"No checkpoint in {directory}: starting a new run.")
+            return 0
+        path = checkpoints[-1]
+    else:
+        path = Path(directory) / Path(name).name
+        if not path.is_dir():
+            present = ", ".join(p.name for p in list_checkpoints(directory)) or "none"
+            raise FileNotFoundError(f"Expected the checkpoint {path}, which does not exist. Present: {present}.")
+    step = checkpoint_step(path)
+    accelerator.load_state(str(path))
+    accelerator.print(f"Resumed from {path}.")
+    return step

@@ -1,0 +1,87 @@
+"""The paper's losses, as pure functions."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def reconstruction_loss(reconstruction: Tensor, volumes: Tensor) -> Tensor:
+    """Mean squared error, the same weight for every channel. Both (B, M, D, H, W); returns a scalar (BYOC eq. 6)."""
+    return F.mse_loss(reconstruction.float(), volumes.float())
+
+
+def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """Hinge loss of the discriminator, a scalar.
+
+    Source: BYOC, eq. 8, with the sign of the second term as in its source (Esser et al. 2021): eq. 8 prints
+    ReLU(1 - D(x̂)), which would reward calling generated volumes real.
+    """
+    return (F.relu(1 - real_logits.float()).mean() + F.relu(1 + fake_logits.float()).mean()) / 2
+
+
+def adversarial_loss(fake_logits: Tensor) -> Tensor:
+    """The generator's side of the hinge game, -E[D(x̂)], a scalar; eq. 8 leaves it out."""
+    return -fake_logits.float().mean()
+
+
+def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: nn.Parameter) -> Tensor:
+    """Weight that gives the adversarial loss as large a gradient at `last_layer` as the reconstruction loss has.
+
+    Args:
+        reconstruction: scalar loss.
+        adversarial: scalar loss.
+        last_layer: weight of the decoder's last convolution.
+
+    Returns:
+        Scalar in [0, 1e4], without gradient.
+
+    Source: Esser et al. 2021, eq. 7.
+    """
+    reconstruction_grad = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)[0].float()
+    adversarial_grad = torch.autograd.grad(adversarial, last_layer, retain_graph=True)[0].float()
+    return (reconstruction_grad.norm() / (adversarial_grad.norm() + 1e-6)).clamp(0, 1e4).detach()
+
+
+def diffusion_loss(
+    unet: nn.Module,
+    scheduler,
+    latents: Tensor,
+    noise: Tensor,
+    timesteps: Tensor,
+    class_labels: Tensor | None = None,
+    loss_type: str = "l1",
+) -> Tensor:
+    """Error of the predicted noise (or v, or sample, by the scheduler's `prediction_type`), a scalar.
+
+    Args:
+        unet: the denoiser.
+        scheduler: a diffusers scheduler with `add_noise`.
+        latents: (B, M*n, d, h, w) normalised.
+        noise: (B, M*n, d, h, w) standard normal.
+        timesteps: (B,) int64.
+        class_labels: (B,) int64, or None.
+        loss_type: "l1" (Table 3) or "l2".
+
+    Raises:
+        ValueError: for another `loss_type` or `prediction_type`.
+
+    Source: BYOC, eq. 9 and 13, Table 3.
+    """
+    noisy_latents = scheduler.add_noise(latents, noise, timesteps)
+    prediction = unet(noisy_latents, timesteps, class_labels=class_labels, return_dict=False)[0].float()
+    prediction_type = scheduler.config.prediction_type
+    if prediction_type == "epsilon":
+        target = noise
+    elif prediction_type == "v_prediction":
+        target = scheduler.get_velocity(latents, noise, timesteps)
+    elif prediction_type == "sample":
+        target = latents
+    else:
+        raise ValueError(
+            f"Expected prediction_type 'epsilon', 'v_prediction' or 'sample', got {prediction_type!r}. Choose one."
+        )
+    if loss_type == "l1":
+        return F.l1_loss(prediction, target)
+    if loss_type == "l2":
+        return F.mse_loss(prediction, target)
+    raise ValueError(f"Expected loss_type 'l1' or 'l2', got {loss_type!r}. Choose one.")
