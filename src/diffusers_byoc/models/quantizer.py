@@ -78,14 +78,8 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def initialize(self, vectors: Tensor, generator: torch.Generator | None = None) -> None:
-        """Set the codes to random rows of `vectors` (N, n); with fewer rows than codes, jittered repetitions."""
-        num_codes = len(self.embedding)
-        order = torch.randperm(len(vectors), generator=generator).repeat(-(-num_codes // len(vectors)))[:num_codes]
-        codes = vectors.float()[order.to(vectors.device)]
-        if len(vectors) < num_codes:
-            jitter = torch.randn(codes.shape, generator=generator).to(codes.device)
-            codes = codes + 0.01 * vectors.float().std() * jitter
-        _broadcast(codes)
+        """Set the codes to rows of `vectors` (N, n), the unusual ones first; jittered repetitions if N < K."""
+        codes = draw_unusual(vectors, vectors.float().mean(0, keepdim=True), len(self.embedding), generator)
         self.embedding.copy_(codes)
         self.ema_sum.copy_(codes)
         self.ema_count.fill_(1.0)
@@ -103,8 +97,8 @@ class Codebook(nn.Module):
             vectors: (N, n) unquantised latents.
             indices: (N,) their codes.
             decay: of the moving average.
-            revival_threshold: a code whose share of the assignments falls below this fraction of an even share is
-                replaced by a random vector of the batch, its statistics with it.
+            revival_threshold: a code whose running share of the assignments falls below this fraction of an even
+                share is replaced by a badly quantised vector of the batch, its statistics with it.
             generator: CPU generator that picks the replacing vectors.
 
         Returns:
@@ -123,22 +117,46 @@ class Codebook(nn.Module):
         if self.use_ema:
             self.embedding.copy_(self.ema_sum / self.ema_count.clamp(min=1e-5)[:, None])
 
-        even_share = self.ema_count.sum() / num_codes
-        dead = self.ema_count < revival_threshold * even_share
+        threshold = revival_threshold * self.ema_count.sum() / num_codes
+        dead = self.ema_count < threshold
         num_dead = int(dead.sum())
         if num_dead:
-            picks = torch.randint(len(vectors), (num_dead,), generator=generator).to(vectors.device)
-            replacements = vectors[picks]
-            _broadcast(replacements)
+            replacements = draw_unusual(vectors, self.embedding[indices].float(), num_dead, generator)
+            # Enough of a count to survive a while unused, no more: what the batch did not need may die again.
             self.embedding[dead] = replacements.to(self.embedding.dtype)
-            self.ema_count[dead] = even_share
-            self.ema_sum[dead] = replacements * even_share
+            self.ema_count[dead] = 2 * threshold
+            self.ema_sum[dead] = 2 * threshold * replacements
         return count, dead.sum()
 
 
-def _broadcast(tensor: Tensor) -> None:
+def draw_unusual(vectors: Tensor, approximations: Tensor, num_draws: int, generator=None) -> Tensor:
+    """Rows of `vectors` drawn in proportion to their squared distance from `approximations` (as k-means++ does).
+
+    Most latents of a cell in its cube are background, all alike. Drawn evenly, they would fill the codebook with
+    copies of one code, and the cell would be left with nothing.
+
+    Args:
+        vectors: (N, n).
+        approximations: (N, n) or (1, n), what stands for them now.
+        num_draws: k; beyond the number of vectors that differ from their approximation, rows repeat with a jitter.
+        generator: CPU generator.
+
+    Returns:
+        (k, n) float32, the same in every process.
+    """
+    vectors = vectors.float()
+    errors = (vectors - approximations).square().sum(1).cpu()
+    num_candidates = int((errors > 0).sum())
+    if num_candidates == 0:
+        errors, num_candidates = torch.ones_like(errors), len(errors)
+    picks = torch.multinomial(errors, min(num_draws, num_candidates), generator=generator)
+    drawn = vectors[picks.to(vectors.device)].repeat(-(-num_draws // len(picks)), 1)[:num_draws]
+    if num_draws > len(picks):
+        jitter = torch.randn(drawn.shape, generator=generator).to(drawn.device)
+        drawn = drawn + 0.01 * vectors.std() * jitter
     if dist.is_available() and dist.is_initialized():
-        dist.broadcast(tensor, src=0)
+        dist.broadcast(drawn, src=0)
+    return drawn
 
 
 def codebook_usage(count: Tensor) -> tuple[Tensor, Tensor]:

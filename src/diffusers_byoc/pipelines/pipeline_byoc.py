@@ -80,9 +80,9 @@ class BYOCPipeline(DiffusionPipeline):
         """Generate cells.
 
         Args:
-            num_samples: how many.
-            class_labels: the class (drug) of every cell, or of each: an index, or a name in the pipeline's `label2id`.
-                Required exactly if the model was trained with classes.
+            num_samples: how many; where `class_labels` is a list, it need not be given.
+            class_labels: the class (drug) of every cell, or a list with one for each: an index, or a name in the
+                pipeline's `label2id`. Required exactly if the model was trained with classes.
             num_inference_steps: denoising steps; `None` takes the pipeline's `default_num_inference_steps`.
             generator: one random generator, or one per sample.
             latents: (num_samples, M*n, d, h, w) standard normal noise to start from, instead of `generator`.
@@ -99,6 +99,11 @@ class BYOCPipeline(DiffusionPipeline):
             ValueError: for arguments that fit neither each other nor the model.
         """
         # 1. check
+        if isinstance(class_labels, torch.Tensor):
+            class_labels = class_labels.tolist()
+        if isinstance(class_labels, (list, tuple)):
+            class_labels = list(_flat(class_labels))
+            num_samples = len(class_labels) if num_samples == 1 else num_samples
         callback_on_step_end_tensor_inputs = callback_on_step_end_tensor_inputs or ["latents"]
         self.check_inputs(num_samples, num_inference_steps, output_type, callback_on_step_end_tensor_inputs)
         check_scheduler(self.scheduler, self.config.prediction_type)
@@ -178,9 +183,7 @@ class BYOCPipeline(DiffusionPipeline):
             raise ValueError(f"Expected {wanted}, got {class_labels!r}. Known names: {self._class_names()}.")
         if class_labels is None:
             return None
-        if isinstance(class_labels, torch.Tensor):
-            class_labels = class_labels.tolist()
-        labels = list(class_labels) if isinstance(class_labels, (list, tuple)) else [class_labels] * num_samples
+        labels = class_labels if isinstance(class_labels, list) else [class_labels] * num_samples
         if len(labels) != num_samples:
             raise ValueError(
                 f"Expected one class label, or one per sample ({num_samples}), got {len(labels)}. Match their number."
@@ -199,6 +202,11 @@ class BYOCPipeline(DiffusionPipeline):
 
     def _class_names(self) -> list[str]:
         return sorted(self.config.label2id or {})
+
+
+def _flat(labels):
+    for label in labels:
+        yield from _flat(label) if isinstance(label, (list, tuple)) else (label,)
 
 
 def _parameters(function: Callable) -> tuple[str, ...]:
