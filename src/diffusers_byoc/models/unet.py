@@ -97,7 +97,6 @@ class DualChannelUNet3D(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["UNetBlock"]
-    _repeated_blocks = ["AxialAttention"]
     _skip_layerwise_casting_patterns = ["norm", "time_embedding", "class_embedding"]
     _supports_group_offloading = True
 

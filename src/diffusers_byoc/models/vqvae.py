@@ -120,6 +120,7 @@ class Decoder3D(nn.Module):
         self.nonlinearity = get_activation(act_fn)
         last_conv = _doubling_conv if len(widths) > 1 else lambda *features: Conv3d(*features, 3, padding=1)
         self.conv_out = last_conv(widths[0], num_channels)
+        nn.init.constant_(self.conv_out.bias, -1.0)  # start from empty background, which is most of a cell's cube
         self.gradient_checkpointing = False
 
     def forward(self, latents: Tensor) -> Tensor:
@@ -170,7 +171,6 @@ class MultiCodebookVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["ResidualBlock", "Codebook"]
-    _repeated_blocks = ["ResidualBlock"]
     _skip_layerwise_casting_patterns = ["norm", "codebooks"]
     _supports_group_offloading = True
     _group_offload_block_modules = ["decoder"]  # encode() and decode() are called without forward()
@@ -286,9 +286,9 @@ class MultiCodebookVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
             `sample` (B, M, D, H, W), nominally in [-1, 1].
         """
         self._check_latents(latents)
-        latents = to_fast_memory_format(latents.to(self.dtype))
         if not force_not_quantize:
-            latents = self.quantize(latents).latents
+            latents = self.quantize(latents).latents  # before a cast to half precision, which could move the argmin
+        latents = to_fast_memory_format(latents.to(self.dtype))
         sample = self._in_slices(self._decode, latents)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
@@ -302,7 +302,7 @@ class MultiCodebookVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         if not self.config.use_ema_codebook:
             commit_loss = commit_loss + F.mse_loss(quantized.float(), latents.detach().float())
         # 3. decode; gradients pass the quantiser unchanged
-        straight_through = latents + (quantized - latents).detach()
+        straight_through = quantized.detach() + (latents - latents.detach())  # the codes exactly, in any precision
         reconstruction = self.decode(straight_through, force_not_quantize=True).sample
         if not return_dict:
             return (reconstruction, commit_loss, latents, indices)

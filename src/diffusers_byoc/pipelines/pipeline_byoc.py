@@ -135,7 +135,7 @@ class BYOCPipeline(DiffusionPipeline):
         if output_type == "latent":
             volumes = latents
         else:
-            decoded = self.vqvae.decode(self.vqvae.denormalize_latents(latents).to(self.vqvae.dtype)).sample
+            decoded = self.vqvae.decode(self.vqvae.denormalize_latents(latents)).sample
             volumes = (decoded.float() / 2 + 0.5).clamp(0, 1)
             volumes = volumes.cpu().numpy() if output_type == "np" else volumes
 
