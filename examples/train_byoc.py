@@ -6,6 +6,8 @@ accelerate launch examples/train_byoc.py --preset paper --train_data_dir my_cell
 
 import argparse
 import json
+import logging
+import os
 import time
 from pathlib import Path
 
@@ -43,6 +45,13 @@ logger = get_logger(__name__, log_level="INFO")
 CONFIGS = Path(__file__).parent / "configs"
 
 
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
+    return value
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -53,8 +62,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # data
     add("--train_data_dir", help="folder of cells (OME-TIFF, TIFF, .npy, .npz; metadata.csv); phantoms if left out")
     add("--label", nargs="+", help="train on the cells of these labels only (phantoms: nocodazole if left out)")
-    add("--num_phantoms", type=int, default=400, help="phantoms to train on, without --train_data_dir")
-    add("--sample_size", type=int, default=64, help="edge of the cube the cells are centred in, in voxels")
+    add("--num_phantoms", type=positive, default=400, help="phantoms to train on, without --train_data_dir")
+    add("--sample_size", type=positive, default=64, help="edge of the cube the cells are centred in, in voxels")
     add("--oversize", choices=["error", "rescale", "crop"], default="error", help="what to do with larger cells")
     add("--cache_gb", type=float, default=4.0, help="memory for preprocessed cells; the others are read again")
     add("--dataloader_num_workers", type=int, default=0)
@@ -65,17 +74,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default="auto",
         help="auto: fp16 on a GPU, bf16 on a CPU that computes in it, otherwise no",
     )
+    add("--num_cpu_threads", type=positive, help="per process, without a GPU (default: a fair share of all cores)")
     add("--optimizer", choices=["adam", "adamw"], default="adam")
     add("--adam_beta1", type=float, default=0.9)
     add("--adam_beta2", type=float, default=0.99)
     add("--adam_weight_decay", type=float, default=0.0)
     add("--lr_warmup_steps", type=int, default=0)
     add("--max_grad_norm", type=float, default=1.0, help="0 clips nothing")
-    add("--gradient_accumulation_steps", type=int, default=1)
+    add("--gradient_accumulation_steps", type=positive, default=1)
     add("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=False)
     for stage in ("autoencoder", "diffusion"):
-        add(f"--{stage}_max_train_steps", type=int, default=100_000)
-        add(f"--{stage}_train_batch_size", type=int, default=2, help="per process")
+        add(f"--{stage}_max_train_steps", type=positive, default=100_000)
+        add(f"--{stage}_train_batch_size", type=positive, default=2, help="per process")
         add(f"--{stage}_learning_rate", type=float, default=3e-4 if stage == "autoencoder" else 1e-4)
         add(f"--{stage}_lr_scheduler", default="constant", help="any of diffusers' schedules")
     # autoencoder
@@ -91,25 +101,38 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--loss_type", choices=["l1", "l2"], default="l1")
     add("--ema_decay", type=float, default=0.995)
-    add("--num_inference_steps", type=int, default=1000, help="the saved pipeline's default")
+    add(
+        "--use_ema_warmup",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="let the moving average grow longer with the run (diffusers' EMAModel), up to --ema_decay",
+    )
+    add("--num_inference_steps", type=positive, default=1000, help="the saved pipeline's default")
     # checkpoints, logs, samples
-    add("--checkpointing_steps", type=int, default=5000)
-    add("--checkpoints_total_limit", type=int, default=2)
+    add("--checkpointing_steps", type=positive, default=5000)
+    add("--checkpoints_total_limit", type=positive, default=2)
     add("--resume_from_checkpoint", help='"latest", or the name of a checkpoint')
-    add("--validation_steps", type=int, default=200, help="steps between sample pictures in the log")
-    add("--num_samples", type=int, default=8, help="cells to generate for the report")
+    add("--validation_steps", type=positive, default=200, help="steps between sample pictures in the log")
+    add("--num_samples", type=positive, default=8, help="cells to generate for the report")
 
     preset = parser.parse_known_args(argv)[0].preset
     path = CONFIGS / f"{preset}.json" if (CONFIGS / f"{preset}.json").is_file() else Path(preset)
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.json")))
         parser.error(f"--preset {preset}: neither one of {known} nor a file")
-    config = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        parser.error(f"{path}: not a JSON file ({error})")
     unknown = set(config.get("arguments", {})) - set(vars(parser.parse_args([])))
     if unknown:
         parser.error(f"{path}: unknown arguments {sorted(unknown)}")
     parser.set_defaults(**config.get("arguments", {}))
     args = parser.parse_args(argv)
+    if args.stage == "all" and args.resume_from_checkpoint not in (None, "latest"):
+        parser.error(
+            f"--resume_from_checkpoint {args.resume_from_checkpoint} is one stage's: say --stage, or 'latest'"
+        )
     args.vqvae, args.unet, args.scheduler = (config.get(name, {}) for name in ("vqvae", "unet", "scheduler"))
     return args
 
@@ -127,6 +150,37 @@ def load_cells(args: argparse.Namespace, processor: VolumeProcessor | None = Non
     return PhantomCells(args.num_phantoms, processor, args.label or ["nocodazole"], args.seed, args.cache_gb)
 
 
+def make_autoencoder(args: argparse.Namespace) -> MultiCodebookVQModel:
+    return MultiCodebookVQModel(sample_size=args.sample_size, **args.vqvae)
+
+
+def load_autoencoder(args: argparse.Namespace) -> MultiCodebookVQModel:
+    path = Path(args.output_dir) / "vqvae"
+    if args.vqvae_path is None and not path.is_dir():
+        raise ValueError(f"{path}: no trained autoencoder; run --stage autoencoder first, or give --vqvae_path")
+    return MultiCodebookVQModel.from_pretrained(args.vqvae_path or path)
+
+
+def make_unet(args: argparse.Namespace, vqvae: MultiCodebookVQModel, num_classes: int) -> DualChannelUNet3D:
+    return DualChannelUNet3D(
+        num_channels=vqvae.config.num_channels,
+        latent_channels=vqvae.config.latent_channels,
+        sample_size=args.sample_size // vqvae.downsampling_factor,
+        num_class_embeds=num_classes if args.class_conditional else None,
+        **args.unet,
+    )
+
+
+def check_arguments(args: argparse.Namespace, vqvae: MultiCodebookVQModel | None, device: torch.device) -> None:
+    """Find sizes that do not fit and a precision that does not run before any training, not between the stages."""
+    if args.mixed_precision == "fp16" and device.type == "cpu":
+        raise ValueError("--mixed_precision fp16 needs a GPU; on a CPU say bf16, no or auto")
+    with torch.device("meta"):  # no memory, no random numbers
+        vqvae = vqvae or make_autoencoder(args)
+        if args.stage != "autoencoder":
+            make_unet(args, vqvae, num_classes=1)
+
+
 def start_stage(args: argparse.Namespace, stage: str) -> Accelerator:
     """An accelerator of its own for each stage, so that its checkpoints hold that stage alone."""
     mixed_precision = args.mixed_precision
@@ -134,6 +188,9 @@ def start_stage(args: argparse.Namespace, stage: str) -> Accelerator:
         cpu_has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         mixed_precision = "fp16" if torch.cuda.is_available() else "bf16" if cpu_has_bf16 else "no"
     output_dir = Path(args.output_dir)
+    if not torch.cuda.is_available():  # both `accelerate launch` and torchrun leave a process one thread
+        num_local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(args.num_cpu_threads or max(1, len(os.sched_getaffinity(0)) // num_local_processes))
     accelerator = Accelerator(
         mixed_precision=mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -146,7 +203,16 @@ def start_stage(args: argparse.Namespace, stage: str) -> Accelerator:
     return accelerator
 
 
-def make_optimizer(args: argparse.Namespace, stage: str, parameters) -> tuple[torch.optim.Optimizer, object]:
+def end_stage(accelerator: Accelerator) -> None:
+    """Close the logs; `Accelerator.end_training` would also end the process group that the next stage needs."""
+    accelerator.wait_for_everyone()
+    for tracker in accelerator.trackers:
+        tracker.finish()
+
+
+def make_optimizer(
+    args: argparse.Namespace, stage: str, parameters, num_steps: int
+) -> tuple[torch.optim.Optimizer, object]:
     """Optimizer and learning-rate schedule of a stage."""
     optimizer_class = torch.optim.AdamW if args.optimizer == "adamw" else torch.optim.Adam
     optimizer = optimizer_class(
@@ -159,24 +225,49 @@ def make_optimizer(args: argparse.Namespace, stage: str, parameters) -> tuple[to
         getattr(args, f"{stage}_lr_scheduler"),
         optimizer,
         num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=getattr(args, f"{stage}_max_train_steps"),
+        num_training_steps=num_steps,
     )
     return optimizer, lr_scheduler
 
 
-def check_finite(accelerator: Accelerator, loss: torch.Tensor, step: int, directory: Path) -> None:
-    """Stop before a loss that is no number reaches the weights."""
-    if not torch.isfinite(accelerator.gather(loss.detach())).all():
+def remaining_batches(accelerator: Accelerator, args: argparse.Namespace, stage: str, num_cells: int, first_step: int):
+    """What this process has left to see of a stage."""
+    accumulation = args.gradient_accumulation_steps
+    return StepBatches(
+        num_cells,
+        getattr(args, f"{stage}_train_batch_size"),
+        first_step * accumulation,
+        (getattr(args, f"{stage}_max_train_steps") - first_step) * accumulation,
+        args.seed,
+        accelerator.process_index,
+        accelerator.num_processes,
+    )
+
+
+def check_finite(accelerator: Accelerator, number: torch.Tensor, name: str, step: int) -> None:
+    """Stop before a loss or a gradient that is no number reaches the weights."""
+    if not torch.isfinite(accelerator.gather(number.detach())).all():
         raise FloatingPointError(
-            f"The loss of step {step} is not finite; the weights are those of step {step - 1} and were not changed. "
-            f"Lower the learning rate or use --mixed_precision no, and go on from the last checkpoint in {directory} "
-            "with --resume_from_checkpoint latest."
+            f"The {name} of step {step} is not finite; the weights are those of step {step - 1} and were not changed. "
+            "Lower the learning rate or use --mixed_precision no, and go on from the last checkpoint in "
+            f"{accelerator.project_dir} with --resume_from_checkpoint latest, or anew if there is none."
         )
 
 
-def clip(accelerator: Accelerator, args: argparse.Namespace, parameters) -> None:
-    if args.max_grad_norm > 0 and accelerator.sync_gradients:
-        accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+def optimizer_step(accelerator: Accelerator, args: argparse.Namespace, model, optimizer, step: int) -> None:
+    """Clip, check and apply the gradients; within an accumulation, leave them to grow."""
+    if accelerator.sync_gradients:
+        norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or float("inf"))
+        if accelerator.scaler is None:  # fp16's scaler skips such a step, and lowers its scale
+            check_finite(accelerator, norm, "gradient", step)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def mean_losses(accelerator: Accelerator, losses: dict[str, torch.Tensor]) -> dict[str, float]:
+    """The losses as numbers, averaged over the processes."""
+    values = accelerator.reduce(torch.stack([loss.detach() for loss in losses.values()]), reduction="mean")
+    return dict(zip(losses, values.tolist(), strict=True))
 
 
 def log_volumes(accelerator: Accelerator, rows: dict[str, torch.Tensor], channel_names, step: int) -> None:
@@ -193,29 +284,23 @@ def train_autoencoder(args: argparse.Namespace, cells: CellDataset) -> MultiCode
     max_steps, accumulation = args.autoencoder_max_train_steps, args.gradient_accumulation_steps
 
     # 1. models and optimizers
-    vqvae = MultiCodebookVQModel(sample_size=args.sample_size, **args.vqvae)
+    vqvae = make_autoencoder(args)
     discriminator = PatchDiscriminator3D(vqvae.config.num_channels)
     if args.gradient_checkpointing:
         vqvae.enable_gradient_checkpointing()
-    optimizer, lr_scheduler = make_optimizer(args, "autoencoder", vqvae.parameters())
-    discriminator_optimizer, _ = make_optimizer(args, "autoencoder", discriminator.parameters())
+    optimizer, lr_scheduler = make_optimizer(args, "autoencoder", vqvae.parameters(), max_steps)
+    discriminator_optimizer, discriminator_lr_scheduler = make_optimizer(
+        args, "autoencoder", discriminator.parameters(), max_steps - args.discriminator_start
+    )
     vqvae, discriminator, optimizer, discriminator_optimizer = accelerator.prepare(
         vqvae, discriminator, optimizer, discriminator_optimizer
     )
-    accelerator.register_for_checkpointing(lr_scheduler)
+    accelerator.register_for_checkpointing(lr_scheduler, discriminator_lr_scheduler)
     bare_vqvae, bare_discriminator = accelerator.unwrap_model(vqvae), accelerator.unwrap_model(discriminator)
     first_step = load_checkpoint(accelerator, directory, args.resume_from_checkpoint)
 
     # 2. data: the batches that this process has left
-    batches = StepBatches(
-        len(cells),
-        args.autoencoder_train_batch_size,
-        first_step * accumulation,
-        (max_steps - first_step) * accumulation,
-        args.seed,
-        accelerator.process_index,
-        accelerator.num_processes,
-    )
+    batches = remaining_batches(accelerator, args, "autoencoder", len(cells), first_step)
     loader = DataLoader(cells, batch_sampler=batches, num_workers=args.dataloader_num_workers)
 
     # 3. train
@@ -236,7 +321,7 @@ def train_autoencoder(args: argparse.Namespace, cells: CellDataset) -> MultiCode
             reconstruction, commit_loss, latents, indices = vqvae(volumes, return_dict=False)
             loss_reconstruction = reconstruction_loss(reconstruction, volumes)
             loss = loss_reconstruction + commit_loss
-            logs = {"loss/reconstruction": loss_reconstruction, "loss/commitment": commit_loss}
+            losses = {"loss/reconstruction": loss_reconstruction, "loss/commitment": commit_loss}
             if step > args.discriminator_start:
                 bare_discriminator.requires_grad_(False)
                 with accelerator.autocast():
@@ -244,33 +329,29 @@ def train_autoencoder(args: argparse.Namespace, cells: CellDataset) -> MultiCode
                 bare_discriminator.requires_grad_(True)
                 weight = adaptive_weight(loss_reconstruction, adversarial, bare_vqvae.decoder.conv_out.weight)
                 loss = loss + args.discriminator_weight * weight * adversarial
-                logs["loss/adversarial"] = adversarial
-            check_finite(accelerator, loss, step, directory)
+                losses["loss/adversarial"] = adversarial
+            check_finite(accelerator, loss, "loss", step)
             accelerator.backward(loss)
-            clip(accelerator, args, vqvae.parameters())
-            optimizer.step()
-            optimizer.zero_grad()
+            optimizer_step(accelerator, args, vqvae, optimizer, step)
 
             # discriminator
             if step > args.discriminator_start:
                 loss_discriminator = discriminator_loss(discriminator(volumes), discriminator(reconstruction.detach()))
-                check_finite(accelerator, loss_discriminator, step, directory)
+                check_finite(accelerator, loss_discriminator, "discriminator's loss", step)
                 accelerator.backward(loss_discriminator)
-                clip(accelerator, args, discriminator.parameters())
-                discriminator_optimizer.step()
-                discriminator_optimizer.zero_grad()
-                logs["loss/discriminator"] = loss_discriminator
+                optimizer_step(accelerator, args, discriminator, discriminator_optimizer, step)
+                losses["loss/discriminator"] = loss_discriminator
 
         # codebooks: moving averages and revival
-        codebook_logs = bare_vqvae.update_codebooks(
-            latents, indices, step_generator(args.seed, micro_step, f"revival-{accelerator.process_index}")
-        )
+        codebook_logs = bare_vqvae.update_codebooks(latents, indices, step_generator(args.seed, micro_step, "revival"))
         if (micro_step + 1) % accumulation:
             continue
 
         # end of a step
         lr_scheduler.step()
-        logs = {name: value.detach().item() for name, value in logs.items()} | codebook_logs
+        if step > args.discriminator_start:
+            discriminator_lr_scheduler.step()
+        logs = mean_losses(accelerator, losses) | codebook_logs
         accelerator.log(logs | {"lr": lr_scheduler.get_last_lr()[0]}, step=step)
         progress.update()
         usages = "/".join(f"{value:.0%}" for name, value in logs.items() if name.startswith("usage"))
@@ -289,7 +370,7 @@ def train_autoencoder(args: argparse.Namespace, cells: CellDataset) -> MultiCode
         vqvae.set_latent_statistics(latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4)))
     if accelerator.is_main_process:
         vqvae.save_pretrained(Path(args.output_dir) / "vqvae")
-    accelerator.end_training()
+    end_stage(accelerator)
     return vqvae
 
 
@@ -298,27 +379,20 @@ def train_diffusion(args: argparse.Namespace, cells: CellDataset, vqvae: MultiCo
     accelerator = start_stage(args, "diffusion")
     directory = Path(args.output_dir) / "diffusion"
     max_steps, accumulation = args.diffusion_max_train_steps, args.gradient_accumulation_steps
-    config = vqvae.config
 
     # 1. model, noise schedule, optimizer, moving average
-    unet = DualChannelUNet3D(
-        num_channels=config.num_channels,
-        latent_channels=config.latent_channels,
-        sample_size=args.sample_size // vqvae.downsampling_factor,
-        num_class_embeds=len(cells.class_names) if args.class_conditional else None,
-        **args.unet,
-    )
+    unet = make_unet(args, vqvae, num_classes=len(cells.class_names))
     # The latents leave the codebook's range (see the log), so the predicted sample is not clipped to it.
     schedule = {"beta_schedule": "squaredcos_cap_v2", "clip_sample": False, "timestep_spacing": "leading"}
     noise_scheduler = DDPMScheduler(**(schedule | args.scheduler))
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    optimizer, lr_scheduler = make_optimizer(args, "diffusion", unet.parameters())
+    optimizer, lr_scheduler = make_optimizer(args, "diffusion", unet.parameters(), max_steps)
     unet, optimizer = accelerator.prepare(unet, optimizer)
-    ema = EMAModel(unet.parameters(), decay=args.ema_decay)
-    ema.to(accelerator.device)
+    ema = EMAModel(unet.parameters(), decay=args.ema_decay, use_ema_warmup=args.use_ema_warmup)
     accelerator.register_for_checkpointing(lr_scheduler, ema)
     first_step = load_checkpoint(accelerator, directory, args.resume_from_checkpoint)
+    ema.to(accelerator.device)  # a restored one lies on the CPU
 
     # 2. data: every cell encoded once
     vqvae.to(accelerator.device).requires_grad_(False)
@@ -332,15 +406,7 @@ def train_diffusion(args: argparse.Namespace, cells: CellDataset, vqvae: MultiCo
     accelerator.log(statistics, step=0)
     logger.info(f"latents, normalised: {', '.join(f'{name} {value:.3f}' for name, value in statistics.items())}")
     latents, labels = vqvae.normalize_latents(latents), torch.tensor(cells.labels)
-    batches = StepBatches(
-        len(cells),
-        args.diffusion_train_batch_size,
-        first_step * accumulation,
-        (max_steps - first_step) * accumulation,
-        args.seed,
-        accelerator.process_index,
-        accelerator.num_processes,
-    )
+    batches = remaining_batches(accelerator, args, "diffusion", len(cells), first_step)
 
     # 3. train
     progress = tqdm(
@@ -363,19 +429,17 @@ def train_diffusion(args: argparse.Namespace, cells: CellDataset, vqvae: MultiCo
 
         with accelerator.accumulate(unet):
             loss = diffusion_loss(unet, noise_scheduler, clean, noise, timesteps, class_labels, args.loss_type)
-            check_finite(accelerator, loss, step, directory)
+            check_finite(accelerator, loss, "loss", step)
             accelerator.backward(loss)
-            clip(accelerator, args, unet.parameters())
-            optimizer.step()
-            optimizer.zero_grad()
+            optimizer_step(accelerator, args, unet, optimizer, step)
         if (micro_step + 1) % accumulation:
             continue
 
         # end of a step
         lr_scheduler.step()
         ema.step(unet.parameters())
-        logs = {"loss/diffusion": loss.detach().item(), "lr": lr_scheduler.get_last_lr()[0]}
-        accelerator.log(logs, step=step)
+        logs = mean_losses(accelerator, {"loss/diffusion": loss})
+        accelerator.log(logs | {"lr": lr_scheduler.get_last_lr()[0]}, step=step)
         progress.update()
         progress.set_postfix(loss=f"{logs['loss/diffusion']:.4f}")
         if accelerator.is_main_process and (step % args.validation_steps == 0 or step == max_steps):
@@ -393,7 +457,7 @@ def train_diffusion(args: argparse.Namespace, cells: CellDataset, vqvae: MultiCo
                 ).volumes
             ema.restore(unet.parameters())
             unet.train()
-            log_volumes(accelerator, {"generated": samples * 2 - 1}, config.channel_names, step)
+            log_volumes(accelerator, {"generated": samples * 2 - 1}, vqvae.config.channel_names, step)
         if step % args.checkpointing_steps == 0 or step == max_steps:
             save_checkpoint(accelerator, directory, step, args.checkpoints_total_limit)
 
@@ -404,7 +468,7 @@ def train_diffusion(args: argparse.Namespace, cells: CellDataset, vqvae: MultiCo
     pipeline = make_pipeline(args, cells, vqvae, unet, noise_scheduler)
     if accelerator.is_main_process:
         pipeline.save_pretrained(args.output_dir)
-    accelerator.end_training()
+    end_stage(accelerator)
     return pipeline
 
 
@@ -421,19 +485,24 @@ def make_pipeline(args, cells: CellDataset, vqvae, unet, noise_scheduler) -> BYO
 
 def main(args: argparse.Namespace) -> None:
     started = time.perf_counter()
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("accelerate").setLevel(logging.WARNING)
     state = PartialState()
-    cells = load_cells(args)
+    try:
+        vqvae = load_autoencoder(args) if args.stage == "diffusion" else None
+        check_arguments(args, vqvae, state.device)
+        cells = load_cells(args)
+    except (OSError, ValueError) as error:  # bad input: the message says what to mend, a traceback would hide it
+        raise SystemExit(f"train_byoc.py: error: {error}") from error
     logger.info(f"{len(cells)} cells: {', '.join(cells.class_names)}")
-    if args.stage == "diffusion":
-        vqvae = MultiCodebookVQModel.from_pretrained(args.vqvae_path or Path(args.output_dir) / "vqvae")
-    else:
+    if vqvae is None:
         vqvae = train_autoencoder(args, cells)
-    if args.stage == "autoencoder":
-        return
-    train_diffusion(args, cells, vqvae)
-    if state.is_main_process:
-        pipeline = BYOCPipeline.from_pretrained(args.output_dir)  # what a user will load
-        write_report(pipeline, cells, args, minutes=(time.perf_counter() - started) / 60)
+    if args.stage != "autoencoder":
+        train_diffusion(args, cells, vqvae)
+        if state.is_main_process:
+            pipeline = BYOCPipeline.from_pretrained(args.output_dir)  # what a user will load
+            write_report(pipeline, cells, args, minutes=(time.perf_counter() - started) / 60)
+    state.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -79,6 +79,7 @@ class Codebook(nn.Module):
     @torch.no_grad()
     def initialize(self, vectors: Tensor, generator: torch.Generator | None = None) -> None:
         """Set the codes to rows of `vectors` (N, n), the unusual ones first; jittered repetitions if N < K."""
+        vectors = _gather_rows(vectors)
         codes = draw_unusual(vectors, vectors.float().mean(0, keepdim=True), len(self.embedding), generator)
         self.embedding.copy_(codes)
         self.ema_sum.copy_(codes)
@@ -121,12 +122,22 @@ class Codebook(nn.Module):
         dead = self.ema_count < threshold
         num_dead = int(dead.sum())
         if num_dead:
-            replacements = draw_unusual(vectors, self.embedding[indices].float(), num_dead, generator)
+            candidates, approximations = _gather_rows(vectors), _gather_rows(self.embedding[indices].float())
+            replacements = draw_unusual(candidates, approximations, num_dead, generator)
             # Enough of a count to survive a while unused, no more: what the batch did not need may die again.
             self.embedding[dead] = replacements.to(self.embedding.dtype)
             self.ema_count[dead] = 2 * threshold
             self.ema_sum[dead] = 2 * threshold * replacements
         return count, dead.sum()
+
+
+def _gather_rows(rows: Tensor) -> Tensor:
+    """The rows (N, n) of all processes, the same number from each, in the order of their ranks."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
 
 
 def draw_unusual(vectors: Tensor, approximations: Tensor, num_draws: int, generator=None) -> Tensor:

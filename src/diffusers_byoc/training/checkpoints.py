@@ -32,6 +32,9 @@ def checkpoint_step(path: Path) -> int:
 def save_checkpoint(accelerator: Accelerator, directory: str | Path, step: int, total_limit: int | None) -> Path:
     """Save all that `accelerator` knows as `directory/checkpoint-STEP`, then delete all but the newest `total_limit`.
 
+    Checkpoints of later steps are deleted too: they belong to an earlier run in the same folder, and `latest` would
+    resume that one.
+
     It is written under another name and renamed when complete: a run killed meanwhile leaves the earlier checkpoints
     whole and no half one that `latest` could pick.
     """
@@ -46,9 +49,11 @@ def save_checkpoint(accelerator: Accelerator, directory: str | Path, step: int, 
     if accelerator.is_main_process:
         shutil.rmtree(path, ignore_errors=True)
         partial.rename(path)
-        if total_limit is not None:
-            for old in list_checkpoints(directory)[:-total_limit]:
-                shutil.rmtree(old)
+        checkpoints = list_checkpoints(directory)
+        position = checkpoints.index(path)
+        oldest_kept = 0 if total_limit is None else max(0, position + 1 - total_limit)
+        for other in checkpoints[:oldest_kept] + checkpoints[position + 1 :]:
+            shutil.rmtree(other)
     accelerator.wait_for_everyone()
     return path
 
@@ -65,6 +70,11 @@ def load_checkpoint(accelerator: Accelerator, directory: str | Path, name: str |
         FileNotFoundError: if a checkpoint is named that does not exist.
     """
     if name is None:
+        if list_checkpoints(directory):
+            accelerator.print(
+                f"{directory} has checkpoints of an earlier run, which this run will replace. To go on with them, "
+                "stop now and add --resume_from_checkpoint latest."
+            )
         return 0
     if name == "latest":
         checkpoints = list_checkpoints(directory)

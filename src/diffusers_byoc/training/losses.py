@@ -1,6 +1,7 @@
 """The paper's losses, as pure functions."""
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -27,6 +28,8 @@ def adversarial_loss(fake_logits: Tensor) -> Tensor:
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: nn.Parameter) -> Tensor:
     """Weight that gives the adversarial loss as large a gradient at `last_layer` as the reconstruction loss has.
 
+    The gradients are those of the mean over all processes, so every process finds the weight of the whole batch.
+
     Args:
         reconstruction: scalar loss.
         adversarial: scalar loss.
@@ -37,9 +40,14 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: nn.
 
     Source: Esser et al. 2021, eq. 7.
     """
-    reconstruction_grad = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)[0].float()
-    adversarial_grad = torch.autograd.grad(adversarial, last_layer, retain_graph=True)[0].float()
-    return (reconstruction_grad.norm() / (adversarial_grad.norm() + 1e-6)).clamp(0, 1e4).detach()
+    norms = []
+    for loss in (reconstruction, adversarial):
+        grad = torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float().contiguous()
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(grad)
+            grad /= dist.get_world_size()
+        norms.append(grad.norm())
+    return (norms[0] / (norms[1] + 1e-6)).clamp(0, 1e4)
 
 
 def diffusion_loss(
