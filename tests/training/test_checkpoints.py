@@ -1,0 +1,153 @@
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+
+from diffusers_byoc.training import list_checkpoints, load_checkpoint, save_checkpoint
+from diffusers_byoc.training.checkpoints import checkpoint_step
+
+
+class Run:
+    """The smallest training run that has all an accelerator saves: model, optimizer, a registered object."""
+
+    def __init__(self):
+        self.accelerator = Accelerator(cpu=True)
+        model = torch.nn.Linear(3, 2)
+        self.model, self.optimizer = self.accelerator.prepare(model, torch.optim.Adam(model.parameters(), lr=0.1))
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer.optimizer, lambda step: 0.5**step)
+        self.accelerator.register_for_checkpointing(self.lr_scheduler)
+
+    def train(self, steps):
+        for step in steps:
+            batch = torch.randn(5, 3, generator=torch.Generator().manual_seed(step))
+            self.accelerator.backward(self.model(batch).square().mean())
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.lr_scheduler.step()
+
+    def weights(self):
+        return torch.cat([parameter.detach().flatten() for parameter in self.model.parameters()]).tolist()
+
+
+@pytest.fixture(autouse=True)
+def fresh_state():
+    def reset():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+    reset()
+    yield
+    reset()
+
+
+def names(directory):
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_a_restored_run_goes_on_as_if_unbroken(tmp_path):
+    run = Run()
+    run.train(range(3))
+    assert save_checkpoint(run.accelerator, tmp_path, 3, total_limit=None) == tmp_path / "checkpoint-3"
+    run.train(range(3, 6))
+
+    resumed = Run()
+    assert load_checkpoint(resumed.accelerator, tmp_path, "latest") == 3
+    resumed.train(range(3, 6))
+    assert resumed.weights() == run.weights()
+
+
+def test_rotation_keeps_the_newest(tmp_path):
+    accelerator = Run().accelerator
+    for step in (2, 9, 10, 100):  # not in the order of their names as text
+        save_checkpoint(accelerator, tmp_path, step, total_limit=2)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-100"]
+
+
+def test_without_a_limit_all_are_kept(tmp_path):
+    accelerator = Run().accelerator
+    for step in range(1, 5):
+        save_checkpoint(accelerator, tmp_path, step, total_limit=None)
+    assert len(list_checkpoints(tmp_path)) == 4
+
+
+def test_later_checkpoints_of_an_earlier_run_are_deleted_not_resumed(tmp_path):
+    accelerator = Run().accelerator
+    for step in (10, 20, 30):
+        save_checkpoint(accelerator, tmp_path, step, total_limit=None)
+    save_checkpoint(accelerator, tmp_path, 15, total_limit=2)  # a run that began again from 10
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-15"]
+
+
+def test_beginning_anew_beside_old_checkpoints_is_said(tmp_path, capsys):
+    accelerator = Run().accelerator
+    assert load_checkpoint(accelerator, tmp_path, None) == 0
+    assert capsys.readouterr().out == ""
+    save_checkpoint(accelerator, tmp_path, 10, total_limit=None)
+    assert load_checkpoint(accelerator, tmp_path, None) == 0
+    assert "--resume_from_checkpoint latest" in capsys.readouterr().out
+
+
+def test_a_half_written_checkpoint_is_neither_listed_nor_in_the_way(tmp_path):
+    run = Run()
+    save_checkpoint(run.accelerator, tmp_path, 1, total_limit=None)
+    partial = tmp_path / "checkpoint-2.partial"
+    partial.mkdir()
+    (partial / "model.safetensors").write_bytes(b"half")
+    (partial / "left over").write_bytes(b"")
+
+    assert load_checkpoint(Run().accelerator, tmp_path, "latest") == 1
+    save_checkpoint(run.accelerator, tmp_path, 2, total_limit=None)
+    assert names(tmp_path) == ["checkpoint-1", "checkpoint-2"]
+    assert not (tmp_path / "checkpoint-2" / "left over").exists()
+    assert load_checkpoint(Run().accelerator, tmp_path, "latest") == 2
+
+
+def test_a_save_that_dies_leaves_the_earlier_ones_whole(tmp_path, monkeypatch):
+    run = Run()
+    save_checkpoint(run.accelerator, tmp_path, 1, total_limit=1)
+    monkeypatch.setattr(run.accelerator, "save_state", lambda path: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        save_checkpoint(run.accelerator, tmp_path, 2, total_limit=1)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-1"]
+    assert load_checkpoint(Run().accelerator, tmp_path, "latest") == 1
+
+
+def test_saving_a_step_again_replaces_it(tmp_path):
+    run = Run()
+    save_checkpoint(run.accelerator, tmp_path, 1, total_limit=None)
+    run.train(range(1))
+    save_checkpoint(run.accelerator, tmp_path, 1, total_limit=None)
+    resumed = Run()
+    load_checkpoint(resumed.accelerator, tmp_path, "latest")
+    assert resumed.weights() == run.weights()
+
+
+def test_a_checkpoint_by_name_or_path(tmp_path):
+    accelerator = Run().accelerator
+    for step in (1, 2):
+        save_checkpoint(accelerator, tmp_path, step, total_limit=None)
+    assert load_checkpoint(accelerator, tmp_path, "checkpoint-1") == 1
+    assert load_checkpoint(accelerator, tmp_path, str(tmp_path / "checkpoint-2")) == 2
+
+
+def test_latest_of_none_begins_anew_and_says_so(tmp_path, capsys):
+    assert load_checkpoint(Run().accelerator, tmp_path / "missing", "latest") == 0
+    assert "starting a new run" in capsys.readouterr().out
+
+
+def test_a_missing_checkpoint_is_an_error_that_lists_the_present_ones(tmp_path):
+    accelerator = Run().accelerator
+    with pytest.raises(FileNotFoundError, match="checkpoint-7, which does not exist. Present: none"):
+        load_checkpoint(accelerator, tmp_path, "checkpoint-7")
+    save_checkpoint(accelerator, tmp_path, 4, total_limit=None)
+    with pytest.raises(FileNotFoundError, match="Present: checkpoint-4"):
+        load_checkpoint(accelerator, tmp_path, "checkpoint-7")
+
+
+def test_a_folder_that_is_no_checkpoint_is_an_error(tmp_path):
+    (tmp_path / "weights").mkdir()
+    with pytest.raises(ValueError, match="checkpoint-STEP"):
+        load_checkpoint(Run().accelerator, tmp_path, "weights")
+    for name in ("checkpoint-", "checkpoint-2.partial", "checkpoint-x", "old-checkpoint-2"):
+        with pytest.raises(ValueError, match="checkpoint-STEP"):
+            checkpoint_step(tmp_path / name)

@@ -1,0 +1,147 @@
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from torch import nn
+
+from diffusers_byoc.training import (
+    adaptive_weight,
+    adversarial_loss,
+    diffusion_loss,
+    discriminator_loss,
+    reconstruction_loss,
+)
+
+
+SHAPE = (4, 6, 2, 3, 5)
+
+
+class FixedUNet(nn.Module):
+    """Predicts what it was given, and remembers what it saw."""
+
+    def __init__(self, prediction):
+        super().__init__()
+        self.prediction = prediction
+
+    def forward(self, sample, timestep, class_labels=None, return_dict=True):
+        self.seen = sample, timestep, class_labels
+        return (self.prediction,)
+
+
+def make_batch(prediction_type="epsilon"):
+    scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type=prediction_type)
+    return scheduler, torch.randn(SHAPE), torch.randn(SHAPE), torch.tensor([0, 250, 700, 999])
+
+
+def alphas(scheduler, timesteps):
+    """sqrt(ᾱ) and sqrt(1 - ᾱ) of eq. 9, from the schedule's β."""
+    cumulative = torch.cumprod(1 - scheduler.betas, 0)[timesteps].view(-1, 1, 1, 1, 1)
+    return cumulative.sqrt(), (1 - cumulative).sqrt()
+
+
+def test_reconstruction_of_a_shifted_copy_is_the_squared_shift():
+    volumes = torch.rand(2, 2, 4, 4, 4)
+    assert reconstruction_loss(volumes, volumes) == 0
+    assert reconstruction_loss(volumes + 0.5, volumes).item() == pytest.approx(0.25)
+
+
+def test_reconstruction_weighs_channels_equally():
+    volumes = torch.zeros(1, 2, 2, 2, 2)
+    errors = [torch.zeros_like(volumes) for _ in range(2)]
+    for channel, error in enumerate(errors):
+        error[:, channel] = 1.0
+    assert [reconstruction_loss(error, volumes).item() for error in errors] == [0.5, 0.5]
+
+
+def test_reconstruction_is_computed_in_float32():
+    # 1 + 2^-8 and the square of 2^-8 are lost in bfloat16, not in float32
+    volumes = torch.ones(1, 2, 2, 2, 2)
+    assert reconstruction_loss(volumes.bfloat16(), volumes + 2**-8).item() == pytest.approx(2**-16)
+
+
+@pytest.mark.parametrize(
+    ("real", "fake", "expected"),
+    [(1.0, -1.0, 0.0), (3.0, -2.0, 0.0), (0.0, 0.0, 1.0), (-1.0, 1.0, 2.0), (0.5, -1.0, 0.25), (1.0, -0.5, 0.25)],
+)
+def test_hinge_of_the_discriminator(real, fake, expected):
+    loss = discriminator_loss(torch.full((2, 1, 2, 2, 2), real), torch.full((2, 1, 2, 2, 2), fake))
+    assert loss.item() == pytest.approx(expected)
+
+
+def test_discriminator_learns_to_call_reconstructions_false():
+    """Eq. 8 as printed, ReLU(1 - D(x̂)), has the other sign for the second term."""
+    real, fake = torch.zeros(8, requires_grad=True), torch.zeros(8, requires_grad=True)
+    discriminator_loss(real, fake).backward()
+    assert (real.grad < 0).all() and (fake.grad > 0).all()  # descent raises D(x) and lowers D(x̂)
+
+
+def test_generator_wants_what_the_discriminator_does_not():
+    fake = torch.randn(8, requires_grad=True)
+    loss = adversarial_loss(fake)
+    loss.backward()
+    assert loss.item() == pytest.approx(-fake.mean().item())
+    torch.testing.assert_close(fake.grad, torch.full((8,), -1 / 8))
+
+
+def test_adaptive_weight_is_the_ratio_of_the_gradients_norms():
+    weight = nn.Parameter(torch.zeros(2))
+    reconstruction = (weight * torch.tensor([3.0, 4.0])).sum()  # gradient of norm 5
+    adversarial = (weight * torch.tensor([0.0, -2.0])).sum()  # gradient of norm 2
+    assert adaptive_weight(reconstruction, adversarial, weight).item() == pytest.approx(2.5, rel=1e-5)
+
+
+def test_adaptive_weight_leaves_gradients_and_graph_alone():
+    weight = nn.Parameter(torch.ones(3))
+    reconstruction, adversarial = weight.square().sum(), weight.sum()
+    factor = adaptive_weight(reconstruction, adversarial, weight)
+    assert not factor.requires_grad and weight.grad is None
+    (reconstruction + factor * adversarial).backward()  # the graph is still there
+    torch.testing.assert_close(weight.grad, 2.0 + factor.expand(3))
+
+
+def test_adaptive_weight_is_bounded_where_the_adversary_is_silent():
+    weight = nn.Parameter(torch.ones(3))
+    assert adaptive_weight(weight.sum() * 1e3, weight.sum() * 0, weight) == 1e4
+    assert adaptive_weight(weight.sum() * 0, weight.sum(), weight) == 0
+
+
+def test_noisy_latents_follow_equation_9():
+    scheduler, latents, noise, timesteps = make_batch()
+    unet = FixedUNet(noise)
+    diffusion_loss(unet, scheduler, latents, noise, timesteps, class_labels := torch.arange(4))
+    signal, spread = alphas(scheduler, timesteps)
+    torch.testing.assert_close(unet.seen[0], signal * latents + spread * noise)
+    assert unet.seen[1] is timesteps and unet.seen[2] is class_labels
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_right_predictions_have_no_loss(prediction_type):
+    scheduler, latents, noise, timesteps = make_batch(prediction_type)
+    signal, spread = alphas(scheduler, timesteps)
+    target = {"epsilon": noise, "v_prediction": signal * noise - spread * latents, "sample": latents}[prediction_type]
+    for loss_type in ("l1", "l2"):
+        loss = diffusion_loss(FixedUNet(target), scheduler, latents, noise, timesteps, loss_type=loss_type)
+        assert loss.item() == pytest.approx(0, abs=1e-6)
+        off_by_three = FixedUNet(target + 3)
+        loss = diffusion_loss(off_by_three, scheduler, latents, noise, timesteps, loss_type=loss_type)
+        assert loss.item() == pytest.approx({"l1": 3, "l2": 9}[loss_type], rel=1e-5)
+
+
+def test_the_default_is_the_papers_l1():
+    scheduler, latents, noise, timesteps = make_batch()
+    loss = diffusion_loss(FixedUNet(torch.zeros(SHAPE)), scheduler, latents, noise, timesteps)
+    assert loss.item() == pytest.approx(noise.abs().mean().item())
+
+
+def test_a_prediction_in_half_precision_is_compared_in_float32():
+    scheduler, latents, noise, timesteps = make_batch()
+    loss = diffusion_loss(FixedUNet(torch.zeros(SHAPE).bfloat16()), scheduler, latents, noise, timesteps)
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(noise.abs().mean().item())
+
+
+def test_unknown_choices_are_named():
+    scheduler, latents, noise, timesteps = make_batch()
+    with pytest.raises(ValueError, match="'l1' or 'l2', got 'huber'"):
+        diffusion_loss(FixedUNet(noise), scheduler, latents, noise, timesteps, loss_type="huber")
+    scheduler.register_to_config(prediction_type="flow")
+    with pytest.raises(ValueError, match="got 'flow'"):
+        diffusion_loss(FixedUNet(noise), scheduler, latents, noise, timesteps)
