@@ -1,0 +1,89 @@
+"""The kernels whose choice decides this package's speed on a CPU, each against its plain PyTorch alternative.
+
+    python benchmarks/kernels.py
+
+Every row is one comparison in one run: milliseconds (the best of many, because other load only ever adds), and the
+ratio plain / ours. "both" is forward and backward.
+"""
+
+import platform
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from timing import best_ms
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from diffusers_byoc.models import nearest_code
+from diffusers_byoc.models.normalization import InstanceNorm, VoxelNorm
+
+
+BATCH = 8
+GRIDS = ((64, 16), (128, 8), (256, 4))  # features and edge at the levels of the paper's U-Net on 16³ latents
+
+
+def both(function: Callable[..., Tensor], *inputs: Tensor) -> Callable[[], None]:
+    """Forward and backward of `function`."""
+    output = function(*inputs)
+    gradient = torch.randn_like(output)
+    return lambda: torch.autograd.grad(function(*inputs), inputs, gradient)
+
+
+def row(name: str, plain: float, ours: float) -> None:
+    print(f"| {name} | {plain:.2f} | {ours:.2f} | {plain / ours:.1f} |")
+
+
+def channels_last(*shape: int, dtype=torch.bfloat16) -> Tensor:
+    return torch.randn(shape, dtype=dtype).contiguous(memory_format=torch.channels_last_3d).requires_grad_()
+
+
+def main() -> None:
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.processor()}, ", end="")
+    print(f"AMX {torch.cpu._is_amx_tile_supported()}, AVX-512 bf16 {torch.cpu._is_avx512_bf16_supported()}\n")
+    print("| what (bf16, batch 8, channels_last_3d) | plain, ms | ours, ms | ratio |\n| --- | --- | --- | --- |")
+
+    for features, edge in GRIDS:
+        volume = channels_last(BATCH, features, edge, edge, edge)
+        norm = InstanceNorm(features).bfloat16()
+        plain = both(lambda x, c=features: F.group_norm(x, c), volume)
+        row(f"instance norm, both, {features} x {edge}³", best_ms(plain), best_ms(both(norm, volume)))
+
+    volume = channels_last(BATCH, 32, 32, 32, 32)
+    weight = torch.ones(32, dtype=torch.bfloat16)
+    plain = both(lambda x: F.rms_norm(x.movedim(1, -1), (32,), weight).movedim(-1, 1), volume)
+    ours = both(VoxelNorm(32).bfloat16(), volume)
+    row("norm of each voxel, both, 32 x 32³ (plain: rms_norm)", best_ms(plain), best_ms(ours))
+
+    query, key, value = (torch.randn(2048, 2, 16, 32, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+
+    def attend(backend: SDPBackend) -> Callable[..., Tensor]:
+        def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(query, key, value)
+
+        return attention
+
+    plain = both(attend(SDPBackend.FLASH_ATTENTION), query, key, value)
+    ours = both(attend(SDPBackend.MATH), query, key, value)
+    row("depth attention, both, 2048 x 16 tokens (plain: flash, ours: products)", best_ms(plain), best_ms(ours))
+
+    vectors, codebook = torch.randn(32_768, 16), torch.randn(1024, 16)
+    plain = best_ms(lambda: torch.cdist(vectors, codebook).argmin(1))
+    ours = best_ms(lambda: nearest_code(vectors, codebook))
+    row("nearest of 1024 codes, 32,768 x 16, fp32 (plain: cdist)", plain, ours)
+
+    print("\n| 3x3x3 convolution, both, batch 8 | contiguous, GFLOP/s | channels_last_3d, GFLOP/s |")
+    print("| --- | --- | --- |")
+    for dtype in (torch.float32, torch.bfloat16):
+        for features, edge in GRIDS:
+            convolution = torch.nn.Conv3d(features, features, 3, padding=1, dtype=dtype)
+            gigaflops = 3 * 2 * BATCH * edge**3 * features**2 * 27 / 1e9
+            volume = channels_last(BATCH, features, edge, edge, edge, dtype=dtype)
+            contiguous = volume.detach().contiguous().requires_grad_()
+            speeds = [gigaflops / best_ms(both(convolution, x)) * 1e3 for x in (contiguous, volume)]
+            print(f"| {str(dtype)[6:]}, {features} x {edge}³ | {speeds[0]:.0f} | {speeds[1]:.0f} |")
+
+
+if __name__ == "__main__":
+    main()

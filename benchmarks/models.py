@@ -1,0 +1,74 @@
+"""Whole models at the demo's and the paper's sizes: the default path against what plain PyTorch modules would do.
+
+    python benchmarks/models.py
+
+"plain" is the same network in the contiguous memory format and float32. The share of the convolution peak is the
+convolutions' arithmetic over the time, against the best speed that one 3x3x3 convolution of 64 features on 16³
+reaches in the same run and dtype, forward and backward.
+"""
+
+import torch
+from timing import best_ms
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import diffusers_byoc.models.unet as unet_module
+import diffusers_byoc.models.vqvae as vqvae_module
+from diffusers_byoc import DualChannelUNet3D, MultiCodebookVQModel
+
+
+UNETS = {"demo": ((32, 64, 128, 256), 1), "paper": ((64, 128, 256, 512), 2)}
+AUTOENCODERS = {"demo": ((16, 32, 64), 1), "default": ((32, 64, 128), 2)}
+
+
+def convolution_peak() -> float:
+    """GFLOP/s of one bf16 convolution in `channels_last_3d`, forward and backward."""
+    convolution = nn.Conv3d(64, 64, 3, padding=1, dtype=torch.bfloat16)
+    volume = torch.randn(8, 64, 16, 16, 16, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last_3d)
+    volume.requires_grad_()
+    gradient = torch.randn_like(volume)
+    ms = best_ms(lambda: torch.autograd.grad(convolution(volume), (volume, convolution.weight), gradient))
+    return 3 * 2 * 8 * 16**3 * 64**2 * 27 / ms / 1e6
+
+
+def step_ms(model: nn.Module, dtype: torch.dtype, *inputs: Tensor) -> float:
+    """Milliseconds of forward and backward under autocast to `dtype`."""
+
+    def step() -> None:
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
+            loss = model(*inputs, return_dict=False)[0].float().square().mean()
+        loss.backward()
+
+    return best_ms(step, repetitions=4)
+
+
+def main() -> None:
+    peak = convolution_peak()
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; convolution peak {peak:.0f} GFLOP/s\n")
+    print("| training step | parameters, M | plain, ms | default, ms | ratio | of the convolution peak |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    timesteps = torch.randint(0, 1000, (8,))
+    latents, volumes = torch.randn(8, 32, 16, 16, 16), torch.randn(2, 2, 64, 64, 64)
+    cases = [
+        (f"U-Net, {name}, batch 8", unet_module, (latents, timesteps), DualChannelUNet3D, widths, layers)
+        for name, (widths, layers) in UNETS.items()
+    ] + [
+        (f"autoencoder, {name}, batch 2", vqvae_module, (volumes,), MultiCodebookVQModel, widths, layers)
+        for name, (widths, layers) in AUTOENCODERS.items()
+    ]
+    for name, module, inputs, model_class, widths, layers in cases:
+        model = model_class(block_out_channels=widths, layers_per_block=layers)
+        with FlopCounterMode(display=False) as counter:
+            model(*inputs, return_dict=False)[0].sum().backward()
+        ours = step_ms(model, torch.bfloat16, *inputs)
+        fast_format, module.to_fast_memory_format = module.to_fast_memory_format, lambda tensor: tensor
+        plain = step_ms(model, torch.float32, *inputs)
+        module.to_fast_memory_format = fast_format
+        share = counter.get_total_flops() / 1e6 / ours / peak
+        parameters = sum(p.numel() for p in model.parameters()) / 1e6
+        print(f"| {name} | {parameters:.1f} | {plain:.0f} | {ours:.0f} | {plain / ours:.1f} | {share:.0%} |")
+
+
+if __name__ == "__main__":
+    main()
