@@ -183,15 +183,17 @@ def check_arguments(args: argparse.Namespace, vqvae: MultiCodebookVQModel | None
 
 def start_stage(args: argparse.Namespace, stage: str) -> Accelerator:
     """An accelerator of its own for each stage, so that its checkpoints hold that stage alone."""
+    on_cpu = not torch.accelerator.is_available()
     mixed_precision = args.mixed_precision
     if mixed_precision == "auto":
         cpu_has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        mixed_precision = "fp16" if torch.cuda.is_available() else "bf16" if cpu_has_bf16 else "no"
+        mixed_precision = "fp16" if torch.cuda.is_available() else "bf16" if on_cpu and cpu_has_bf16 else "no"
+    if on_cpu:  # `accelerate launch` and torchrun leave one thread to a process
+        num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(args.num_cpu_threads or max(1, num_cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     output_dir = Path(args.output_dir)
-    if not torch.cuda.is_available():  # both `accelerate launch` and torchrun leave a process one thread
-        num_local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(args.num_cpu_threads or max(1, len(os.sched_getaffinity(0)) // num_local_processes))
     accelerator = Accelerator(
+        cpu=on_cpu,
         mixed_precision=mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with="tensorboard",
@@ -487,7 +489,8 @@ def main(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     logging.basicConfig(format="%(message)s")
     logging.getLogger("accelerate").setLevel(logging.WARNING)
-    state = PartialState()
+    # without cpu=True, the processes that torchrun starts on a CPU would not know of each other
+    state = PartialState(cpu=not torch.accelerator.is_available())
     try:
         vqvae = load_autoencoder(args) if args.stage == "diffusion" else None
         check_arguments(args, vqvae, state.device)
