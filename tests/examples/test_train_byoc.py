@@ -1,0 +1,542 @@
+"""The real script, in processes of its own and at tiny size."""
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from diffusers_byoc import BYOCPipeline, DualChannelUNet3D, MultiCodebookVQModel, VolumeProcessor
+from diffusers_byoc.data import read_volume
+
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SCRIPT = REPOSITORY / "examples" / "train_byoc.py"
+REAL_CELLS = REPOSITORY.parent / "shared" / "data" / "mitotic_cells"
+
+TINY = {
+    "arguments": {
+        "num_phantoms": 8,
+        "sample_size": 32,
+        "autoencoder_max_train_steps": 4,
+        "autoencoder_train_batch_size": 2,
+        "autoencoder_learning_rate": 1e-3,
+        "autoencoder_lr_scheduler": "cosine",
+        "discriminator_start": 1,
+        "diffusion_max_train_steps": 4,
+        "diffusion_train_batch_size": 2,
+        "diffusion_learning_rate": 1e-3,
+        "diffusion_lr_scheduler": "cosine",
+        "lr_warmup_steps": 1,
+        "gradient_accumulation_steps": 2,
+        "num_inference_steps": 3,
+        "checkpointing_steps": 2,
+        "checkpoints_total_limit": 1,
+        "validation_steps": 3,
+        "num_samples": 3,
+        "num_cpu_threads": 1,
+        "mixed_precision": "no",
+    },
+    "vqvae": {"block_out_channels": [4, 8, 8], "latent_channels": 4, "num_vq_embeddings": 16, "layers_per_block": 1},
+    "unet": {"block_out_channels": [8, 16], "layers_per_block": 1, "attention_head_dim": 8},
+}
+FINAL_WEIGHTS = (
+    "vqvae/diffusion_pytorch_model.safetensors",
+    "unet/diffusion_pytorch_model.safetensors",
+    "autoencoder/checkpoint-4/model.safetensors",
+    "autoencoder/checkpoint-4/model_1.safetensors",  # the discriminator
+    "diffusion/checkpoint-4/model.safetensors",  # before the moving average
+)
+
+# kills its own process, as `kill -9` would, at the n-th call of a function of the training package
+KILLED = """
+import os, runpy, signal, sys
+import diffusers_byoc.training as training
+name, last_call, *sys.argv = sys.argv[1:]
+original, calls = getattr(training, name), []
+def counted(*args, **kwargs):
+    calls.append(name)
+    if len(calls) == int(last_call):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args, **kwargs)
+setattr(training, name, counted)
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+# trains the autoencoder and writes down what each process then holds
+EVERY_RANK = """
+import os, sys
+import torch
+from accelerate import PartialState
+folder, script, *arguments = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(script))
+import train_byoc
+args = train_byoc.parse_args(arguments)
+rank = PartialState(cpu=True).process_index
+vqvae = train_byoc.train_autoencoder(args, train_byoc.load_cells(args))
+torch.save(vqvae.state_dict(), f"{folder}/rank-{rank}.pt")
+"""
+
+
+@pytest.fixture(scope="session")
+def preset(tmp_path_factory):
+    path = tmp_path_factory.mktemp("preset") / "tiny.json"
+    path.write_text(json.dumps(TINY))
+    return path
+
+
+def run_process(command, check=True, timeout=240):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_MININTERVAL": "60"}
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], env=environment, capture_output=True, text=True, timeout=timeout
+    )
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """The script as a module, for runs in this process; every run starts from accelerate's initial state."""
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    threads = torch.get_num_threads()
+
+    def reset():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+    reset()
+    yield importlib.import_module("train_byoc")
+    reset()
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def train(script, preset, tmp_path):
+    def run(*arguments, output_dir=tmp_path / "out"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        script.main(
+            script.parse_args(["--preset", str(preset), "--output_dir", str(output_dir), *map(str, arguments)])
+        )
+        return output_dir
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def unbroken(preset, tmp_path_factory):
+    """A whole run, by the command of the README: both stages, accumulation, discriminator, moving average."""
+    output_dir = tmp_path_factory.mktemp("unbroken")
+    launch = ["-m", "accelerate.commands.launch", SCRIPT, "--preset", preset, "--output_dir", output_dir]
+    done = run_process(launch)
+    return output_dir, done.stdout + done.stderr
+
+
+def scalars(output_dir, stage):
+    """{tag: {step: value}} of a stage's log."""
+    events = EventAccumulator(str(Path(output_dir) / "logs" / stage)).Reload()
+    return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+
+
+def assert_same_weights(output_dir, expected_dir, files=FINAL_WEIGHTS):
+    for file in files:
+        weights, expected = load_file(output_dir / file), load_file(expected_dir / file)
+        assert weights.keys() == expected.keys()
+        different = [name for name in weights if not torch.equal(weights[name], expected[name])]
+        assert not different, f"{file}: {different}"
+
+
+# ---------------------------------------------------------------------- a whole run
+
+
+def test_a_run_leaves_a_pipeline_a_report_and_pictures(unbroken):
+    output_dir, output = unbroken
+    for name in ("model_index.json", "vqvae/config.json", "unet/config.json", "scheduler/scheduler_config.json"):
+        assert (output_dir / name).is_file(), name
+    assert not list(output_dir.rglob("*.bin")) or all("checkpoint-" in str(p) for p in output_dir.rglob("*.bin"))
+    assert (output_dir / "cells.png").read_bytes().startswith(b"\x89PNG")
+    report = (output_dir / "report.md").read_text()
+    assert "8 phantoms (nocodazole)" in report and "cells.png" in report and "nan" not in report.lower()
+    volumes = sorted((output_dir / "volumes").iterdir())
+    assert [path.name for path in volumes] == [f"cell_00{index}.ome.tif" for index in range(3)]
+    volume = read_volume(volumes[0])
+    assert volume.data.shape == (2, 32, 32, 32) and volume.channel_names == ("cell", "nucleus")
+    assert "8 cells: nocodazole" in output and "latent_std/cell" in output
+
+
+def test_a_run_logs_what_tells_its_health(unbroken):
+    output_dir, _ = unbroken
+    steps, channels = [1, 2, 3, 4], ("cell", "nucleus")
+
+    autoencoder = scalars(output_dir, "autoencoder")
+    for name in ("loss/reconstruction", "loss/commitment", "lr", *(f"usage/{c}" for c in channels)):
+        assert sorted(autoencoder[name]) == steps, name
+    for name in ("loss/adversarial", "loss/discriminator"):
+        assert sorted(autoencoder[name]) == [2, 3, 4]  # from discriminator_start on
+    for channel in channels:
+        assert all(0 < value <= 1 for value in autoencoder[f"usage/{channel}"].values())
+        assert all(1 <= value <= 16 for value in autoencoder[f"perplexity/{channel}"].values())
+
+    diffusion = scalars(output_dir, "diffusion")
+    assert sorted(diffusion["loss/diffusion"]) == sorted(diffusion["lr"]) == steps
+    for channel in channels:
+        assert diffusion[f"latent_std/{channel}"][0] > 0
+        assert 0 <= diffusion[f"latent_outside/{channel}"][0] <= 1
+
+    for stage in ("autoencoder", "diffusion"):
+        events = EventAccumulator(str(output_dir / "logs" / stage)).Reload()
+        assert [event.step for event in events.Images("samples")] == [3, 4]  # validation_steps, and the last
+
+
+def test_the_discriminator_learns(unbroken):
+    """Its schedule warms up like the autoencoder's; one that is never stepped would leave its rate at zero."""
+    output_dir, _ = unbroken
+    state = torch.load(output_dir / "autoencoder" / "checkpoint-4" / "optimizer_1.bin", weights_only=True)
+    assert state["param_groups"][0]["initial_lr"] == pytest.approx(1e-3)
+    steps = {int(moments["step"]) for moments in state["state"].values()}
+    assert steps == {3}
+    schedule = torch.load(output_dir / "autoencoder/checkpoint-4/custom_checkpoint_1.pkl", weights_only=False)
+    assert schedule["last_epoch"] == 3
+
+
+def test_the_saved_pipeline_loads_and_generates(unbroken):
+    output_dir, _ = unbroken
+    pipeline = BYOCPipeline.from_pretrained(output_dir)
+    generic = DiffusionPipeline.from_pretrained(output_dir)
+    assert type(generic) is BYOCPipeline
+    cells = [p(2, generator=torch.manual_seed(1)).volumes for p in (pipeline, generic)]
+    assert cells[0].shape == (2, 2, 32, 32, 32) and np.array_equal(*cells)
+    assert pipeline.num_timesteps == 3  # the preset's default
+    processor = VolumeProcessor.from_config(dict(pipeline.config.volume_processor_config))
+    assert processor.config.sample_size == 32
+    assert pipeline.scheduler.config.clip_sample is False
+    assert pipeline.scheduler.config.beta_schedule == "squaredcos_cap_v2"
+
+
+def test_the_saved_unet_is_the_moving_average(unbroken):
+    output_dir, _ = unbroken
+    averages = torch.load(output_dir / "diffusion/checkpoint-4/custom_checkpoint_1.pkl", weights_only=False)
+    unet = DualChannelUNet3D.from_pretrained(output_dir, subfolder="unet")
+    for parameter, average in zip(unet.parameters(), averages["shadow_params"], strict=True):
+        assert torch.equal(parameter, average)
+    last = load_file(output_dir / "diffusion/checkpoint-4/model.safetensors")
+    assert not torch.equal(unet.conv_in.weight, last["conv_in.weight"])
+
+
+def test_only_so_many_checkpoints_are_kept(unbroken):
+    output_dir, _ = unbroken
+    for stage in ("autoencoder", "diffusion"):
+        assert [path.name for path in (output_dir / stage).iterdir()] == ["checkpoint-4"]
+
+
+def test_the_stages_one_by_one_are_both_at_once(unbroken, train):
+    output_dir = train("--stage", "autoencoder")
+    assert not (output_dir / "model_index.json").exists() and not (output_dir / "diffusion").exists()
+    train("--stage", "diffusion")
+    assert_same_weights(output_dir, unbroken[0])
+    assert (output_dir / "report.md").is_file()
+
+
+def test_a_run_killed_in_either_stage_resumes_to_the_same_end(unbroken, preset, tmp_path):
+    """Killed within step 4 of each stage, with a checkpoint of step 2, between two accumulated batches."""
+    output_dir = tmp_path / "broken"
+    command = [SCRIPT, "--preset", preset, "--output_dir", output_dir, "--resume_from_checkpoint", "latest"]
+    for function, last_call, stage in (
+        ("reconstruction_loss", 8, "autoencoder"),
+        ("diffusion_loss", 8, "diffusion"),
+    ):
+        killed = run_process(["-c", KILLED, function, last_call, *command], check=False)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
+        assert [path.name for path in (output_dir / stage).iterdir()] == ["checkpoint-2"]
+        assert not (output_dir / "model_index.json").exists()
+    done = run_process(command)
+    assert "Resumed from" in done.stdout
+
+    for stage in ("autoencoder", "diffusion"):
+        expected, got = scalars(unbroken[0], stage), scalars(output_dir, stage)
+        assert got == expected, stage
+    assert_same_weights(output_dir, unbroken[0])
+
+
+# ---------------------------------------------------------------------- choices
+
+
+def test_three_phenotypes_in_bfloat16(train):
+    """One conditional model of all phenotypes, with the options that the other tests leave alone."""
+    phenotypes = ("nocodazole", "blebbistatin", "binimetinib")
+    output_dir = train(
+        *("--class_conditional", "--label", *phenotypes, "--mixed_precision", "bf16", "--optimizer", "adamw"),
+        *("--gradient_checkpointing", "--use_ema_warmup", "--loss_type", "l2", "--gradient_accumulation_steps", 1),
+        *("--max_grad_norm", 0, "--num_phantoms", 7, "--dataloader_num_workers", 1),
+    )
+    pipeline = BYOCPipeline.from_pretrained(output_dir)
+    assert pipeline.config.label2id == {name: index for index, name in enumerate(sorted(phenotypes))}
+    assert pipeline.unet.config.num_class_embeds == 3 and pipeline.unet.dtype == torch.float32
+    by_name, by_index, other = (
+        pipeline(1, class_labels=label, generator=torch.manual_seed(0), output_type="latent").volumes
+        for label in ("blebbistatin", 1, "nocodazole")
+    )
+    assert torch.equal(by_name, by_index) and not torch.equal(by_name, other)
+
+
+def test_a_folder_of_arrays(train, tmp_path):
+    folder = tmp_path / "cells"
+    folder.mkdir()
+    for index in range(3):
+        np.save(folder / f"{index}.npy", make_cell(index))
+    output_dir = train("--train_data_dir", folder, "--sample_size", 16)
+    assert "3 training cells (cell)" in (output_dir / "report.md").read_text()
+    assert BYOCPipeline.from_pretrained(output_dir)(1).volumes.shape == (1, 2, 16, 16, 16)
+
+
+@pytest.mark.skipif(not REAL_CELLS.is_dir(), reason="real cells lie outside the repository")
+def test_real_cells(train):
+    output_dir = train("--train_data_dir", REAL_CELLS, "--label", "metaphase", "--oversize", "rescale")
+    assert "12 training cells (metaphase)" in (output_dir / "report.md").read_text()
+    pipeline = BYOCPipeline.from_pretrained(output_dir)
+    assert pipeline.config.volume_processor_config["oversize"] == "rescale"
+    assert read_volume(output_dir / "volumes" / "cell_000.ome.tif").voxel_size_um == pytest.approx((0.65,) * 3)
+
+
+# ---------------------------------------------------------------------- what stops a run
+
+
+def make_cell(seed, num_channels=2, size=12):
+    cell = np.zeros((num_channels, size, size, size), np.float32)
+    cell[:, 2:-2, 2:-2, 2:-2] = np.random.default_rng(seed).random((num_channels, *(size - 4,) * 3)) + 0.1
+    return cell
+
+
+def make_folder(root, **cells):
+    root.mkdir()
+    for name, cell in cells.items():
+        np.save(root / f"{name}.npy", cell)
+    return root
+
+
+def holed(cell):
+    cell[0, 5, 5, 5] = np.nan
+    return cell
+
+
+@pytest.mark.parametrize(
+    ("cells", "arguments", "named", "remedy"),
+    [
+        ({}, [], "folder", "expected metadata.csv, or files ending in"),
+        ({"good": make_cell(0)}, ["--label", "anaphase"], "folder", "labels there are: cell"),
+        ({"good": make_cell(0), "hole": holed(make_cell(1))}, [], "hole.npy", "replace them"),
+        ({"three": make_cell(0, num_channels=3)}, [], "three.npy", "keep these channels only"),
+        ({"flat": make_cell(0)[:, 5]}, [], "flat.npy", "channel"),
+        ({"large": make_cell(0, size=44)}, [], "large.npy", "oversize='rescale'"),
+        ({"good": make_cell(0)}, ["--sample_size", 30], "sample_size", "Choose another"),
+        ({"good": make_cell(0)}, ["--sample_size", 8], "sample_size", "larger size"),  # the U-Net's, not stage one's
+        ({"good": make_cell(0)}, ["--mixed_precision", "fp16"], "fp16", "say bf16, no or auto"),
+        ({"good": make_cell(0)}, ["--stage", "diffusion"], "vqvae", "--stage autoencoder first"),
+    ],
+    ids="empty label nan channels flat large size deep fp16 stage".split(),
+)
+def test_bad_input_is_one_line_before_any_training(train, tmp_path, cells, arguments, named, remedy):
+    if "fp16" in arguments and torch.accelerator.is_available():
+        pytest.skip("fp16 runs here")
+    folder = make_folder(tmp_path / "folder", **cells)
+    with pytest.raises(SystemExit) as stop:
+        train("--train_data_dir", folder, *arguments)
+    message = str(stop.value)
+    assert named in message and remedy in message and "\n" not in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_input_ends_the_process_without_a_traceback(preset, tmp_path):
+    folder = make_folder(tmp_path / "folder", hole=holed(make_cell(0)))
+    command = [SCRIPT, "--preset", preset, "--output_dir", tmp_path / "out", "--train_data_dir", folder]
+    done = run_process(command, check=False)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith(f"train_byoc.py: error: {folder / 'hole.npy'}: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "papre"], "--preset papre: neither one of demo, paper nor a file"),
+        (["--num_samples", "0"], "--num_samples: expected at least 1, got 0"),
+        (["--checkpoints_total_limit", "0"], "--checkpoints_total_limit: expected at least 1"),
+        (["--stage", "both"], "invalid choice"),
+        (["--resume_from_checkpoint", "checkpoint-3"], "say --stage"),
+        (["--learning_rate", "1"], "unrecognized arguments"),
+    ],
+)
+def test_bad_arguments(script, arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        script.parse_args(arguments)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [('{"arguments": {"lerning_rate": 1}}', r"unknown arguments ['lerning_rate']"), ("{,}", "not a JSON file")],
+)
+def test_bad_presets(script, tmp_path, text, message, capsys):
+    path = tmp_path / "mine.json"
+    path.write_text(text)
+    with pytest.raises(SystemExit):
+        script.parse_args(["--preset", str(path)])
+    assert f"{path}: {message}" in capsys.readouterr().err
+
+
+def test_the_command_line_outranks_the_preset(script, preset):
+    args = script.parse_args(["--preset", str(preset), "--num_samples", "5"])
+    assert args.num_samples == 5 and args.num_phantoms == 8 and args.ema_decay == 0.995
+
+
+def test_a_diverging_run_stops_and_leaves_the_last_checkpoint_whole(preset, tmp_path):
+    command = [SCRIPT, "--preset", preset, "--output_dir", tmp_path, "--stage", "autoencoder"]
+    limit = ["--checkpointing_steps", 1, "--gradient_accumulation_steps", 1, "--autoencoder_max_train_steps", 9]
+    done = run_process([*command, *limit, "--autoencoder_learning_rate", 1e30], check=False)
+    assert done.returncode == 1
+    (message,) = [line for line in done.stderr.splitlines() if line.startswith("FloatingPointError: ")]
+    assert "is not finite" in message and "Lower the learning rate" in message
+
+    (checkpoint,) = (tmp_path / "autoencoder").iterdir()
+    assert f"those of step {checkpoint.name.split('-')[1]} " in message
+    assert all(weight.isfinite().all() for weight in load_file(checkpoint / "model.safetensors").values())
+    assert not (tmp_path / "vqvae").exists()
+
+
+@pytest.mark.parametrize(
+    ("function", "stage"), [("reconstruction_loss", "autoencoder"), ("diffusion_loss", "diffusion")]
+)
+@pytest.mark.parametrize("broken", ["loss", "gradient"])
+def test_a_number_that_is_none_never_reaches_the_weights(
+    train, script, monkeypatch, tmp_path, function, stage, broken
+):
+    if stage == "diffusion":
+        train("--stage", "autoencoder", "--autoencoder_max_train_steps", 1)
+    original, calls = getattr(script, function), []
+
+    def break_down(*arguments, **options):
+        loss = original(*arguments, **options)
+        calls.append(loss)
+        if len(calls) < 6:  # the second half of step 3
+            return loss
+        # the square root's slope at zero is infinite: a finite loss with a gradient that is not
+        return loss * float("nan") if broken == "loss" else loss + (loss - loss.detach()).abs().sqrt()
+
+    monkeypatch.setattr(script, function, break_down)
+    with pytest.raises(FloatingPointError, match="step 3 is not finite; the weights are those of step 2"):
+        train("--stage", stage, "--discriminator_start", 9)
+    checkpoint = tmp_path / "out" / stage / "checkpoint-2"
+    assert all(weight.isfinite().all() for weight in load_file(checkpoint / "model.safetensors").values())
+
+    monkeypatch.setattr(script, function, original)  # the remedy in the message works
+    train("--stage", stage, "--discriminator_start", 9, "--resume_from_checkpoint", "latest")
+    assert (tmp_path / "out" / stage / "checkpoint-4").is_dir()
+
+
+# ---------------------------------------------------------------------- the paper's configuration
+
+
+def test_the_paper_preset_is_tables_2_and_3(script):
+    args = script.parse_args(["--preset", "paper", "--train_data_dir", "my_cells"])
+    table_2 = {
+        "autoencoder_learning_rate": 3e-4,
+        "autoencoder_train_batch_size": 2,
+        "autoencoder_max_train_steps": 100_000,
+    }
+    table_3 = {"diffusion_learning_rate": 1e-4, "diffusion_train_batch_size": 2, "loss_type": "l1", "ema_decay": 0.995}
+    both = {"optimizer": "adam", "adam_beta1": 0.9, "adam_beta2": 0.99, "adam_weight_decay": 0.0}
+    text = {"gradient_checkpointing": True, "mixed_precision": "auto"}  # fp16 on a GPU
+    constant = {"autoencoder_lr_scheduler": "constant", "diffusion_lr_scheduler": "constant", "lr_warmup_steps": 0}
+    expected = table_2 | table_3 | both | text | constant | {"use_ema_warmup": False, "sample_size": 64}
+    assert {name: getattr(args, name) for name in expected} == expected
+
+    with torch.device("meta"):
+        vqvae = script.make_autoencoder(args)
+        unet = script.make_unet(args, vqvae, num_classes=1)
+    assert vqvae.config.latent_channels == unet.config.latent_channels == 16
+    assert vqvae.config.num_vq_embeddings == 1024 and vqvae.config.commitment_cost == 0.25
+    assert vqvae.config.use_ema_codebook and vqvae.config.latent_scaling == "codebook_range"
+    assert len(vqvae.codebooks) == 2 and len(vqvae.encoders) == 1
+    assert tuple(vqvae.config.channel_names) == ("cell", "nucleus") and unet.config.num_channels == 2
+    assert unet.config.sample_size == 16  # 64 / 4
+
+    widths = unet.config.block_out_channels
+    assert [width // widths[0] for width in widths] == [1, 2, 4, 8]
+    assert unet.config.num_class_embeds is None
+    kernels = {name: m.kernel_size for name, m in unet.named_modules() if isinstance(m, torch.nn.Conv3d)}
+    assert {size for name, size in kernels.items() if "shortcut" not in name} == {(3, 3, 3)}
+    norms = [m for name, m in unet.named_modules() if type(m).__name__ == "InstanceNorm"]
+    assert norms and all(norm.num_groups == len(norm.weight) for norm in norms)  # one group per feature
+    for block in (*unet.down_blocks, *unet.mid_blocks, *unet.up_blocks):
+        assert hasattr(block, "spatial_attention") and hasattr(block, "depth_attention")
+    assert args.scheduler == {
+        "num_train_timesteps": 1000,
+        "beta_schedule": "squaredcos_cap_v2",
+        "prediction_type": "epsilon",
+    }
+
+
+@pytest.mark.slow
+def test_the_paper_preset_starts(script, tmp_path):
+    folder = make_folder(tmp_path / "cells", **{f"cell_{index}": make_cell(index, size=40) for index in range(4)})
+    steps = ["--autoencoder_max_train_steps", 1, "--diffusion_max_train_steps", 1]
+    command = [SCRIPT, "--preset", "paper", "--train_data_dir", folder, "--output_dir", tmp_path / "out", *steps]
+    run_process([*command, "--num_samples", 1, "--num_inference_steps", 2], timeout=280)
+    pipeline = BYOCPipeline.from_pretrained(tmp_path / "out")
+    assert pipeline.unet.config.block_out_channels == [64, 128, 256, 512]
+    assert pipeline(1, num_inference_steps=1).volumes.shape == (1, 2, 64, 64, 64)
+
+
+# ---------------------------------------------------------------------- two processes
+
+
+def torchrun(*command):
+    return run_process(["-m", "torch.distributed.run", "--nproc_per_node", 2, "--standalone", *command])
+
+
+@pytest.mark.slow
+def test_two_processes_of_half_the_batch_train_as_one(preset, tmp_path):
+    """To rounding: sums over processes are added up in another order.
+
+    Adam divides by the gradient's own size, so where the true gradient is zero (a bias before an instance norm) it
+    makes steps of the learning rate out of rounding errors; hence a bound on 99.5 % of the numbers.
+    """
+    arguments = ["--preset", preset, "--gradient_accumulation_steps", 1]
+    one, two = tmp_path / "one", tmp_path / "two"
+    whole_batch = ["--autoencoder_train_batch_size", 4, "--diffusion_train_batch_size", 4]
+    run_process([SCRIPT, *arguments, *whole_batch, "--output_dir", one])
+    output = torchrun(SCRIPT, *arguments, "--output_dir", two).stderr
+    assert "autoencoder: 2 process(es)" in output and "diffusion: 2 process(es)" in output
+
+    for stage in ("autoencoder", "diffusion"):
+        for tag, expected in scalars(one, stage).items():
+            got = scalars(two, stage)[tag]
+            assert got == pytest.approx(expected, rel=1e-4, abs=1e-6), tag
+    for file in FINAL_WEIGHTS:
+        weights, expected = load_file(two / file), load_file(one / file)
+        error = torch.cat([(weights[name].float() - expected[name].float()).abs().flatten() for name in expected])
+        assert torch.quantile(error, 0.995) < 1e-5, file
+    for m in range(2):
+        codes = [MultiCodebookVQModel.from_pretrained(d, subfolder="vqvae").codebooks[m].embedding for d in (one, two)]
+        torch.testing.assert_close(*codes, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_hold_the_same_autoencoder(preset, tmp_path):
+    recorder = tmp_path / "every_rank.py"
+    recorder.write_text(EVERY_RANK)
+    torchrun(recorder, tmp_path, SCRIPT, "--preset", preset, "--output_dir", tmp_path / "out")
+    first, second = (torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in range(2))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
