@@ -130,6 +130,11 @@ class BYOCPipeline(DiffusionPipeline):
                     tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
                     latents = callback_on_step_end(self, step, timestep, tensors).pop("latents", latents)
                 progress_bar.update()
+        if not torch.isfinite(latents).all():  # some ancestral schedulers, at few steps
+            raise ValueError(
+                f"Expected finite latents, got NaN or infinity from {type(self.scheduler).__name__} in {steps} steps. "
+                "Raise num_inference_steps, or make the scheduler with timestep_spacing='leading'."
+            )
 
         # 4. decode: denormalise, quantise, decode
         if output_type == "latent":
