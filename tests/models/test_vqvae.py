@@ -1,0 +1,394 @@
+import copy
+
+import pytest
+import torch
+
+from diffusers_byoc import MultiCodebookVQModel
+
+
+TINY = {
+    "latent_channels": 4,
+    "num_vq_embeddings": 16,
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "sample_size": 8,
+}
+
+
+def model(**changes):
+    torch.manual_seed(0)
+    vqvae = MultiCodebookVQModel(**(TINY | changes)).eval()
+    size = vqvae.config.sample_size
+    vqvae.initialize_codebooks(vqvae.encode(volumes(vqvae, batch=4, size=size)).latents)
+    return vqvae
+
+
+def volumes(vqvae, batch=2, size=8):
+    return torch.rand(batch, vqvae.config.num_channels, size, size, size) * 2 - 1
+
+
+@pytest.mark.parametrize("num_channels", [1, 2, 3])
+@pytest.mark.parametrize("changes", [{}, {"norm_num_groups": 4}, {"share_encoder": False}])
+@torch.no_grad()
+def test_shapes(num_channels, changes):
+    vqvae = model(num_channels=num_channels, **changes)
+    sample = volumes(vqvae)
+    latents = vqvae.encode(sample).latents
+    assert latents.shape == (2, num_channels * 4, 4, 4, 4)
+    quantized = vqvae.quantize(latents)
+    assert quantized.latents.shape == latents.shape
+    assert quantized.indices.shape == (2, num_channels, 4, 4, 4)
+    assert vqvae.decode(latents).sample.shape == sample.shape
+    output = vqvae(sample)
+    assert output.sample.shape == sample.shape
+    assert output.commit_loss.ndim == 0
+
+
+@pytest.mark.parametrize(("block_out_channels", "factor"), [((8,), 1), ((8, 16), 2), ((8, 8, 16), 4)])
+@torch.no_grad()
+def test_each_further_width_halves_the_grid(block_out_channels, factor):
+    vqvae = model(block_out_channels=block_out_channels)
+    assert vqvae.encode(torch.zeros(1, 2, 8, 16, 8)).latents.shape[2:] == (8 // factor, 16 // factor, 8 // factor)
+    assert vqvae(torch.zeros(1, 2, 8, 16, 8)).sample.shape == (1, 2, 8, 16, 8)
+
+
+@pytest.mark.parametrize("share_encoder", [True, False])
+@torch.no_grad()
+def test_the_encoder_sees_channels_alone_and_the_decoder_jointly(share_encoder):
+    vqvae = model(share_encoder=share_encoder)
+    sample = volumes(vqvae)
+    other_nucleus = sample.clone()
+    other_nucleus[:, 1] = -sample[:, 1]
+    latents, other_latents = vqvae.encode(sample).latents, vqvae.encode(other_nucleus).latents
+    assert torch.equal(other_latents[:, :4], latents[:, :4])  # the cell's latents
+    assert not torch.equal(other_latents[:, 4:], latents[:, 4:])
+    decoded, other_decoded = vqvae.decode(latents).sample, vqvae.decode(other_latents).sample
+    assert not torch.equal(other_decoded[:, 0], decoded[:, 0])  # the cell's reconstruction
+
+
+@pytest.mark.parametrize("share_encoder", [True, False])
+@torch.no_grad()
+def test_the_encoder_is_shared_exactly_if_asked(share_encoder):
+    vqvae = model(share_encoder=share_encoder)
+    channel = torch.rand(1, 1, 8, 8, 8)
+    cell, nucleus = vqvae.encode(channel.repeat(1, 2, 1, 1, 1)).latents.chunk(2, 1)
+    assert torch.allclose(cell, nucleus, atol=1e-6) == share_encoder
+
+
+@torch.no_grad()
+def test_quantize_takes_the_nearest_code_of_the_channels_own_codebook():
+    vqvae = model(num_channels=3)
+    latents = torch.randn(2, 12, 3, 2, 4)
+    quantized = vqvae.quantize(latents)
+    for channel, codebook in enumerate(vqvae.codebooks):
+        rows = latents[:, 4 * channel : 4 * channel + 4].permute(0, 2, 3, 4, 1).reshape(-1, 4)
+        nearest = torch.cdist(rows.double(), codebook.embedding.double()).argmin(1)
+        assert torch.equal(quantized.indices[:, channel].flatten(), nearest)
+        expected = codebook.embedding[nearest].view(2, 3, 2, 4, 4).permute(0, 4, 1, 2, 3)
+        assert torch.equal(quantized.latents[:, 4 * channel : 4 * channel + 4], expected)
+
+
+@torch.no_grad()
+def test_quantizing_twice_is_quantizing_once():
+    vqvae = model()
+    once = vqvae.quantize(torch.randn(1, 8, 4, 4, 4))
+    twice = vqvae.quantize(once.latents)
+    assert torch.equal(twice.latents, once.latents)
+    assert torch.equal(twice.indices, once.indices)
+
+
+@torch.no_grad()
+def test_decode_quantizes_unless_told_not_to():
+    vqvae = model()
+    latents = torch.randn(1, 8, 4, 4, 4)
+    quantized = vqvae.quantize(latents).latents
+    assert torch.equal(vqvae.decode(latents).sample, vqvae.decode(quantized, force_not_quantize=True).sample)
+    assert not torch.equal(vqvae.decode(latents).sample, vqvae.decode(latents, force_not_quantize=True).sample)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_half_precision_chooses_codes_from_float32_latents(dtype):
+    vqvae = model().to(dtype)
+    codes = vqvae.codebooks[0].embedding.float()
+    # Just beside the middle between two codes, where rounding to half precision could tip the balance.
+    middle = (codes[0] + codes[1]) / 2
+    rows = torch.stack([middle.lerp(codes[k % 2], 1e-3 * (k + 1)) for k in range(8)])
+    latents = torch.zeros(1, 8, 2, 2, 2)
+    latents[0, :4] = rows.T.view(4, 2, 2, 2)
+    expected = torch.cdist(rows.double(), codes.double()).argmin(1)
+    assert torch.equal(vqvae.quantize(latents).indices[0, 0].flatten(), expected)
+    quantized = vqvae.quantize(latents).latents
+    assert torch.equal(vqvae.decode(latents).sample, vqvae.decode(quantized, force_not_quantize=True).sample)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_half_precision_reconstructs_like_float32(dtype):
+    vqvae = model()
+    sample = volumes(vqvae)
+    latents = vqvae.quantize(vqvae.encode(sample).latents).latents
+    expected = vqvae.decode(latents).sample
+    half = vqvae.to(dtype)(sample)
+    assert half.sample.dtype == dtype
+    assert torch.isfinite(half.sample).all()
+    assert (vqvae.decode(latents).sample.float() - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_gradients_pass_straight_through_the_quantizer():
+    vqvae = model()
+    sample = volumes(vqvae)
+    output = vqvae(sample)
+    weights = torch.randn_like(output.sample)
+    (gradient,) = torch.autograd.grad((output.sample * weights).sum(), output.latents)
+    quantized = vqvae.quantize(output.latents.detach()).latents.requires_grad_()
+    decoded = vqvae.decode(quantized, force_not_quantize=True).sample
+    assert torch.equal(decoded, output.sample)
+    (expected,) = torch.autograd.grad((decoded * weights).sum(), quantized)
+    torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("use_ema_codebook", [True, False])
+def test_the_commitment_loss_is_equation_7(use_ema_codebook):
+    vqvae = model(use_ema_codebook=use_ema_codebook, commitment_cost=0.5)
+    output = vqvae(volumes(vqvae))
+    distance = (output.latents - vqvae.quantize(output.latents).latents).square().mean()
+    torch.testing.assert_close(output.commit_loss, distance * (0.5 if use_ema_codebook else 1.5))
+    output.commit_loss.backward()
+    assert vqvae.encoders[0].conv_out.weight.grad.abs().sum() > 0
+    assert (vqvae.codebooks[0].embedding.grad is None) == use_ema_codebook
+
+
+def test_calls_in_train_mode_change_no_state():
+    vqvae = model().train()
+    before = copy.deepcopy(vqvae.state_dict())
+    sample = volumes(vqvae)
+    latents = vqvae(sample).latents
+    vqvae.quantize(latents)
+    vqvae.decode(latents)
+    for name, value in vqvae.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_only_update_codebooks_moves_the_codes():
+    vqvae = model()
+    before = copy.deepcopy(vqvae.state_dict())
+    output = vqvae(volumes(vqvae))
+    statistics = vqvae.update_codebooks(output.latents, output.indices)
+    changed = {
+        name.split(".")[0] for name, value in vqvae.state_dict().items() if not torch.equal(value, before[name])
+    }
+    assert changed == {"codebooks"}
+    assert set(statistics) == {
+        f"{kind}/{name}" for kind in ("usage", "perplexity", "revived") for name in ("cell", "nucleus")
+    }
+    assert statistics["usage/cell"] == len(output.indices[:, 0].unique()) / 16
+    assert statistics["usage/nucleus"] == len(output.indices[:, 1].unique()) / 16
+
+
+def test_the_initialized_flag_survives_saving(tmp_path):
+    vqvae = model()
+    codes = vqvae.codebooks[1].embedding.clone()
+    vqvae.save_pretrained(tmp_path)
+    loaded = MultiCodebookVQModel.from_pretrained(tmp_path)
+    loaded.initialize_codebooks(torch.randn(2, 8, 4, 4, 4))
+    assert torch.equal(loaded.codebooks[1].embedding, codes)
+    fresh = MultiCodebookVQModel(**TINY)
+    unsaved_codes = fresh.codebooks[1].embedding.clone()
+    fresh.initialize_codebooks(torch.randn(2, 8, 4, 4, 4))
+    assert not torch.equal(fresh.codebooks[1].embedding, unsaved_codes)
+
+
+@pytest.mark.parametrize("num_channels", [1, 2, 3])
+@torch.no_grad()
+def test_each_codebooks_extremes_map_to_one(num_channels):
+    vqvae = model(num_channels=num_channels)
+    for channel, codebook in enumerate(vqvae.codebooks):
+        codebook.embedding.mul_(channel + 1).add_(channel)
+    for channel, codebook in enumerate(vqvae.codebooks):
+        for extreme, expected in ((codebook.embedding.min(), -1.0), (codebook.embedding.max(), 1.0)):
+            normalised = vqvae.normalize_latents(extreme.expand(1, 4 * num_channels, 1, 1, 1))
+            own_features = normalised[0, 4 * channel : 4 * channel + 4]
+            torch.testing.assert_close(own_features, torch.full_like(own_features, expected))
+
+
+@pytest.mark.parametrize("latent_scaling", ["codebook_range", "standardize"])
+@torch.no_grad()
+def test_denormalize_is_the_inverse_of_normalize(latent_scaling):
+    vqvae = model(latent_scaling=latent_scaling)
+    vqvae.set_latent_statistics(torch.randn(8), torch.rand(8) + 0.5)
+    latents = 3 * torch.randn(2, 8, 4, 4, 4)
+    assert not torch.allclose(vqvae.normalize_latents(latents), latents)
+    torch.testing.assert_close(vqvae.denormalize_latents(vqvae.normalize_latents(latents)), latents)
+    torch.testing.assert_close(vqvae.normalize_latents(vqvae.denormalize_latents(latents)), latents)
+
+
+@torch.no_grad()
+def test_standardised_latents_have_zero_mean_and_unit_deviation(tmp_path):
+    vqvae = model(latent_scaling="standardize")
+    latents = torch.randn(4, 8, 4, 4, 4) * torch.arange(1, 9).view(8, 1, 1, 1) + 5
+    vqvae.set_latent_statistics(latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4)))
+    vqvae.save_pretrained(tmp_path)
+    normalised = MultiCodebookVQModel.from_pretrained(tmp_path).normalize_latents(latents)
+    torch.testing.assert_close(normalised.mean((0, 2, 3, 4)), torch.zeros(8), atol=1e-5, rtol=0)
+    torch.testing.assert_close(normalised.std((0, 2, 3, 4)), torch.ones(8))
+
+
+@torch.no_grad()
+def test_slicing_is_exact():
+    vqvae = model()
+    sample = volumes(vqvae, batch=3)
+    latents, decoded = vqvae.encode(sample).latents, vqvae(sample).sample
+    batches = []
+    vqvae.decoder.register_forward_hook(lambda module, args, output: batches.append(len(output)))
+    vqvae.enable_slicing()
+    torch.testing.assert_close(vqvae.encode(sample).latents, latents, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(vqvae(sample).sample, decoded, atol=1e-5, rtol=1e-5)
+    assert batches == [1, 1, 1]
+    vqvae.disable_slicing()
+    assert torch.equal(vqvae(sample).sample, decoded)
+
+
+@torch.no_grad()
+def test_one_tile_is_exact():
+    vqvae = model()
+    sample = volumes(vqvae)
+    latents, decoded = vqvae.encode(sample).latents, vqvae(sample).sample
+    vqvae.enable_tiling()
+    assert torch.equal(vqvae.encode(sample).latents, latents)
+    assert torch.equal(vqvae(sample).sample, decoded)
+
+
+@pytest.mark.parametrize("share_encoder", [True, False])
+@torch.no_grad()
+def test_tiles_agree_with_the_whole(share_encoder):
+    vqvae = model(block_out_channels=(8, 8, 16), sample_size=32, share_encoder=share_encoder)
+    sample = volumes(vqvae, batch=1, size=48)
+    latents = vqvae.encode(sample).latents
+    decoded = vqvae.decode(latents).sample
+    sizes = []
+    vqvae.decoder.register_forward_hook(lambda module, args, output: sizes.append(output.shape[-1]))
+    vqvae.enable_tiling()
+    vqvae.tile_sample_min_size = 32
+    tiled, encoded = vqvae.decode(latents).sample, vqvae.encode(sample).latents
+    assert len(sizes) == 8
+    assert max(sizes) == 32
+    # A convolution at a tile's border sees zeros in place of the neighbour. Far from the borders nothing changes, and
+    # near them fading into the neighbour leaves less of it than cutting off.
+    torch.testing.assert_close(tiled[..., :8, :8, :8], decoded[..., :8, :8, :8], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(encoded[..., :2, :2, :2], latents[..., :2, :2, :2], atol=1e-5, rtol=1e-4)
+    vqvae.tile_overlap_factor = 0.0
+    cut = vqvae.decode(latents).sample
+    error = (tiled - decoded).square().mean()
+    assert 0 < error < 0.2 * decoded.var()
+    assert error < (cut - decoded).square().mean()
+
+
+@pytest.mark.parametrize("norm_num_groups", [None, 4])
+def test_gradient_checkpointing_gives_the_same_gradients(norm_num_groups):
+    plain = model(norm_num_groups=norm_num_groups).train()
+    checkpointed = copy.deepcopy(plain)
+    checkpointed.enable_gradient_checkpointing()
+    calls = []
+    checkpointed.decoder.up_blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    sample = volumes(plain)
+    for vqvae in (plain, checkpointed):
+        output = vqvae(sample)
+        (output.sample.square().mean() + output.commit_loss).backward()
+    assert len(calls) == 2  # once forward, once again for the backward pass
+    for (name, expected), got in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
+        if expected.requires_grad:
+            torch.testing.assert_close(got.grad, expected.grad, msg=name)
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_channels": 3, "norm_num_groups": 4, "share_encoder": False}])
+@torch.no_grad()
+def test_save_and_load_are_identical(changes, tmp_path):
+    vqvae = model(**changes)
+    sample = volumes(vqvae)
+    vqvae.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    loaded = MultiCodebookVQModel.from_pretrained(tmp_path)
+    assert torch.equal(loaded(sample).sample, vqvae(sample).sample)
+    assert loaded.config.num_channels == vqvae.config.num_channels
+    assert tuple(loaded.config.channel_names) == tuple(vqvae.config.channel_names)
+    assert tuple(loaded.config.block_out_channels) == (8, 16)
+
+
+def test_loading_in_half_precision(tmp_path):
+    model().half().save_pretrained(tmp_path, variant="fp16")
+    assert [path.name for path in tmp_path.glob("*.safetensors")] == ["diffusion_pytorch_model.fp16.safetensors"]
+    loaded = MultiCodebookVQModel.from_pretrained(tmp_path, variant="fp16", dtype=torch.float16)
+    assert loaded.dtype == torch.float16
+    assert bool(loaded.codebooks[0].is_initialized)
+
+
+@torch.no_grad()
+def test_layerwise_casting_leaves_the_codes_in_full_precision():
+    vqvae = model()
+    codes = vqvae.codebooks[0].embedding.clone()
+    vqvae.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert vqvae.decoder.conv_in.weight.dtype == torch.float8_e4m3fn
+    assert torch.equal(vqvae.codebooks[0].embedding, codes)
+    assert vqvae(volumes(vqvae)).sample.dtype == torch.float32
+
+
+@torch.no_grad()
+def test_offloaded_weights_are_brought_back_for_every_public_call():
+    from accelerate import cpu_offload
+
+    vqvae = model()
+    latents = vqvae.encode(volumes(vqvae)).latents
+    calls = [vqvae.normalize_latents, vqvae.denormalize_latents, lambda x: vqvae.quantize(x).latents]
+    calls.append(lambda x: vqvae.decode(x).sample)
+    expected = [call(latents) for call in calls]
+    cpu_offload(vqvae, "cpu", offload_buffers=True)
+    assert all(parameter.is_meta for parameter in vqvae.parameters())
+    for call, want in zip(calls, expected, strict=True):
+        assert torch.equal(call(latents), want)
+        assert all(parameter.is_meta for parameter in vqvae.parameters())
+
+
+@pytest.mark.parametrize("num_channels", [1, 3])
+def test_channel_names_follow_their_number(num_channels):
+    assert len(MultiCodebookVQModel(**TINY, num_channels=num_channels).config.channel_names) == num_channels
+
+
+def test_tuples_and_dataclasses_hold_the_same():
+    vqvae = model()
+    sample = volumes(vqvae)
+    latents = vqvae.encode(sample).latents
+    assert torch.equal(vqvae.encode(sample, return_dict=False)[0], latents)
+    assert torch.equal(vqvae.decode(latents, return_dict=False)[0], vqvae.decode(latents).sample)
+    assert torch.equal(vqvae.quantize(latents, return_dict=False)[1], vqvae.quantize(latents).indices)
+    assert torch.equal(vqvae(sample, return_dict=False)[0], vqvae(sample).sample)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sample_size": 9}, "divisible by 2 .*got 9"),
+        ({"channel_names": ("cell",)}, "Expected 2 channel_names .*got 1"),
+        ({"latent_scaling": "unit"}, "got 'unit'"),
+        ({"norm_num_groups": 3}, "got 16 features and norm_num_groups=3|got 8 features and norm_num_groups=3"),
+    ],
+)
+def test_a_configuration_that_cannot_work_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        MultiCodebookVQModel(**(TINY | changes))
+
+
+@pytest.mark.parametrize(
+    ("method", "shape", "message"),
+    [
+        ("encode", (2, 3, 8, 8, 8), r"\(B, 2, D, H, W\), got \(2, 3, 8, 8, 8\)"),
+        ("encode", (2, 8, 8, 8), r"\(B, 2, D, H, W\), got \(2, 8, 8, 8\)"),
+        ("encode", (1, 2, 8, 9, 8), r"divisible by 2, got \(8, 9, 8\)"),
+        ("decode", (1, 4, 4, 4, 4), r"\(B, 8, d, h, w\).*got \(1, 4, 4, 4, 4\)"),
+        ("quantize", (8, 4, 4, 4), r"\(B, 8, d, h, w\).*got \(8, 4, 4, 4\)"),
+        ("normalize_latents", (1, 16, 4, 4, 4), r"\(B, 8, d, h, w\).*got \(1, 16, 4, 4, 4\)"),
+    ],
+)
+def test_a_tensor_of_the_wrong_shape_is_refused(method, shape, message):
+    with pytest.raises(ValueError, match=message):
+        getattr(MultiCodebookVQModel(**TINY), method)(torch.zeros(shape))

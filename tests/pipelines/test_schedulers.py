@@ -1,0 +1,135 @@
+import diffusers
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, HeunDiscreteScheduler, PNDMScheduler
+from diffusers.utils import is_scipy_available, is_torchsde_available
+
+from diffusers_byoc import USABLE_SCHEDULERS, BYOCPipeline, DualChannelUNet3D, MultiCodebookVQModel
+
+
+# Every other scheduler class of diffusers that reads a DDPM configuration
+UNUSABLE_SCHEDULERS = (
+    "CMStochasticIterativeScheduler",
+    "CosineDPMSolverMultistepScheduler",
+    "DDIMInverseScheduler",
+    "DDPMParallelScheduler",
+    "EDMDPMSolverMultistepScheduler",
+    "EDMEulerScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+    "IPNDMScheduler",
+    "LCMScheduler",
+    "RePaintScheduler",
+    "SCMScheduler",
+    "TCDScheduler",
+)
+
+
+# diffusers' schedulers are not yet ready for NumPy 2.
+pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
+
+
+def make_pipeline(**scheduler_config):
+    torch.manual_seed(0)
+    vqvae = MultiCodebookVQModel(
+        latent_channels=2, num_vq_embeddings=8, block_out_channels=(8, 8), layers_per_block=1, sample_size=8
+    )
+    vqvae.initialize_codebooks(torch.randn(2, 4, 4, 4, 4))
+    unet = DualChannelUNet3D(latent_channels=2, sample_size=4, block_out_channels=(8,), layers_per_block=1)
+    scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=False, **scheduler_config)
+    pipeline = BYOCPipeline(vqvae.eval(), unet.eval(), scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def from_config(name, pipeline):
+    scheduler_class = getattr(diffusers, name)
+    leading = {"timestep_spacing": "leading"} if name in ("HeunDiscreteScheduler", "PNDMScheduler") else {}
+    return scheduler_class.from_config(pipeline.scheduler.config, **leading)
+
+
+@pytest.mark.parametrize("name", USABLE_SCHEDULERS)
+def test_usable_schedulers_sample_before_and_after_saving(name, tmp_path):
+    if name == "DPMSolverSDEScheduler" and not is_torchsde_available():
+        pytest.skip("DPMSolverSDEScheduler needs torchsde")
+    if name == "LMSDiscreteScheduler" and not is_scipy_available():
+        pytest.skip("LMSDiscreteScheduler needs scipy")
+    pipeline = make_pipeline()
+    pipeline.scheduler = from_config(name, pipeline)
+
+    def sample(pipe):
+        generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
+        arguments = {"num_inference_steps": 12, "generator": generators, "output_type": "latent"}
+        torch.manual_seed(0)
+        return pipe(num_samples=2, **arguments).volumes
+
+    latents = sample(pipeline)
+    assert latents.shape == (2, 4, 4, 4, 4)
+    assert torch.isfinite(latents).all()
+    assert latents[0].std() > 0
+    pipeline.save_pretrained(tmp_path)
+    loaded = BYOCPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert type(loaded.scheduler).__name__ == name
+    if name != "DPMSolverSDEScheduler":  # its Brownian motion has a seed of its own
+        torch.testing.assert_close(sample(loaded), latents)
+
+
+def test_one_scheduler_object_serves_call_after_call():
+    pipeline = make_pipeline()
+    for name in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler"):
+        pipeline.scheduler = from_config(name, pipeline)
+        first, again = (
+            pipeline(num_inference_steps=4, generator=torch.Generator().manual_seed(0)).volumes for _ in range(2)
+        )
+        assert (first == again).all()
+
+
+@pytest.mark.parametrize("name", UNUSABLE_SCHEDULERS)
+def test_unusable_schedulers_are_refused_with_the_list_of_usable_ones(name):
+    if name == "CosineDPMSolverMultistepScheduler" and not is_torchsde_available():
+        pytest.skip("CosineDPMSolverMultistepScheduler needs torchsde")
+    pipeline = make_pipeline()
+    pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config)
+    with pytest.raises(ValueError, match=f"got {name}") as error:
+        pipeline(num_inference_steps=2)
+    for usable in USABLE_SCHEDULERS:
+        assert usable in str(error.value)
+
+
+def test_a_scheduler_that_diverges_says_so():
+    pipeline = make_pipeline()
+    pipeline.scheduler = from_config("KDPM2AncestralDiscreteScheduler", pipeline)
+    with pytest.raises(ValueError, match="KDPM2AncestralDiscreteScheduler in 4 steps.*leading"):
+        pipeline(num_inference_steps=4)
+    pipeline.scheduler = diffusers.KDPM2AncestralDiscreteScheduler.from_config(
+        pipeline.scheduler.config, timestep_spacing="leading"
+    )
+    pipeline(num_inference_steps=4)
+
+
+@pytest.mark.parametrize("scheduler_class", [HeunDiscreteScheduler, PNDMScheduler])
+@pytest.mark.parametrize("spacing", ["linspace", "trailing"])
+def test_schedulers_that_need_leading_spacing_say_so(scheduler_class, spacing):
+    pipeline = make_pipeline()
+    pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config, timestep_spacing=spacing)
+    with pytest.raises(ValueError, match=f"timestep_spacing='leading', got '{spacing}'"):
+        pipeline(num_inference_steps=4)
+
+
+def test_another_prediction_type_than_the_models_is_refused():
+    pipeline = make_pipeline()
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, prediction_type="v_prediction")
+    with pytest.raises(ValueError, match="prediction_type='epsilon'.*got DDIMScheduler.*'v_prediction'"):
+        pipeline(num_inference_steps=2)
+
+
+def test_the_prediction_type_is_remembered_by_the_saved_pipeline(tmp_path):
+    pipeline = make_pipeline(prediction_type="v_prediction")
+    pipeline.save_pretrained(tmp_path)
+    loaded = BYOCPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    loaded(num_inference_steps=2)
+    loaded.scheduler = DDIMScheduler.from_config(loaded.scheduler.config, prediction_type="epsilon")
+    with pytest.raises(ValueError, match="'v_prediction'.*got DDIMScheduler with prediction_type='epsilon'"):
+        loaded(num_inference_steps=2)
