@@ -7,7 +7,6 @@ accelerate launch examples/train_byoc.py --preset paper --train_data_dir my_cell
 import argparse
 import json
 import logging
-import os
 import time
 from pathlib import Path
 
@@ -27,11 +26,16 @@ from diffusers_byoc.training import (
     StepBatches,
     adaptive_weight,
     adversarial_loss,
+    check_finite,
     diffusion_loss,
     discriminator_loss,
     encode_batches,
+    fair_num_threads,
+    fastest_precision,
+    is_cpu_training,
     latent_statistics,
     load_checkpoint,
+    mean_losses,
     process_share,
     reconstruction_loss,
     save_checkpoint,
@@ -55,6 +59,7 @@ def positive(text: str) -> int:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
+    flag = {"action": argparse.BooleanOptionalAction, "default": False}
     add("--preset", default="demo", help="demo, paper, or the path of a JSON file like those in examples/configs")
     add("--output_dir", default="outputs/demo", help="pipeline, checkpoints, logs and report go here")
     add("--stage", choices=["all", "autoencoder", "diffusion"], default="all")
@@ -68,12 +73,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--cache_gb", type=float, default=4.0, help="memory for preprocessed cells; the others are read again")
     add("--dataloader_num_workers", type=int, default=0)
     # both stages
-    add(
-        "--mixed_precision",
-        choices=["auto", "no", "fp16", "bf16"],
-        default="auto",
-        help="auto: fp16 on a GPU, bf16 on a CPU that computes in it, otherwise no",
-    )
+    add("--mixed_precision", choices=["auto", "no", "fp16", "bf16"], default="auto", help="auto: the fastest here")
     add("--num_cpu_threads", type=positive, help="per process, without a GPU (default: a fair share of all cores)")
     add("--optimizer", choices=["adam", "adamw"], default="adam")
     add("--adam_beta1", type=float, default=0.9)
@@ -82,7 +82,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--lr_warmup_steps", type=int, default=0)
     add("--max_grad_norm", type=float, default=1.0, help="0 clips nothing")
     add("--gradient_accumulation_steps", type=positive, default=1)
-    add("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=False)
+    add("--gradient_checkpointing", **flag, help="less memory for more time")
     for stage in ("autoencoder", "diffusion"):
         add(f"--{stage}_max_train_steps", type=positive, default=100_000)
         add(f"--{stage}_train_batch_size", type=positive, default=2, help="per process")
@@ -93,20 +93,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--discriminator_weight", type=float, default=0.1, help="of the adversarial gradient against reconstruction's")
     # diffusion
     add("--vqvae_path", help="trained autoencoder for --stage diffusion (default: OUTPUT_DIR/vqvae)")
-    add(
-        "--class_conditional",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="give the labels to the U-Net",
-    )
+    add("--class_conditional", **flag, help="give the labels to the U-Net")
     add("--loss_type", choices=["l1", "l2"], default="l1")
     add("--ema_decay", type=float, default=0.995)
-    add(
-        "--use_ema_warmup",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="let the moving average grow longer with the run (diffusers' EMAModel), up to --ema_decay",
-    )
+    add("--use_ema_warmup", **flag, help="diffusers' warm-up of the moving average, up to --ema_decay")
     add("--num_inference_steps", type=positive, default=1000, help="the saved pipeline's default")
     # checkpoints, logs, samples
     add("--checkpointing_steps", type=positive, default=5000)
@@ -130,16 +120,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.set_defaults(**config.get("arguments", {}))
     args = parser.parse_args(argv)
     if args.stage == "all" and args.resume_from_checkpoint not in (None, "latest"):
-        parser.error(
-            f"--resume_from_checkpoint {args.resume_from_checkpoint} is one stage's: say --stage, or 'latest'"
-        )
+        parser.error(f"checkpoint {args.resume_from_checkpoint} belongs to one stage: say --stage, or 'latest'")
     args.vqvae, args.unet, args.scheduler = (config.get(name, {}) for name in ("vqvae", "unet", "scheduler"))
     return args
 
 
-def load_cells(args: argparse.Namespace, processor: VolumeProcessor | None = None) -> CellDataset:
+def load_cells(args: argparse.Namespace) -> CellDataset:
     """The training cells: files, or phantoms."""
-    processor = processor or VolumeProcessor(
+    processor = VolumeProcessor(
         sample_size=args.sample_size,
         num_channels=args.vqvae.get("num_channels", 2),
         channel_names=args.vqvae.get("channel_names", ("cell", "nucleus")),
@@ -183,17 +171,12 @@ def check_arguments(args: argparse.Namespace, vqvae: MultiCodebookVQModel | None
 
 def start_stage(args: argparse.Namespace, stage: str) -> Accelerator:
     """An accelerator of its own for each stage, so that its checkpoints hold that stage alone."""
-    on_cpu = not torch.accelerator.is_available()
-    mixed_precision = args.mixed_precision
-    if mixed_precision == "auto":
-        cpu_has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        mixed_precision = "fp16" if torch.cuda.is_available() else "bf16" if on_cpu and cpu_has_bf16 else "no"
-    if on_cpu:  # `accelerate launch` and torchrun leave one thread to a process
-        num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(args.num_cpu_threads or max(1, num_cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    mixed_precision = fastest_precision() if args.mixed_precision == "auto" else args.mixed_precision
+    if is_cpu_training():
+        torch.set_num_threads(args.num_cpu_threads or fair_num_threads())
     output_dir = Path(args.output_dir)
     accelerator = Accelerator(
-        cpu=on_cpu,
+        cpu=is_cpu_training(),
         mixed_precision=mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with="tensorboard",
@@ -212,24 +195,18 @@ def end_stage(accelerator: Accelerator) -> None:
         tracker.finish()
 
 
-def make_optimizer(
-    args: argparse.Namespace, stage: str, parameters, num_steps: int
-) -> tuple[torch.optim.Optimizer, object]:
+def make_optimizer(args: argparse.Namespace, stage: str, parameters, num_steps: int):
     """Optimizer and learning-rate schedule of a stage."""
-    optimizer_class = torch.optim.AdamW if args.optimizer == "adamw" else torch.optim.Adam
+    optimizer_class = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
     optimizer = optimizer_class(
         [parameter for parameter in parameters if parameter.requires_grad],
         lr=getattr(args, f"{stage}_learning_rate"),
         betas=(args.adam_beta1, args.adam_beta2),
         weight_decay=args.adam_weight_decay,
     )
-    lr_scheduler = get_scheduler(
-        getattr(args, f"{stage}_lr_scheduler"),
-        optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=num_steps,
-    )
-    return optimizer, lr_scheduler
+    schedule = getattr(args, f"{stage}_lr_scheduler")
+    warmup_steps = args.lr_warmup_steps
+    return optimizer, get_scheduler(schedule, optimizer, num_warmup_steps=warmup_steps, num_training_steps=num_steps)
 
 
 def remaining_batches(accelerator: Accelerator, args: argparse.Namespace, stage: str, num_cells: int, first_step: int):
@@ -246,16 +223,6 @@ def remaining_batches(accelerator: Accelerator, args: argparse.Namespace, stage:
     )
 
 
-def check_finite(accelerator: Accelerator, number: torch.Tensor, name: str, step: int) -> None:
-    """Stop before a loss or a gradient that is no number reaches the weights."""
-    if not torch.isfinite(accelerator.gather(number.detach())).all():
-        raise FloatingPointError(
-            f"The {name} of step {step} is not finite; the weights are those of step {step - 1} and were not changed. "
-            "Lower the learning rate or use --mixed_precision no, and go on from the last checkpoint in "
-            f"{accelerator.project_dir} with --resume_from_checkpoint latest, or anew if there is none."
-        )
-
-
 def optimizer_step(accelerator: Accelerator, args: argparse.Namespace, model, optimizer, step: int) -> None:
     """Clip, check and apply the gradients; within an accumulation, leave them to grow."""
     if accelerator.sync_gradients:
@@ -264,12 +231,6 @@ def optimizer_step(accelerator: Accelerator, args: argparse.Namespace, model, op
             check_finite(accelerator, norm, "gradient", step)
     optimizer.step()
     optimizer.zero_grad()
-
-
-def mean_losses(accelerator: Accelerator, losses: dict[str, torch.Tensor]) -> dict[str, float]:
-    """The losses as numbers, averaged over the processes."""
-    values = accelerator.reduce(torch.stack([loss.detach() for loss in losses.values()]), reduction="mean")
-    return dict(zip(losses, values.tolist(), strict=True))
 
 
 def log_volumes(accelerator: Accelerator, rows: dict[str, torch.Tensor], channel_names, step: int) -> None:
@@ -306,9 +267,8 @@ def train_autoencoder(args: argparse.Namespace, cells: CellDataset) -> MultiCode
     loader = DataLoader(cells, batch_sampler=batches, num_workers=args.dataloader_num_workers)
 
     # 3. train
-    progress = tqdm(
-        total=max_steps, initial=first_step, desc="Autoencoder", disable=not accelerator.is_local_main_process
-    )
+    hidden = not accelerator.is_local_main_process
+    progress = tqdm(total=max_steps, initial=first_step, desc="Autoencoder", disable=hidden)
     vqvae.train()
     for micro_step, batch in enumerate(loader, first_step * accumulation):
         step = micro_step // accumulation + 1
@@ -399,11 +359,9 @@ def train_diffusion(args: argparse.Namespace, cells: CellDataset, vqvae: MultiCo
     # 2. data: every cell encoded once
     vqvae.to(accelerator.device).requires_grad_(False)
     loader = DataLoader(cells, batch_size=8, num_workers=args.dataloader_num_workers)
+    hidden = not accelerator.is_local_main_process
     with accelerator.autocast():
-        volumes = (
-            batch["volumes"] for batch in tqdm(loader, desc="Encoding", disable=not accelerator.is_main_process)
-        )
-        latents = encode_batches(vqvae, volumes)
+        latents = encode_batches(vqvae, (batch["volumes"] for batch in tqdm(loader, desc="Encoding", disable=hidden)))
     statistics = latent_statistics(vqvae, latents)
     accelerator.log(statistics, step=0)
     logger.info(f"latents, normalised: {', '.join(f'{name} {value:.3f}' for name, value in statistics.items())}")
@@ -411,9 +369,7 @@ def train_diffusion(args: argparse.Namespace, cells: CellDataset, vqvae: MultiCo
     batches = remaining_batches(accelerator, args, "diffusion", len(cells), first_step)
 
     # 3. train
-    progress = tqdm(
-        total=max_steps, initial=first_step, desc="Diffusion", disable=not accelerator.is_local_main_process
-    )
+    progress = tqdm(total=max_steps, initial=first_step, desc="Diffusion", disable=hidden)
     unet.train()
     global_batch_size = args.diffusion_train_batch_size * accelerator.num_processes
     for micro_step, indices in enumerate(batches, first_step * accumulation):
@@ -454,7 +410,7 @@ def train_diffusion(args: argparse.Namespace, cells: CellDataset, vqvae: MultiCo
                     4,
                     class_labels=0 if args.class_conditional else None,
                     output_type="pt",
-                    num_inference_steps=20,
+                    num_inference_steps=min(20, len(noise_scheduler)),
                     generator=torch.Generator().manual_seed(args.seed),
                 ).volumes
             ema.restore(unet.parameters())
@@ -489,8 +445,7 @@ def main(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     logging.basicConfig(format="%(message)s")
     logging.getLogger("accelerate").setLevel(logging.WARNING)
-    # without cpu=True, the processes that torchrun starts on a CPU would not know of each other
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    state = PartialState(cpu=is_cpu_training())
     try:
         vqvae = load_autoencoder(args) if args.stage == "diffusion" else None
         check_arguments(args, vqvae, state.device)

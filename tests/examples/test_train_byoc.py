@@ -488,11 +488,12 @@ def test_the_paper_preset_is_tables_2_and_3(script):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_paper_preset_starts(script, tmp_path):
     folder = make_folder(tmp_path / "cells", **{f"cell_{index}": make_cell(index, size=40) for index in range(4)})
     steps = ["--autoencoder_max_train_steps", 1, "--diffusion_max_train_steps", 1]
     command = [SCRIPT, "--preset", "paper", "--train_data_dir", folder, "--output_dir", tmp_path / "out", *steps]
-    run_process([*command, "--num_samples", 1, "--num_inference_steps", 2], timeout=280)
+    run_process([*command, "--num_samples", 1, "--num_inference_steps", 2], timeout=840)
     pipeline = BYOCPipeline.from_pretrained(tmp_path / "out")
     assert pipeline.unet.config.block_out_channels == [64, 128, 256, 512]
     assert pipeline(1, num_inference_steps=1).volumes.shape == (1, 2, 64, 64, 64)

@@ -1,0 +1,50 @@
+"""What a training process needs around its steps: threads, precision, finite numbers, losses of all processes."""
+
+import os
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+
+def is_cpu_training() -> bool:
+    """Whether there is no GPU.
+
+    accelerate must be told (`cpu=True`): without it, the processes that torchrun starts on a CPU do not know of each
+    other, and each trains alone.
+    """
+    return not torch.accelerator.is_available()
+
+
+def fastest_precision() -> str:
+    """accelerate's `mixed_precision` for this machine: fp16 on a GPU, bf16 on a CPU that computes in it, else no."""
+    if torch.cuda.is_available():
+        return "fp16"
+    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if is_cpu_training() and has_bf16 else "no"
+
+
+def fair_num_threads() -> int:
+    """Threads for this process if those of this machine share its cores; launchers leave every process just one."""
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, num_cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def check_finite(accelerator: Accelerator, number: Tensor, name: str, step: int) -> None:
+    """Stop all processes before a loss or a gradient that is no number reaches the weights.
+
+    Raises:
+        FloatingPointError: if `number`, a scalar, is NaN or infinite in any process.
+    """
+    if not torch.isfinite(accelerator.gather(number.detach())).all():
+        raise FloatingPointError(
+            f"The {name} of step {step} is not finite; the weights are those of step {step - 1} and were not changed. "
+            "Lower the learning rate or use --mixed_precision no, and go on from the last checkpoint in "
+            f"{accelerator.project_dir} with --resume_from_checkpoint latest, or anew if there is none."
+        )
+
+
+def mean_losses(accelerator: Accelerator, losses: dict[str, Tensor]) -> dict[str, float]:
+    """The losses, scalars, as numbers averaged over the processes."""
+    values = accelerator.reduce(torch.stack([loss.detach() for loss in losses.values()]), reduction="mean")
+    return dict(zip(losses, values.tolist(), strict=True))

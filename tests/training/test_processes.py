@@ -1,0 +1,66 @@
+import os
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+
+from diffusers_byoc.training import (
+    check_finite,
+    fair_num_threads,
+    fastest_precision,
+    is_cpu_training,
+    mean_losses,
+)
+
+
+@pytest.fixture
+def accelerator(tmp_path):
+    def reset():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+    reset()
+    yield Accelerator(cpu=True, project_dir=str(tmp_path))
+    reset()
+
+
+def test_finite_numbers_pass(accelerator):
+    for number in (0.0, -1e38):
+        check_finite(accelerator, torch.tensor(number, requires_grad=True), "loss", 3)
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "-inf"])
+def test_other_numbers_stop_the_run_with_the_remedy(accelerator, number, tmp_path):
+    with pytest.raises(
+        FloatingPointError, match="The loss of step 3 is not finite; the weights are those of step 2"
+    ) as e:
+        check_finite(accelerator, torch.tensor(float(number)), "loss", 3)
+    assert str(tmp_path) in str(e.value) and "--resume_from_checkpoint latest" in str(e.value)
+
+
+def test_losses_as_numbers(accelerator):
+    losses = {"a": torch.tensor(0.5, requires_grad=True), "b": torch.tensor(-2.0)}
+    assert mean_losses(accelerator, losses) == {"a": 0.5, "b": -2.0}
+
+
+def test_cores_are_shared_among_the_processes(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    for processes, threads in ((None, 8), ("1", 8), ("3", 2), ("16", 1)):
+        monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+        if processes is not None:
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        assert fair_num_threads() == threads
+
+
+@pytest.mark.parametrize(
+    ("cuda", "any_gpu", "bf16", "expected"),
+    [(True, True, True, "fp16"), (False, False, True, "bf16"), (False, False, False, "no"), (False, True, True, "no")],
+)
+def test_fastest_precision(monkeypatch, cuda, any_gpu, bf16, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: any_gpu)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert fastest_precision() == expected
+    assert is_cpu_training() is not any_gpu
