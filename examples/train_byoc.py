@@ -125,12 +125,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def load_cells(args: argparse.Namespace) -> CellDataset:
-    """The training cells: files, or phantoms."""
+def load_cells(args: argparse.Namespace, vqvae: MultiCodebookVQModel) -> CellDataset:
+    """The training cells, with the channels of the autoencoder: files, or phantoms."""
     processor = VolumeProcessor(
         sample_size=args.sample_size,
-        num_channels=args.vqvae.get("num_channels", 2),
-        channel_names=args.vqvae.get("channel_names", ("cell", "nucleus")),
+        num_channels=vqvae.config.num_channels,
+        channel_names=vqvae.config.channel_names,
         oversize=args.oversize,
     )
     if args.train_data_dir:
@@ -140,13 +140,6 @@ def load_cells(args: argparse.Namespace) -> CellDataset:
 
 def make_autoencoder(args: argparse.Namespace) -> MultiCodebookVQModel:
     return MultiCodebookVQModel(sample_size=args.sample_size, **args.vqvae)
-
-
-def load_autoencoder(args: argparse.Namespace) -> MultiCodebookVQModel:
-    path = Path(args.output_dir) / "vqvae"
-    if args.vqvae_path is None and not path.is_dir():
-        raise ValueError(f"{path}: no trained autoencoder; run --stage autoencoder first, or give --vqvae_path")
-    return MultiCodebookVQModel.from_pretrained(args.vqvae_path or path)
 
 
 def make_unet(args: argparse.Namespace, vqvae: MultiCodebookVQModel, num_classes: int) -> DualChannelUNet3D:
@@ -159,14 +152,26 @@ def make_unet(args: argparse.Namespace, vqvae: MultiCodebookVQModel, num_classes
     )
 
 
-def check_arguments(args: argparse.Namespace, vqvae: MultiCodebookVQModel | None, device: torch.device) -> None:
-    """Find sizes that do not fit and a precision that does not run before any training, not between the stages."""
+def check_arguments(args: argparse.Namespace, device: torch.device) -> MultiCodebookVQModel:
+    """Find what cannot work before any training, not between the stages.
+
+    Returns:
+        The trained autoencoder for `--stage diffusion`; otherwise one that has its configuration but no weights.
+    """
     if args.mixed_precision == "fp16" and device.type == "cpu":
         raise ValueError("--mixed_precision fp16 needs a GPU; on a CPU say bf16, no or auto")
-    with torch.device("meta"):  # no memory, no random numbers
-        vqvae = vqvae or make_autoencoder(args)
-        if args.stage != "autoencoder":
+    if args.stage == "diffusion":
+        path = Path(args.output_dir) / "vqvae"
+        if args.vqvae_path is None and not path.is_dir():
+            raise ValueError(f"{path}: no trained autoencoder; run --stage autoencoder first, or give --vqvae_path")
+        vqvae = MultiCodebookVQModel.from_pretrained(args.vqvae_path or path)
+    else:
+        with torch.device("meta"):  # no memory, no random numbers
+            vqvae = make_autoencoder(args)
+    if args.stage != "autoencoder":
+        with torch.device("meta"):
             make_unet(args, vqvae, num_classes=1)
+    return vqvae
 
 
 def start_stage(args: argparse.Namespace, stage: str) -> Accelerator:
@@ -447,13 +452,12 @@ def main(args: argparse.Namespace) -> None:
     logging.getLogger("accelerate").setLevel(logging.WARNING)
     state = PartialState(cpu=is_cpu_training())
     try:
-        vqvae = load_autoencoder(args) if args.stage == "diffusion" else None
-        check_arguments(args, vqvae, state.device)
-        cells = load_cells(args)
+        vqvae = check_arguments(args, state.device)
+        cells = load_cells(args, vqvae)
     except (OSError, ValueError) as error:  # bad input: the message says what to mend, a traceback would hide it
         raise SystemExit(f"train_byoc.py: error: {error}") from error
     logger.info(f"{len(cells)} cells: {', '.join(cells.class_names)}")
-    if vqvae is None:
+    if args.stage != "diffusion":
         vqvae = train_autoencoder(args, cells)
     if args.stage != "autoencoder":
         train_diffusion(args, cells, vqvae)

@@ -84,7 +84,8 @@ sys.path.insert(0, os.path.dirname(script))
 import train_byoc
 args = train_byoc.parse_args(arguments)
 rank = PartialState(cpu=True).process_index
-vqvae = train_byoc.train_autoencoder(args, train_byoc.load_cells(args))
+cells = train_byoc.load_cells(args, train_byoc.make_autoencoder(args))
+vqvae = train_byoc.train_autoencoder(args, cells)
 torch.save(vqvae.state_dict(), f"{folder}/rank-{rank}.pt")
 """
 
@@ -298,6 +299,32 @@ def test_a_folder_of_arrays(train, tmp_path):
     output_dir = train("--train_data_dir", folder, "--sample_size", 16)
     assert "3 training cells (cell)" in (output_dir / "report.md").read_text()
     assert BYOCPipeline.from_pretrained(output_dir)(1).volumes.shape == (1, 2, 16, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("num_channels", "names", "others"),
+    [
+        (1, ["nucleus"], {"use_ema_codebook": False}),
+        (3, ["channel_0", "channel_1", "channel_2"], {"share_encoder": False, "latent_scaling": "standardize"}),
+    ],
+)
+def test_any_number_of_channels_is_a_matter_of_the_preset(train, tmp_path, num_channels, names, others):
+    cells = {f"cell_{index}": make_cell(index, num_channels) for index in range(2)}
+    folder = make_folder(tmp_path / "cells", **cells)
+    vqvae = TINY["vqvae"] | {"num_channels": num_channels} | others
+    if num_channels == 1:
+        vqvae["channel_names"] = names
+    preset = tmp_path / "channels.json"
+    preset.write_text(json.dumps(TINY | {"vqvae": vqvae}))
+    output_dir = train("--train_data_dir", folder, "--sample_size", 16, "--preset", preset)
+    assert set(scalars(output_dir, "autoencoder")) >= {f"usage/{name}" for name in names}
+    pipeline = BYOCPipeline.from_pretrained(output_dir)
+    assert list(pipeline.vqvae.config.channel_names) == names
+    assert pipeline(2).volumes.shape == (2, num_channels, 16, 16, 16)
+    assert read_volume(output_dir / "volumes" / "cell_000.ome.tif").channel_names == tuple(names)
+    if "latent_scaling" in others:
+        statistics = scalars(output_dir, "diffusion")
+        assert all(statistics[f"latent_std/{name}"][0] == pytest.approx(1, abs=0.02) for name in names)
 
 
 @pytest.mark.skipif(not REAL_CELLS.is_dir(), reason="real cells lie outside the repository")
@@ -534,7 +561,10 @@ def test_two_processes_of_half_the_batch_train_as_one(preset, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_hold_the_same_autoencoder(preset, tmp_path):
+@pytest.mark.parametrize("others", [{}, {"use_ema_codebook": False, "share_encoder": False}])
+def test_two_processes_hold_the_same_autoencoder(tmp_path, others):
+    preset = tmp_path / "others.json"
+    preset.write_text(json.dumps(TINY | {"vqvae": TINY["vqvae"] | others}))
     recorder = tmp_path / "every_rank.py"
     recorder.write_text(EVERY_RANK)
     torchrun(recorder, tmp_path, SCRIPT, "--preset", preset, "--output_dir", tmp_path / "out")
