@@ -10,7 +10,7 @@ import torch  # noqa: E402
 from hub_server import HubServer  # noqa: E402
 
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tiny models: more threads wait for each other, hundredfold on a busy machine
 
 
 @pytest.fixture(autouse=True)

@@ -4,12 +4,16 @@ Together they reach every voxel in two steps (BYOC section 3.2, after Khader et 
 """
 
 from diffusers.models.attention import AttentionModuleMixin
-from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    dispatch_attention_fn,
+)
 from torch import Tensor, nn
 
 
 # Up to this sequence length the CPU's flash kernel loses to plain products, in the backward pass tenfold
-# (`benchmarks/attention.py`).
+# (`benchmarks/kernels.py`).
 _FEW_TOKENS = 32
 
 
@@ -27,7 +31,9 @@ class AxialAttnProcessor:
         # (sequences, tokens, heads, head_dim)
         query, key, value = (x.unflatten(-1, (-1, attn.head_dim)) for x in (query, key, value))
         backend = self._attention_backend
-        if backend is None and hidden_states.device.type == "cpu" and hidden_states.shape[1] <= _FEW_TOKENS:
+        active_backend, _ = _AttentionBackendRegistry.get_active_backend()
+        is_default = backend is None and active_backend is AttentionBackendName.NATIVE
+        if is_default and hidden_states.device.type == "cpu" and hidden_states.shape[1] <= _FEW_TOKENS:
             backend = AttentionBackendName._NATIVE_MATH
         hidden_states = dispatch_attention_fn(
             query, key, value, backend=backend, parallel_config=self._parallel_config

@@ -1,17 +1,28 @@
 """Run a function over a volume in overlapping tiles and blend the results, in bounded memory."""
 
 from collections.abc import Callable
-from itertools import product
+from itertools import pairwise, product
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-def _starts(length: int, tile_size: int, stride: int) -> list[int]:
+class _Window(NamedTuple):
+    """[start, stop) along one axis, and how many voxels it shares with the window before and after."""
+
+    start: int
+    stop: int
+    fade_in: int
+    fade_out: int
+
+
+def _windows(length: int, tile_size: int, stride: int) -> list[_Window]:
     if length <= tile_size:
-        return [0]
-    starts = list(range(0, length - tile_size, stride))
-    return [*starts, length - tile_size]
+        return [_Window(0, length, 0, 0)]
+    starts = [*range(0, length - tile_size, stride), length - tile_size]  # the last one overlaps more, to end flush
+    shared = [0, *(before + tile_size - start for before, start in pairwise(starts)), 0]
+    return [_Window(start, start + tile_size, shared[i], shared[i + 1]) for i, start in enumerate(starts)]
 
 
 def _ramp(length: int, fade_in: int, fade_out: int, like: Tensor) -> Tensor:
@@ -41,15 +52,14 @@ def blend_tiles(
     """
     sizes = volume.shape[2:]
     stride = max(1, tile_size - overlap)
+    windows = [_windows(size, tile_size, stride) for size in sizes]
     result = weight_sum = None
-    for corner in product(*(_starts(size, tile_size, stride) for size in sizes)):
-        window = tuple(slice(start, min(start + tile_size, size)) for start, size in zip(corner, sizes, strict=True))
-        tile = function(volume[(slice(None), slice(None), *window)])
+    for window in product(*windows):
+        tile = function(volume[(slice(None), slice(None), *(slice(w.start, w.stop) for w in window))])
         target = tuple(slice(round(w.start * scale), round(w.stop * scale)) for w in window)
-        fade = round(overlap * scale)
         ramps = [
-            _ramp(t.stop - t.start, fade if w.start > 0 else 0, fade if w.stop < size else 0, tile)
-            for t, w, size in zip(target, window, sizes, strict=True)
+            _ramp(t.stop - t.start, round(w.fade_in * scale), round(w.fade_out * scale), tile)
+            for t, w in zip(target, window, strict=True)
         ]
         weights = ramps[0][:, None, None] * ramps[1][:, None] * ramps[2]
         if result is None:

@@ -153,6 +153,7 @@ class DualChannelUNet3D(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
         self.norm_out = InstanceNorm(widths[0], norm_num_groups)
         self.nonlinearity = get_activation(act_fn)
         self.conv_out = Conv3d(widths[0], num_channels * latent_channels, 3, padding=1)
+        self.input_gain = nn.Linear(time_dim, num_channels * latent_channels)
 
         self.gradient_checkpointing = False
 
@@ -219,8 +220,10 @@ class DualChannelUNet3D(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
             if layer == layers_per_block - 1 and level < len(self.upsamplers):
                 hidden_states = self.upsamplers[level](hidden_states)
 
-        # 6. out
-        sample = self.conv_out(self.nonlinearity(self.norm_out(hidden_states)))
+        # 6. out; the best linear guess of the noise is the input times a number that depends on the time alone, and a
+        # trunk of instance norms should not have to carry the input through for it
+        gain = self.input_gain(embedding)[:, :, None, None, None]
+        sample = self.conv_out(self.nonlinearity(self.norm_out(hidden_states))) + gain * sample
         return DualChannelUNet3DOutput(sample=sample) if return_dict else (sample,)
 
     def _run(self, block: nn.Module, hidden_states: Tensor, embedding: Tensor) -> Tensor:

@@ -1,0 +1,42 @@
+import pytest
+import torch
+from torch import nn
+
+from diffusers_byoc.models.convolution import Conv3d
+
+
+def weight_gradient(convolution: nn.Conv3d, volume: torch.Tensor, use_autocast: bool) -> torch.Tensor:
+    with torch.autocast("cpu", torch.bfloat16, enabled=use_autocast):
+        output = convolution(volume)
+    (output.float() ** 2).sum().backward()
+    gradient, convolution.weight.grad = convolution.weight.grad, None
+    return gradient.float()
+
+
+@pytest.mark.parametrize("grid", [(2, 2, 2), (2, 4, 4), (1, 2, 2), (4, 4, 4)])
+@pytest.mark.parametrize("use_autocast", [True, False], ids=["autocast", "bf16 weights"])
+def test_weight_gradients_on_small_grids_are_those_of_float32(grid, use_autocast):
+    volume = torch.randn(4, 16, *grid)
+    reference = Conv3d(16, 16, 3, padding=1)
+    expected = weight_gradient(reference, volume, use_autocast=False)
+
+    dtype = torch.float32 if use_autocast else torch.bfloat16
+    convolution = Conv3d(16, 16, 3, padding=1).to(dtype)
+    convolution.load_state_dict(reference.state_dict())
+    volume = volume.to(dtype).contiguous(memory_format=torch.channels_last_3d)
+    for _ in range(5):
+        # freed memory full of NaN: what a kernel reads that forgets to write first
+        torch.full((4 * convolution.weight.numel(),), torch.nan, dtype=torch.bfloat16)
+        gradient = weight_gradient(convolution, volume, use_autocast)
+        assert (gradient - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+@pytest.mark.parametrize("grid", [(2, 2, 2), (4, 4, 4)])
+def test_output_has_the_dtype_of_the_plain_layer(grid):
+    convolution, plain = Conv3d(2, 3, 3, padding=1), nn.Conv3d(2, 3, 3, padding=1)
+    volume = torch.randn(1, 2, *grid)
+    assert convolution(volume).dtype is plain(volume).dtype is torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert convolution(volume).dtype is plain(volume).dtype is torch.bfloat16
+    volume = volume.bfloat16()
+    assert convolution.bfloat16()(volume).dtype is plain.bfloat16()(volume).dtype is torch.bfloat16
