@@ -29,7 +29,7 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP)
-	$(BIN)/accelerate launch examples/train_byoc.py --output_dir outputs/demo $(ARGS)
+	$(BIN)/accelerate launch --quiet examples/train_byoc.py --output_dir outputs/demo $(ARGS)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
