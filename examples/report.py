@@ -41,7 +41,8 @@ def write_report(pipeline: BYOCPipeline, cells: CellDataset, args: argparse.Name
     table = {}
     if len(channel_names) == 2:
         for name, volumes in ((f"real {origin} ({len(real)})", real), (f"generated ({len(generated)})", generated)):
-            table[name] = measure_cells(volumes, voxel_size_um)
+            table[name] = measure_cells(volumes, voxel_size_um, thresholds=(args.cell_threshold, None))
+    threshold = "Otsu's threshold" if args.cell_threshold is None else f"the threshold {args.cell_threshold}"
     lines = [
         "# BYOC training report",
         "",
@@ -60,7 +61,8 @@ def write_report(pipeline: BYOCPipeline, cells: CellDataset, args: argparse.Name
         "| --- | --- | --- | --- | --- | --- |",
         *(_row(name, measured) for name, measured in table.items()),
         "",
-        "Mean and standard deviation over the cells, segmented by Otsu's threshold; the last column counts cells.",
+        "Mean and standard deviation over the cells; the last column counts them. Cells are segmented by "
+        f"{threshold}, nuclei by Otsu's threshold.",
     ]
     (output_dir / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"Wrote {output_dir / 'report.md'}, {output_dir / 'cells.png'} and {len(generated)} volumes.")

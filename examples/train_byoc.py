@@ -104,6 +104,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--resume_from_checkpoint", help='"latest", or the name of a checkpoint')
     add("--validation_steps", type=positive, default=200, help="steps between sample pictures in the log")
     add("--num_samples", type=positive, default=8, help="cells to generate for the report")
+    add(
+        "--cell_threshold",
+        type=float,
+        help="the report's cell is brighter than this (default: Otsu's; membrane: 0.05)",
+    )
 
     preset = parser.parse_known_args(argv)[0].preset
     path = CONFIGS / f"{preset}.json" if (CONFIGS / f"{preset}.json").is_file() else Path(preset)
@@ -442,7 +447,8 @@ def make_pipeline(args, cells: CellDataset, vqvae, unet, noise_scheduler) -> BYO
         noise_scheduler,
         default_num_inference_steps=args.num_inference_steps,
         label2id={name: index for index, name in enumerate(cells.class_names)} if args.class_conditional else None,
-        volume_processor_config=dict(cells.processor.config),
+        volume_processor_config=dict(cells.processor.config)
+        | {"voxel_size_um": cells.voxel_size_um or cells.processor.voxel_size_um},
     )
 
 
