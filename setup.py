@@ -14,6 +14,8 @@ extras = {
     "metrics": ["scipy>=1.11", "scikit-image>=0.22"],
     # pictures of volumes
     "viz": ["matplotlib>=3.8"],
+    # diffusers' DPMSolverSDEScheduler
+    "sde": ["torchsde>=0.2.6"],
     # LoRA fine-tuning on few cells
     "lora": ["peft>=0.15"],
 }
