@@ -61,8 +61,9 @@ class MultiCodebookVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         channel_names: their M names; "channel_0", ... where `None` and M is not 2.
         latent_channels: n, code length and features per channel of the latents (Table 2: 16).
         num_vq_embeddings: K, codes per codebook (Table 2: 1024).
-        block_out_channels: features at each resolution, finest first; each further entry halves the grid, so three
-            entries take 64³ to 16³.
+        block_out_channels: features from the volume towards the latents; each entry after the first halves the grid,
+            so three take 64³ to 16³. The first convolution halves at once: the first entry's features lie at half the
+            resolution too, without residual blocks.
         layers_per_block: residual blocks at each halved resolution.
         norm_num_groups: groups of a group norm; `None` normalises each voxel's features alone, which makes decoding in
             tiles agree with decoding whole.
