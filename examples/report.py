@@ -42,7 +42,8 @@ def write_report(pipeline: BYOCPipeline, cells: CellDataset, args: argparse.Name
     if len(channel_names) == 2:
         for name, volumes in ((f"real {origin} ({len(real)})", real), (f"generated ({len(generated)})", generated)):
             table[name] = measure_cells(volumes, voxel_size_um, thresholds=(args.cell_threshold, None))
-    threshold = "Otsu's threshold" if args.cell_threshold is None else f"the threshold {args.cell_threshold}"
+    otsu = "Otsu's threshold"
+    threshold = otsu if args.cell_threshold is None else f"{args.cell_threshold} (cell) and {otsu} (nucleus)"
     lines = [
         "# BYOC training report",
         "",
@@ -61,8 +62,7 @@ def write_report(pipeline: BYOCPipeline, cells: CellDataset, args: argparse.Name
         "| --- | --- | --- | --- | --- | --- |",
         *(_row(name, measured) for name, measured in table.items()),
         "",
-        "Mean and standard deviation over the cells; the last column counts them. Cells are segmented by "
-        f"{threshold}, nuclei by Otsu's threshold.",
+        f"Mean and standard deviation over the cells; the last column counts them. Segmented by {threshold}.",
     ]
     (output_dir / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"Wrote {output_dir / 'report.md'}, {output_dir / 'cells.png'} and {len(generated)} volumes.")
@@ -71,7 +71,8 @@ def write_report(pipeline: BYOCPipeline, cells: CellDataset, args: argparse.Name
 def _row(name: str, measured: list) -> str:
     def spread(attribute: str, digits: int) -> str:
         values = np.array([getattr(cell, attribute) for cell in measured], dtype=float)
-        return f"{np.nanmean(values):.{digits}f} ± {np.nanstd(values):.{digits}f}"
+        values = values[np.isfinite(values)]  # a cell without a nucleus has no share of it inside
+        return f"{values.mean():.{digits}f} ± {values.std():.{digits}f}" if len(values) else "–"
 
     connected = sum(cell.num_cell_components == 1 for cell in measured)
     return (
