@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 # Up to this sequence length the CPU's flash kernel loses to plain products, in the backward pass tenfold
-# (`benchmarks/kernels.py`).
+# (`benchmarks/operations.py`).
 _FEW_TOKENS = 32
 
 

@@ -2,7 +2,7 @@
 
 BYOC Table 3 asks for instance normalisation. PyTorch's group norm with one group per feature is that, but its CPU
 kernel is up to a hundred times slower in `channels_last_3d` than in the contiguous format, and `channels_last_3d` is
-what the bf16 convolutions want (`benchmarks/kernels.py` measures both). `InstanceNorm` therefore computes a
+what the bf16 convolutions want (`benchmarks/operations.py` measures both). `InstanceNorm` therefore computes a
 channels-last volume as what it is in memory, a `(B, voxels, features)` matrix.
 """
 

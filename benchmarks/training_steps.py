@@ -1,6 +1,6 @@
 """Whole models at the demo's and the paper's sizes: the default path against what plain PyTorch modules would do.
 
-    python benchmarks/models.py
+    python benchmarks/training_steps.py
 
 "plain" is the same network in the contiguous memory format and float32. The share of the convolution peak is the
 convolutions' arithmetic over the time, against the best speed that one 3x3x3 convolution of 64 features on 16³

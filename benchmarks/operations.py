@@ -1,6 +1,6 @@
 """The kernels whose choice decides this package's speed on a CPU, each against its plain PyTorch alternative.
 
-    python benchmarks/kernels.py
+    python benchmarks/operations.py
 
 Every row is one comparison in one run: milliseconds (the best of many, because other load only ever adds), and the
 ratio plain / ours. "both" is forward and backward.
