@@ -17,7 +17,7 @@ import diffusers_byoc.models.vqvae as vqvae_module
 from diffusers_byoc import DualChannelUNet3D, MultiCodebookVQModel
 
 
-UNETS = {"demo": ((32, 64, 128, 256), 1), "paper": ((64, 128, 256, 512), 2)}
+UNETS = {"demo": ((32, 64, 128), 1), "paper": ((64, 128, 256, 512), 2)}
 AUTOENCODERS = {"demo": ((16, 32, 64), 1), "default": ((32, 64, 128), 2)}
 
 
