@@ -73,7 +73,7 @@ def main() -> None:
     ours = best_ms(lambda: nearest_code(vectors, codebook))
     row("nearest of 1024 codes, 32,768 x 16, fp32 (plain: cdist)", plain, ours)
 
-    print("\n| 3x3x3 convolution, forward and input gradient, batch 8 | contiguous, GFLOP/s | channels_last_3d, GFLOP/s |")
+    print("\n| 3x3x3 convolution, forward and input gradient, GFLOP/s | contiguous | channels_last_3d |")
     print("| --- | --- | --- |")
     for dtype in (torch.float32, torch.bfloat16):
         for features, edge in GRIDS:
