@@ -354,7 +354,7 @@ def train_diffusion(args: argparse.Namespace, cells: CellDataset, vqvae: MultiCo
 
     # 1. model, noise schedule, optimizer, moving average
     unet = make_unet(args, vqvae, num_classes=len(cells.class_names))
-    # The latents leave the codebook's range (see the log), so the predicted sample is not clipped to it.
+    # Nothing keeps the latents inside the codebook's range (the log says how many leave it): no clipping to it.
     schedule = {"beta_schedule": "squaredcos_cap_v2", "clip_sample": False, "timestep_spacing": "leading"}
     noise_scheduler = DDPMScheduler(**(schedule | args.scheduler))
     if args.gradient_checkpointing:

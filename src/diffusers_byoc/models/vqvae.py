@@ -65,8 +65,8 @@ class MultiCodebookVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
             so three take 64³ to 16³. The first convolution halves at once: the first entry's features lie at half the
             resolution too, without residual blocks.
         layers_per_block: residual blocks at each halved resolution.
-        norm_num_groups: groups of a group norm; `None` normalises each voxel's features alone, which makes decoding in
-            tiles agree with decoding whole.
+        norm_num_groups: groups of a group norm; `None` normalises each voxel's features alone, which confines the
+            difference that decoding in tiles makes to the tiles' borders.
         act_fn: activation, by diffusers' names.
         sample_size: edge D = H = W that the model is made for, in voxels. Other sizes divisible by the
             downsampling factor work.

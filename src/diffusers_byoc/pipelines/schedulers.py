@@ -1,6 +1,6 @@
 """Which of diffusers' schedulers sample correctly from a model trained by DDPM with a cosine schedule."""
 
-# Measured on a distribution whose exact score is known, and on the trained demo (docs in README, "Schedulers").
+# Each was run on the trained demo, 30 steps with "leading" spacing: sizes within 5 % of the phantoms', sound cells.
 USABLE_SCHEDULERS = (
     "DDPMScheduler",
     "DDIMScheduler",
