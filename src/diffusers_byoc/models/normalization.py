@@ -109,9 +109,9 @@ class InstanceNorm(nn.Module):
 class VoxelNorm(nn.Module):
     """Layer normalisation over the features of each voxel of `(B, C, D, H, W)`.
 
-    The autoencoder's norm: it knows no other voxel, so decoding in tiles differs only where a tile's border is near. Group
-    statistics of a tile of empty background are not those of the cell beside it. In `channels_last_3d` it is one fused
-    kernel over contiguous memory.
+    The autoencoder's norm: it knows no other voxel, so decoding in tiles differs only where a tile's border is near.
+    Group statistics of a tile of empty background are not those of the cell beside it. In `channels_last_3d` it is one
+    fused kernel over contiguous memory.
     """
 
     def __init__(self, num_features: int, eps: float = 1e-6):
