@@ -20,8 +20,9 @@ from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from diffusers_byoc import BYOCPipeline, DualChannelUNet3D, MultiCodebookVQModel, PatchDiscriminator3D, VolumeProcessor
-from diffusers_byoc.data import CellDataset, CellFolder, PhantomCells
+from data_arguments import add_data_arguments, load_cells, positive
+from diffusers_byoc import BYOCPipeline, DualChannelUNet3D, MultiCodebookVQModel, PatchDiscriminator3D
+from diffusers_byoc.data import CellDataset
 from diffusers_byoc.training import (
     StepBatches,
     adaptive_weight,
@@ -49,13 +50,6 @@ logger = get_logger(__name__, log_level="INFO")
 CONFIGS = Path(__file__).parent / "configs"
 
 
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
-    return value
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -64,14 +58,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output_dir", default="outputs/demo", help="pipeline, checkpoints, logs and report go here")
     add("--stage", choices=["all", "autoencoder", "diffusion"], default="all")
     add("--seed", type=int, default=0)
-    # data
-    add("--train_data_dir", help="folder of cells (OME-TIFF, TIFF, .npy, .npz; metadata.csv); phantoms if left out")
-    add("--label", nargs="+", help="train on the cells of these labels only (phantoms: nocodazole if left out)")
-    add("--num_phantoms", type=positive, default=400, help="phantoms to train on, without --train_data_dir")
-    add("--sample_size", type=positive, default=64, help="edge of the cube the cells are centred in, in voxels")
-    add("--oversize", choices=["error", "rescale", "crop"], default="error", help="what to do with larger cells")
-    add("--cache_gb", type=float, default=4.0, help="memory for preprocessed cells; the others are read again")
-    add("--dataloader_num_workers", type=int, default=0)
+    add_data_arguments(parser)
     # both stages
     add("--mixed_precision", choices=["auto", "no", "fp16", "bf16"], default="auto", help="auto: the fastest here")
     add("--num_cpu_threads", type=positive, help="per process, without a GPU (default: a fair share of all cores)")
@@ -128,19 +115,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"checkpoint {args.resume_from_checkpoint} belongs to one stage: say --stage, or 'latest'")
     args.vqvae, args.unet, args.scheduler = (config.get(name, {}) for name in ("vqvae", "unet", "scheduler"))
     return args
-
-
-def load_cells(args: argparse.Namespace, vqvae: MultiCodebookVQModel) -> CellDataset:
-    """The training cells, with the channels of the autoencoder: files, or phantoms."""
-    processor = VolumeProcessor(
-        sample_size=args.sample_size,
-        num_channels=vqvae.config.num_channels,
-        channel_names=vqvae.config.channel_names,
-        oversize=args.oversize,
-    )
-    if args.train_data_dir:
-        return CellFolder(args.train_data_dir, processor, label=args.label, cache_gb=args.cache_gb)
-    return PhantomCells(args.num_phantoms, processor, args.label or ["nocodazole"], args.seed, args.cache_gb)
 
 
 def make_autoencoder(args: argparse.Namespace) -> MultiCodebookVQModel:
@@ -459,7 +433,7 @@ def main(args: argparse.Namespace) -> None:
     state = PartialState(cpu=is_cpu_training())
     try:
         vqvae = check_arguments(args, state.device)
-        cells = load_cells(args, vqvae)
+        cells = load_cells(args, vqvae.config.channel_names)
     except (OSError, ValueError) as error:  # bad input: the message says what to mend, a traceback would hide it
         raise SystemExit(f"train_byoc.py: error: {error}") from error
     logger.info(f"{len(cells)} cells: {', '.join(cells.class_names)}")

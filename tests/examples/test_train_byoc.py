@@ -84,7 +84,7 @@ sys.path.insert(0, os.path.dirname(script))
 import train_byoc
 args = train_byoc.parse_args(arguments)
 rank = PartialState(cpu=True).process_index
-cells = train_byoc.load_cells(args, train_byoc.make_autoencoder(args))
+cells = train_byoc.load_cells(args, train_byoc.make_autoencoder(args).config.channel_names)
 vqvae = train_byoc.train_autoencoder(args, cells)
 torch.save(vqvae.state_dict(), f"{folder}/rank-{rank}.pt")
 """

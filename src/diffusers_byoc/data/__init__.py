@@ -3,6 +3,7 @@
 from .cells import CellDataset, CellFolder, PhantomCells
 from .files import Volume, read_volume, write_ome_tiff
 from .processor import VolumeProcessor
+from .records import decode_volume, encode_volume
 
 
 __all__ = [
@@ -14,6 +15,8 @@ __all__ = [
     "PhantomTruth",
     "Volume",
     "VolumeProcessor",
+    "decode_volume",
+    "encode_volume",
     "make_phantom",
     "read_volume",
     "write_ome_tiff",
