@@ -90,10 +90,9 @@ def test_a_figure_has_a_picture_for_each_cell_and_view():
     images = library.axes[0].get_images()
     assert len(images) == 2
     magenta = [(np.asarray(image.get_array()) @ [1, -1, 0] > 0.1).sum() for image in images]
-    assert magenta == sorted(magenta) and magenta[0] < magenta[2]
-    assert (
-        len(surface_views({"x": cells[:1], "y": cells[1:2]}, views_deg=[(0, 90), (90, 0)]).axes[0].get_images()) == 4
-    )
+    assert magenta[0] < magenta[1]
+    views = surface_views({"x": cells[0]}, views_deg=[(0, 90), (90, 0)])
+    assert len(views.axes[0].get_images()) == 2
 
 
 def test_cells_of_a_figure_share_one_scale():

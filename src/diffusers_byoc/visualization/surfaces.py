@@ -249,7 +249,7 @@ class _Surfaces:
         if not channel.max() > level:
             return nothing
         # a grid of samples (down, right, into the picture) around what is inside, within the picture
-        steps = np.array([field_um / rays, field_um / rays, 0.7 * self.spacing.min()])
+        steps = np.array([field_um / rays, field_um / rays, self.spacing.min()])
         axes = camera[[1, 0, 2]]
         seen = (np.argwhere(channel > level) * self.spacing - self.center_um) @ axes.T
         margin = self.spacing.max()
