@@ -44,18 +44,22 @@ def main() -> None:
         "sample_library": sample_library(cells),
         "surface_views": surface_views(np.stack([some[3], cells["binimetinib"][2]])),
         "depth_planes": depth_planes(some[2]),
-        "compare_pairs": compare_pairs(some[:4], np.roll(blurred, 1, axis=0)[:4], ["1.71", "2.05", "0.93", "1.40"]),
+        "compare_pairs": compare_pairs(
+            some[:4],
+            np.stack([blurred[0], some[5], some[0], blurred[3]]),
+            titles=["blurred", "another", "another", "blurred"],
+            headings=("phantom", "partner"),
+        ),
     }
 
     # 2. numbers
-    methods = ["unimodal", "absolute", "cell", "nucleus", "both"]
     figures["metric_bars"] = metric_bars(
         {
             metric: {
-                method: {name: rng.normal(scale * (2 - 0.2 * index), 0.08 * scale, 5) for name in PHENOTYPES}
-                for index, method in enumerate(methods)
+                method: {data_set: rng.normal(scale, 0.08 * scale, 5) for data_set in ("set 1", "set 2", "set 3")}
+                for method in ("method A", "method B", "method C", "method D")
             }
-            for metric, scale in (("FID ↓", 1), ("MMD × 10⁴ ↓", 5))
+            for metric, scale in (("FID ↓", 2), ("MMD × 10⁴ ↓", 9))
         }
     )
     shapes = {}
