@@ -2,7 +2,7 @@
 
 from .cells import CellDataset, CellFolder, PhantomCells
 from .files import Volume, read_volume, write_ome_tiff
-from .processor import VolumeProcessor
+from .processor import PreprocessingRecord, VolumeProcessor
 from .records import decode_volume, encode_volume
 from .resampling import resample_volume
 
@@ -14,6 +14,7 @@ __all__ = [
     "Phantom",
     "PhantomCells",
     "PhantomTruth",
+    "PreprocessingRecord",
     "Volume",
     "VolumeProcessor",
     "decode_volume",
