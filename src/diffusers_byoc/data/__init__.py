@@ -1,7 +1,7 @@
 """Volumes of single cells: from files, from the phantom generator, and as network input."""
 
 from .cells import CellDataset, CellFolder, PhantomCells
-from .files import Volume, read_volume, write_ome_tiff
+from .files import Volume, read_volume, write_ome_tiff, write_volume
 from .processor import PreprocessingRecord, VolumeProcessor
 from .records import decode_volume, encode_volume
 from .resampling import resample_volume
@@ -23,6 +23,7 @@ __all__ = [
     "read_volume",
     "resample_volume",
     "write_ome_tiff",
+    "write_volume",
 ]
 
 _PHANTOM_NAMES = ("PHENOTYPES", "Phantom", "PhantomTruth", "make_phantom")
