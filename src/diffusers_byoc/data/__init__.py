@@ -1,5 +1,6 @@
 """Volumes of single cells: from files, from the phantom generator, and as network input."""
 
+from .augmentation import augment_cells, draw_augmentation
 from .cells import CellDataset, CellFolder, PhantomCells
 from .files import Volume, read_volume, write_ome_tiff, write_volume
 from .processor import PreprocessingRecord, VolumeProcessor
@@ -17,7 +18,9 @@ __all__ = [
     "PreprocessingRecord",
     "Volume",
     "VolumeProcessor",
+    "augment_cells",
     "decode_volume",
+    "draw_augmentation",
     "encode_volume",
     "make_phantom",
     "read_volume",
