@@ -421,8 +421,7 @@ def make_pipeline(args, cells: CellDataset, vqvae, unet, noise_scheduler) -> BYO
         noise_scheduler,
         default_num_inference_steps=args.num_inference_steps,
         label2id={name: index for index, name in enumerate(cells.class_names)} if args.class_conditional else None,
-        volume_processor_config=dict(cells.processor.config)
-        | {"voxel_size_um": cells.voxel_size_um or cells.processor.voxel_size_um},
+        volume_processor_config=dict(cells.processor.config) | {"voxel_size_um": cells.voxel_size_um},
     )
 
 

@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from diffusers_byoc import BYOCPipeline, DualChannelUNet3D, MultiCodebookVQModel, VolumeProcessor
+from diffusers_byoc import BYOCPipeline, DualChannelUNet3D, MultiCodebookVQModel
 from diffusers_byoc.data import read_volume
 
 
@@ -219,8 +219,8 @@ def test_the_saved_pipeline_loads_and_generates(unbroken):
     cells = [p(2, generator=torch.manual_seed(1)).volumes for p in (pipeline, generic)]
     assert cells[0].shape == (2, 2, 32, 32, 32) and np.array_equal(*cells)
     assert pipeline.num_timesteps == 3  # the preset's default
-    processor = VolumeProcessor.from_config(dict(pipeline.config.volume_processor_config))
-    assert processor.config.sample_size == 32
+    assert pipeline.volume_processor.config.sample_size == 32
+    assert pipeline.volume_processor.voxel_size_um == (1.0, 1.0, 1.0)  # the phantoms'
     assert pipeline.scheduler.config.clip_sample is False
     assert pipeline.scheduler.config.beta_schedule == "squaredcos_cap_v2"
 
@@ -333,7 +333,10 @@ def test_real_cells(train):
     assert "12 training cells (metaphase)" in (output_dir / "report.md").read_text()
     pipeline = BYOCPipeline.from_pretrained(output_dir)
     assert pipeline.config.volume_processor_config["oversize"] == "rescale"
-    assert read_volume(output_dir / "volumes" / "cell_000.ome.tif").voxel_size_um == pytest.approx((0.65,) * 3)
+    # each cell was shrunk by a factor of its own, so that generated ones have no voxel size
+    assert pipeline.volume_processor.voxel_size_um is None
+    assert read_volume(output_dir / "volumes" / "cell_000.ome.tif").voxel_size_um is None
+    assert "lengths are in voxels" in (output_dir / "report.md").read_text()
 
 
 # ---------------------------------------------------------------------- what stops a run

@@ -1,9 +1,11 @@
 """Volumes of single cells: from files, from the phantom generator, and as network input."""
 
+from .augmentation import augment_cells, draw_augmentation
 from .cells import CellDataset, CellFolder, PhantomCells
-from .files import Volume, read_volume, write_ome_tiff
-from .processor import VolumeProcessor
+from .files import Volume, read_volume, write_ome_tiff, write_volume
+from .processor import PreprocessingRecord, VolumeProcessor
 from .records import decode_volume, encode_volume
+from .resampling import resample_volume
 
 
 __all__ = [
@@ -13,13 +15,18 @@ __all__ = [
     "Phantom",
     "PhantomCells",
     "PhantomTruth",
+    "PreprocessingRecord",
     "Volume",
     "VolumeProcessor",
+    "augment_cells",
     "decode_volume",
+    "draw_augmentation",
     "encode_volume",
     "make_phantom",
     "read_volume",
+    "resample_volume",
     "write_ome_tiff",
+    "write_volume",
 ]
 
 _PHANTOM_NAMES = ("PHENOTYPES", "Phantom", "PhantomTruth", "make_phantom")

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .files import VOLUME_SUFFIXES, Volume, read_volume
-from .processor import VolumeProcessor
+from .processor import PreprocessingRecord, VolumeProcessor
 
 
 METADATA_NAME = "metadata.csv"
@@ -33,7 +33,7 @@ class CellDataset(Dataset):
         processor: makes raw crops into network input.
         class_names: sorted names of the classes; a class label is an index into it.
         labels: class label of every cell.
-        voxel_size_um: (z, y, x) edge of a voxel in µm where all cells agree, otherwise None.
+        voxel_size_um: (z, y, x) edge of a voxel of the preprocessed cells in µm where all agree, otherwise None.
     """
 
     def __init__(self, processor: VolumeProcessor, class_names: Sequence[str], names: Sequence[str]):
@@ -49,7 +49,9 @@ class CellDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         index = range(len(self))[index]
         # a copy, because an augmentation in place would otherwise change the cell for good
-        volume = self._cache[index].clone() if index < len(self._cache) else self._preprocess(self._read(index), index)
+        volume = (
+            self._cache[index].clone() if index < len(self._cache) else self._preprocess(self._read(index), index)[0]
+        )
         return {"volumes": volume, "class_labels": torch.tensor(self.labels[index])}
 
     def _read(self, index: int) -> Volume:
@@ -60,9 +62,9 @@ class CellDataset(Dataset):
         """How an error message names the cell."""
         raise NotImplementedError
 
-    def _preprocess(self, volume: Volume, index: int) -> Tensor:
+    def _preprocess(self, volume: Volume, index: int) -> tuple[Tensor, PreprocessingRecord]:
         try:
-            return self.processor.preprocess(volume.data)
+            return self.processor.preprocess_with_record(volume.data, volume.voxel_size_um)
         except ValueError as err:
             raise ValueError(f"{self._where(index)}: {err}") from err
 
@@ -76,8 +78,8 @@ class CellDataset(Dataset):
         voxel_sizes = set()
         for index in logging.tqdm(range(len(self)), desc=description, unit="cell"):
             volume = self._read(index)
-            voxel_sizes.add(volume.voxel_size_um)
-            preprocessed = self._preprocess(volume, index)
+            preprocessed, record = self._preprocess(volume, index)
+            voxel_sizes.add(record.voxel_size_um)
             if index < num_cached:
                 cache[index] = preprocessed
         self._cache = cache
@@ -153,7 +155,7 @@ class PhantomCells(CellDataset):
     Args:
         num_cells: how many.
         processor: makes the crops into network input; its `sample_size` bounds the phantoms and its `voxel_size_um`,
-            which must be isotropic, is theirs.
+            which must be isotropic, is theirs (1 µm where it has none).
         phenotypes: some of `PHENOTYPES`; None for all. They are the classes.
         seed: 0 or more; sets of different seeds have no cell in common.
         cache_gb: memory for preprocessed cells, in 10⁹ bytes; at 64³ and two channels a cell takes 2.1 MB.
@@ -183,7 +185,8 @@ class PhantomCells(CellDataset):
             raise ValueError(f"`phenotypes` must be some of {', '.join(PHENOTYPES)}, got {phenotypes}")
         if seed < 0:
             raise ValueError(f"`seed` must be 0 or more, got {seed}")
-        if len(set(processor.voxel_size_um)) != 1:
+        self._phantom_voxel_size_um = processor.voxel_size_um or (1.0,) * 3
+        if len(set(self._phantom_voxel_size_um)) != 1:
             raise ValueError(
                 f"phantoms have cubic voxels, got the processor's `voxel_size_um` {processor.voxel_size_um}"
             )
@@ -204,13 +207,13 @@ class PhantomCells(CellDataset):
             self.class_names[self.labels[index]],
             seed=int(np.random.SeedSequence([self.seed, index]).generate_state(1, np.uint64)[0]),
             max_size=self.processor.config.sample_size,
-            voxel_size_um=self.processor.voxel_size_um[0],
+            voxel_size_um=self._phantom_voxel_size_um[0],
         )
 
     def _read(self, index: int) -> Volume:
         phantom = self.phantom(index)
         self.truths[index] = phantom.truth
-        return Volume(phantom.volume, self.processor.voxel_size_um)
+        return Volume(phantom.volume, self._phantom_voxel_size_um)
 
     def _where(self, index: int) -> str:
         return f"phantom {index} of seed {self.seed}"
