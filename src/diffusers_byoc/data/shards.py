@@ -102,7 +102,7 @@ class ParquetShards:
                 with _open(file) as stream:
                     return pq.read_metadata(stream)
             except (pa.ArrowException, ValueError) as err:
-                raise VolumeFileError(f"{file}: not a readable Parquet file ({err}); download or write it again") from err
+                raise VolumeFileError(f"{file}: not a readable Parquet file ({err}); write it again") from err
 
         with ThreadPoolExecutor(16) as pool:  # on the Hub, each waits for the network
             self._footers = list(pool.map(footer, files))
@@ -186,7 +186,7 @@ class TarShards:
                 with _open(file) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
                     found = _samples_of(archive, file)
             except tarfile.TarError as err:
-                raise VolumeFileError(f"{file}: not a readable, uncompressed tar archive ({err}); write it again") from err
+                raise VolumeFileError(f"{file}: not a readable, uncompressed tar ({err}); write it again") from err
             for first in range(0, len(found), _UNIT_ROWS):
                 count = min(_UNIT_ROWS, len(found) - first)
                 self.units.append(Unit(number, 0, len(self._samples) + first, count))
@@ -215,6 +215,11 @@ class TarShards:
                     _, suffix, offset, size = self._samples[row]
                     stream.seek(offset)
                     yield row, {"suffix": suffix, "bytes": stream.read(size), "json": self._json[row]}
+
+    def volume(self, row: int) -> Volume:
+        """One volume, wherever it stands."""
+        ((_, content),) = self.read(unit_of(self.units, row), {row})
+        return self.decode(content)
 
     def decode(self, content: Mapping) -> Volume:
         metadata = json.loads(content["json"])
