@@ -73,7 +73,7 @@ class _ArrowTable:
                 self._rows = datasets.load_dataset("parquet", data_files=files, split="train")
             else:
                 self._rows = datasets.load_dataset(name, config_name, split="train")
-        except datasets.exceptions.DatasetGenerationError as err:
+        except (ValueError, datasets.exceptions.DatasetGenerationError) as err:
             raise ValueError(f"{name}: not readable Parquet ({err.__cause__ or err}); write it again") from err
         self._name, self._volume_column, self.num_rows = name, volume_column, len(self._rows)
         check_columns(self._rows.features, volume_column, name)
