@@ -5,6 +5,7 @@ Both kinds are read the same way. First what stands beside the voxels, all of it
 away single columns, and an archive is searched by its headers. Then volumes, a unit of neighbouring rows at a time.
 """
 
+import bisect
 import glob
 import io
 import json
@@ -112,8 +113,9 @@ class ParquetShards:
                 raise VolumeFileError(f"{file}: has other columns than {files[0]}; write the data set again")
         self.features = import_datasets().Features.from_arrow_schema(schema)
         check_columns(self.features, volume_column, files[0])
-        self.units, first = [], 0
+        self.units, self._firsts, first = [], [], 0
         for file, metadata in enumerate(self._footers):
+            self._firsts.append(first)
             for group in range(metadata.num_row_groups):
                 count = metadata.row_group(group).num_rows
                 self.units.append(Unit(file, group, first, count))
@@ -159,9 +161,8 @@ class ParquetShards:
         return decode_volume(content, self.volume_column)
 
     def where(self, row: int) -> str:
-        unit = unit_of(self.units, row)
-        begin = next(other.first for other in self.units if other.file == unit.file)
-        return f"{self.files[unit.file]}, row {row - begin}"
+        file = bisect.bisect_right(self._firsts, row) - 1
+        return f"{self.files[file]}, row {row - self._firsts[file]}"
 
 
 class TarShards:
@@ -212,14 +213,17 @@ class TarShards:
         with _open(self.files[unit.file]) as stream:
             for row in range(unit.first, unit.first + unit.count):
                 if row in rows:
-                    _, suffix, offset, size = self._samples[row]
-                    stream.seek(offset)
-                    yield row, {"suffix": suffix, "bytes": stream.read(size), "json": self._json[row]}
+                    yield row, self._content(stream, row)
 
     def volume(self, row: int) -> Volume:
         """One volume, wherever it stands."""
-        ((_, content),) = self.read(unit_of(self.units, row), {row})
-        return self.decode(content)
+        with _open(self.files[self._samples[row][0]]) as stream:
+            return self.decode(self._content(stream, row))
+
+    def _content(self, stream, row: int) -> dict:
+        _, suffix, offset, size = self._samples[row]
+        stream.seek(offset)
+        return {"suffix": suffix, "bytes": stream.read(size), "json": self._json[row]}
 
     def decode(self, content: Mapping) -> Volume:
         metadata = json.loads(content["json"])
@@ -317,11 +321,6 @@ def class_names_of(values: list, feature) -> list:
     if names is None:
         return values
     return [None if value is None or not 0 <= value < len(names) else names[value] for value in values]
-
-
-def unit_of(units: list[Unit], row: int) -> Unit:
-    firsts = np.array([unit.first for unit in units])
-    return units[int(np.searchsorted(firsts, row, side="right")) - 1]
 
 
 def _optional(features: Mapping) -> list[str]:
