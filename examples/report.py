@@ -8,13 +8,15 @@ import torch
 from torch.utils.data import DataLoader
 
 from diffusers_byoc import BYOCPipeline
-from diffusers_byoc.data import CellDataset, write_volume
+from diffusers_byoc.data import CellDataset, StreamedCells, write_volume
 from diffusers_byoc.metrics import measure_cells
 from diffusers_byoc.training import reconstruction_loss
 from diffusers_byoc.visualization import compare_volumes, write_png
 
 
-def write_report(pipeline: BYOCPipeline, cells: CellDataset, args: argparse.Namespace, minutes: float) -> None:
+def write_report(
+    pipeline: BYOCPipeline, cells: CellDataset | StreamedCells, args: argparse.Namespace, minutes: float
+) -> None:
     """Generate `args.num_samples` cells into `args.output_dir`: cells.png, volumes/*.ome.tif and report.md."""
     output_dir = Path(args.output_dir)
     generator = torch.Generator().manual_seed(args.seed)
@@ -27,7 +29,8 @@ def write_report(pipeline: BYOCPipeline, cells: CellDataset, args: argparse.Name
     with torch.no_grad():
         output = pipeline.vqvae(real_cells[:8])
     real = ((real_cells + 1) / 2).numpy()
-    origin = "training cells" if args.train_data_dir else "phantoms"
+    is_phantom = not (args.train_data_dir or args.dataset_name)
+    origin = "phantoms" if is_phantom else "training cells"
     voxel_size_um = pipeline.volume_processor.voxel_size_um
     spacing, unit = (voxel_size_um, "µm³") if voxel_size_um else (1.0, "voxels")
     channel_names = pipeline.vqvae.config.channel_names
@@ -51,7 +54,7 @@ def write_report(pipeline: BYOCPipeline, cells: CellDataset, args: argparse.Name
         f"Trained on {len(cells)} {origin} ({', '.join(cells.class_names)}) in {minutes:.1f} minutes: "
         f"{args.autoencoder_max_train_steps} steps of the autoencoder, {args.diffusion_max_train_steps} of the "
         f"diffusion, seed {args.seed}.",
-        "" if args.train_data_dir else "Phantoms are synthetic shapes drawn by a formula, not microscopy.",
+        "Phantoms are synthetic shapes drawn by a formula, not microscopy." if is_phantom else "",
         "",
         "![real above, generated below](cells.png)",
         "",

@@ -17,14 +17,12 @@ from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from data_arguments import add_data_arguments, load_cells, positive
+from data_arguments import add_data_arguments, batch_loader, load_cells, positive, sample_loader
 from diffusers_byoc import BYOCPipeline, DualChannelUNet3D, MultiCodebookVQModel, PatchDiscriminator3D
-from diffusers_byoc.data import CellDataset
+from diffusers_byoc.data import CellDataset, StreamedCells, augment_cells, draw_augmentation
 from diffusers_byoc.training import (
-    StepBatches,
     adaptive_weight,
     adversarial_loss,
     check_finite,
@@ -193,18 +191,55 @@ def make_optimizer(args: argparse.Namespace, stage: str, parameters, num_steps: 
     return optimizer, get_scheduler(schedule, optimizer, num_warmup_steps=warmup_steps, num_training_steps=num_steps)
 
 
-def remaining_batches(accelerator: Accelerator, args: argparse.Namespace, stage: str, num_cells: int, first_step: int):
-    """What this process has left to see of a stage."""
+def remaining_batches(args: argparse.Namespace, stage: str, cells: CellDataset | StreamedCells, first_step: int):
+    """A loader of what this process has left to see of a stage."""
     accumulation = args.gradient_accumulation_steps
-    return StepBatches(
-        num_cells,
-        getattr(args, f"{stage}_train_batch_size"),
-        first_step * accumulation,
-        (getattr(args, f"{stage}_max_train_steps") - first_step) * accumulation,
-        args.seed,
-        accelerator.process_index,
-        accelerator.num_processes,
+    num_batches = (getattr(args, f"{stage}_max_train_steps") - first_step) * accumulation
+    batch_size = getattr(args, f"{stage}_train_batch_size")
+    return batch_loader(args, cells, batch_size, first_step * accumulation, num_batches)
+
+
+def augment(accelerator: Accelerator, args: argparse.Namespace, volumes: torch.Tensor, micro_step: int):
+    """This process's cells, turned and re-stained as drawn for all processes."""
+    if args.augmentation == "none" and args.intensity_jitter == 0:
+        return volumes
+    drawn = draw_augmentation(
+        len(volumes) * accelerator.num_processes,
+        volumes.shape[1],
+        step_generator(args.seed, micro_step, "augmentation"),
+        args.augmentation,
+        args.intensity_jitter,
     )
+    return augment_cells(
+        volumes, *(process_share(x, accelerator.process_index, accelerator.num_processes) for x in drawn)
+    )
+
+
+def latent_batches(
+    accelerator: Accelerator, args: argparse.Namespace, cells: CellDataset | StreamedCells, vqvae, first_step: int
+):
+    """(normalised latents, class labels) of this process's remaining batches, on its device; logs how the latents lie.
+
+    Cells that stay as they are are encoded once and kept in memory; streamed and augmented ones batch by batch.
+    """
+    progress = tqdm(sample_loader(args, cells), desc="Encoding", disable=not accelerator.is_local_main_process)
+    with accelerator.autocast():
+        latents = encode_batches(vqvae, (batch["volumes"] for batch in progress))
+    statistics = latent_statistics(vqvae, latents)
+    accelerator.log(statistics, step=0)
+    logger.info(f"latents, normalised: {', '.join(f'{name} {value:.3f}' for name, value in statistics.items())}")
+    loader = remaining_batches(args, "diffusion", cells, first_step)
+    if isinstance(cells, StreamedCells) or args.augmentation != "none" or args.intensity_jitter:
+        del latents
+        for micro_step, batch in enumerate(loader, first_step * args.gradient_accumulation_steps):
+            volumes = augment(accelerator, args, batch["volumes"].to(accelerator.device), micro_step)
+            with torch.no_grad(), accelerator.autocast():
+                clean = vqvae.encode(volumes).latents.float()
+            yield vqvae.normalize_latents(clean), batch["class_labels"].to(accelerator.device)
+    else:
+        latents, labels = vqvae.normalize_latents(latents), torch.tensor(cells.labels)
+        for indices in loader.batch_sampler:
+            yield latents[indices].to(accelerator.device), labels[indices].to(accelerator.device)
 
 
 def optimizer_step(accelerator: Accelerator, args: argparse.Namespace, model, optimizer, step: int) -> None:
@@ -224,7 +259,7 @@ def log_volumes(accelerator: Accelerator, rows: dict[str, torch.Tensor], channel
     accelerator.get_tracker("tensorboard", unwrap=True).add_figure("samples", figure, step)
 
 
-def train_autoencoder(args: argparse.Namespace, cells: CellDataset) -> MultiCodebookVQModel:
+def train_autoencoder(args: argparse.Namespace, cells: CellDataset | StreamedCells) -> MultiCodebookVQModel:
     """Stage one (section 3.1, eq. 6-8). Returns the trained autoencoder, also saved to OUTPUT_DIR/vqvae."""
     accelerator = start_stage(args, "autoencoder")
     directory = Path(args.output_dir) / "autoencoder"
@@ -247,8 +282,7 @@ def train_autoencoder(args: argparse.Namespace, cells: CellDataset) -> MultiCode
     first_step = load_checkpoint(accelerator, directory, args.resume_from_checkpoint)
 
     # 2. data: the batches that this process has left
-    batches = remaining_batches(accelerator, args, "autoencoder", len(cells), first_step)
-    loader = DataLoader(cells, batch_sampler=batches, num_workers=args.dataloader_num_workers)
+    loader = remaining_batches(args, "autoencoder", cells, first_step)
 
     # 3. train
     hidden = not accelerator.is_local_main_process
@@ -256,7 +290,7 @@ def train_autoencoder(args: argparse.Namespace, cells: CellDataset) -> MultiCode
     vqvae.train()
     for micro_step, batch in enumerate(loader, first_step * accumulation):
         step = micro_step // accumulation + 1
-        volumes = batch["volumes"].to(accelerator.device)
+        volumes = augment(accelerator, args, batch["volumes"].to(accelerator.device), micro_step)
         if micro_step == 0:
             with torch.no_grad(), accelerator.autocast():
                 latents = bare_vqvae.encode(volumes).latents
@@ -312,7 +346,7 @@ def train_autoencoder(args: argparse.Namespace, cells: CellDataset) -> MultiCode
     accelerator.wait_for_everyone()
     vqvae = accelerator.unwrap_model(vqvae, keep_fp32_wrapper=False).eval()
     if vqvae.config.latent_scaling == "standardize":
-        latents = encode_batches(vqvae, (batch["volumes"] for batch in DataLoader(cells, batch_size=8)))
+        latents = encode_batches(vqvae, (batch["volumes"] for batch in sample_loader(args, cells)))
         vqvae.set_latent_statistics(latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4)))
     if accelerator.is_main_process:
         vqvae.save_pretrained(Path(args.output_dir) / "vqvae")
@@ -320,7 +354,9 @@ def train_autoencoder(args: argparse.Namespace, cells: CellDataset) -> MultiCode
     return vqvae
 
 
-def train_diffusion(args: argparse.Namespace, cells: CellDataset, vqvae: MultiCodebookVQModel) -> BYOCPipeline:
+def train_diffusion(
+    args: argparse.Namespace, cells: CellDataset | StreamedCells, vqvae: MultiCodebookVQModel
+) -> BYOCPipeline:
     """Stage two (section 3.2, eq. 9-13), on the frozen autoencoder's unquantised latents. Returns the pipeline."""
     accelerator = start_stage(args, "diffusion")
     directory = Path(args.output_dir) / "diffusion"
@@ -340,26 +376,19 @@ def train_diffusion(args: argparse.Namespace, cells: CellDataset, vqvae: MultiCo
     first_step = load_checkpoint(accelerator, directory, args.resume_from_checkpoint)
     ema.to(accelerator.device)  # a restored one lies on the CPU
 
-    # 2. data: every cell encoded once
-    vqvae.to(accelerator.device).requires_grad_(False)
-    loader = DataLoader(cells, batch_size=8, num_workers=args.dataloader_num_workers)
-    hidden = not accelerator.is_local_main_process
-    with accelerator.autocast():
-        latents = encode_batches(vqvae, (batch["volumes"] for batch in tqdm(loader, desc="Encoding", disable=hidden)))
-    statistics = latent_statistics(vqvae, latents)
-    accelerator.log(statistics, step=0)
-    logger.info(f"latents, normalised: {', '.join(f'{name} {value:.3f}' for name, value in statistics.items())}")
-    latents, labels = vqvae.normalize_latents(latents), torch.tensor(cells.labels)
-    batches = remaining_batches(accelerator, args, "diffusion", len(cells), first_step)
+    # 2. data
+    vqvae.to(accelerator.device).requires_grad_(False).eval()
+    batches = latent_batches(accelerator, args, cells, vqvae, first_step)
 
     # 3. train
-    progress = tqdm(total=max_steps, initial=first_step, desc="Diffusion", disable=hidden)
+    progress = tqdm(
+        total=max_steps, initial=first_step, desc="Diffusion", disable=not accelerator.is_local_main_process
+    )
     unet.train()
     global_batch_size = args.diffusion_train_batch_size * accelerator.num_processes
-    for micro_step, indices in enumerate(batches, first_step * accumulation):
+    for micro_step, (clean, class_labels) in enumerate(batches, first_step * accumulation):
         step = micro_step // accumulation + 1
-        clean = latents[indices].to(accelerator.device)
-        class_labels = labels[indices].to(accelerator.device) if args.class_conditional else None
+        class_labels = class_labels if args.class_conditional else None
         # drawn for all processes, then shared out, so that their number does not change the run
         generator = step_generator(args.seed, micro_step, "diffusion")
         noise = torch.randn(global_batch_size, *clean.shape[1:], generator=generator)
@@ -414,7 +443,7 @@ def train_diffusion(args: argparse.Namespace, cells: CellDataset, vqvae: MultiCo
     return pipeline
 
 
-def make_pipeline(args, cells: CellDataset, vqvae, unet, noise_scheduler) -> BYOCPipeline:
+def make_pipeline(args, cells: CellDataset | StreamedCells, vqvae, unet, noise_scheduler) -> BYOCPipeline:
     return BYOCPipeline(
         vqvae,
         unet,
@@ -432,10 +461,12 @@ def main(args: argparse.Namespace) -> None:
     state = PartialState(cpu=is_cpu_training())
     try:
         vqvae = check_arguments(args, state.device)
-        cells = load_cells(args, vqvae.config.channel_names)
+        goes_on = args.stage == "diffusion" or args.resume_from_checkpoint is not None
+        cells, held_out_cells = load_cells(args, vqvae.config.channel_names, args.output_dir, goes_on)
     except (OSError, ValueError) as error:  # bad input: the message says what to mend, a traceback would hide it
         raise SystemExit(f"train_byoc.py: error: {error}") from error
-    logger.info(f"{len(cells)} cells: {', '.join(cells.class_names)}")
+    num_held_out = len(held_out_cells) if held_out_cells else 0
+    logger.info(f"{len(cells)} cells, {num_held_out} more held out: {', '.join(cells.class_names)}")
     if args.stage != "diffusion":
         vqvae = train_autoencoder(args, cells)
     if args.stage != "autoencoder":

@@ -26,7 +26,7 @@ REAL_CELLS = REPOSITORY.parent / "shared" / "data" / "mitotic_cells"
 
 TINY = {
     "arguments": {
-        "num_phantoms": 8,
+        "num_phantoms": 10,  # two of them held out
         "sample_size": 32,
         "autoencoder_max_train_steps": 4,
         "autoencoder_train_batch_size": 2,
@@ -84,7 +84,7 @@ sys.path.insert(0, os.path.dirname(script))
 import train_byoc
 args = train_byoc.parse_args(arguments)
 rank = PartialState(cpu=True).process_index
-cells = train_byoc.load_cells(args, train_byoc.make_autoencoder(args).config.channel_names)
+cells, _ = train_byoc.load_cells(args, train_byoc.make_autoencoder(args).config.channel_names)
 vqvae = train_byoc.train_autoencoder(args, cells)
 torch.save(vqvae.state_dict(), f"{folder}/rank-{rank}.pt")
 """
@@ -173,7 +173,7 @@ def test_a_run_leaves_a_pipeline_a_report_and_pictures(unbroken):
     assert [path.name for path in volumes] == [f"cell_00{index}.ome.tif" for index in range(3)]
     volume = read_volume(volumes[0])
     assert volume.data.shape == (2, 32, 32, 32) and volume.channel_names == ("cell", "nucleus")
-    assert "8 cells: nocodazole" in output and "latent_std/cell" in output
+    assert "8 cells, 2 more held out: nocodazole" in output and "latent_std/cell" in output
 
 
 def test_a_run_logs_what_tells_its_health(unbroken):
@@ -427,7 +427,7 @@ def test_bad_presets(script, tmp_path, text, message, capsys):
 
 def test_the_command_line_outranks_the_preset(script, preset):
     args = script.parse_args(["--preset", str(preset), "--num_samples", "5"])
-    assert args.num_samples == 5 and args.num_phantoms == 8 and args.ema_decay == 0.995
+    assert args.num_samples == 5 and args.num_phantoms == 10 and args.ema_decay == 0.995
 
 
 def test_a_diverging_run_stops_and_leaves_the_last_checkpoint_whole(preset, tmp_path):
