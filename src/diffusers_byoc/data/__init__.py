@@ -4,6 +4,7 @@ from .cells import CellDataset, CellFolder, PhantomCells
 from .files import Volume, read_volume, write_ome_tiff
 from .processor import VolumeProcessor
 from .records import decode_volume, encode_volume
+from .resampling import resample_volume
 
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "encode_volume",
     "make_phantom",
     "read_volume",
+    "resample_volume",
     "write_ome_tiff",
 ]
 
