@@ -36,9 +36,9 @@ def pair_labels(images: Sequence[Path], labels: Sequence[Path]) -> dict[Path, Pa
     """The label image of each stack, by name.
 
     Names agree if they are equal without their endings and without words that label images are marked by (``_masks``,
-    ``_cp_masks``, ``labels_``, ``.ome``, ...); else if the label image's contains that of the stack as whole words, the
-    longest such one. Of several stacks of that name, that one counts whose folders have most names in common with
-    those of the label image.
+    ``_cp_masks``, ``labels_``, ``.ome``, ...); else if the label image's contains that of the stack as whole words,
+    the longest such one. Of several stacks of that name, that one counts whose folders have most names in common
+    with those of the label image.
 
     Raises:
         ValueError: unless each stack has one label image and each label image belongs to one stack; all that do not
@@ -67,7 +67,7 @@ def pair_labels(images: Sequence[Path], labels: Sequence[Path]) -> dict[Path, Pa
             )
     if problems:
         raise ValueError(
-            "every image needs one label image of its name (A1.ome.tif and A1_masks.tif); rename, add or leave out:\n  "
+            "every image needs one label image of its name (A1.ome.tif and A1_masks.tif); rename or add:\n  "
             + _listed(problems)
         )
     return {image: pairs[image][0] for image in images}
