@@ -100,7 +100,7 @@ def test_the_split_is_kept_with_the_run(load, folder, tmp_path):
 
 
 def test_phantoms_are_their_own_groups(load):
-    train, held_out = load("--num_phantoms", 10)
+    train, held_out = load("--num_phantoms", 10, "--sample_size", 32)
     assert (len(train), len(held_out)) == (8, 2) and train.class_names == ["nocodazole"]
 
 
