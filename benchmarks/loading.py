@@ -110,7 +110,8 @@ def main() -> None:
     args = parser.parse_args()
 
     print(
-        "| cells | read | workers | step, ms | open, s | first batch, s | CPU ms/cell | cells/s | memory, MB | waiting |"
+        "| cells | read | workers | step, ms | open, s | first batch, s | CPU ms/cell | cells/s | memory, MB |"
+        " waiting |"
     )
     print("| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     notes = []
@@ -122,8 +123,8 @@ def main() -> None:
                 row = measure_in_process(Path(folder), is_streamed, workers, args.num_batches, step_ms)
                 print(
                     f"| {num_cells} | {'streamed' if is_streamed else 'whole'} | {workers} | {step_ms:g} |"
-                    f" {row['opened']:.1f} | {row['first']:.2f} | {row['cpu']:.1f} | {row['rate']:.0f} | {row['memory']:.0f} |"
-                    f" {row['waiting']:.1%} |",
+                    f" {row['opened']:.1f} | {row['first']:.2f} | {row['cpu']:.1f} | {row['rate']:.0f} |"
+                    f" {row['memory']:.0f} | {row['waiting']:.1%} |",
                     flush=True,
                 )
     print("\n".join(["", *notes]))

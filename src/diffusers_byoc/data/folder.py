@@ -1,12 +1,12 @@
 """A folder of volume files as a data set."""
 
-import csv
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from .cells import ONLY_CLASS, CellDataset
 from .files import VOLUME_SUFFIXES, Volume, read_volume
+from .metadata import read_metadata
 from .processor import VolumeProcessor
 from .splits import Population
 
@@ -99,34 +99,17 @@ def _cells_of_folder(root: Path) -> Population:
 
 def _cells_of_metadata(root: Path, label_column: str | None, group_column: str | None) -> Population:
     metadata_path = root / METADATA_NAME
-    try:
-        with open(metadata_path, encoding="utf-8-sig", newline="") as file:  # -sig: Excel writes a byte-order mark
-            reader = csv.DictReader(file, restkey="", strict=True)
-            columns = list(reader.fieldnames or [])
-            rows = [(reader.line_num, row) for row in reader]
-    except (UnicodeDecodeError, csv.Error) as err:
-        raise ValueError(f"{metadata_path}: not a readable CSV file ({err}); save it as CSV in UTF-8") from err
-    if "file_name" not in columns:
-        raise ValueError(
-            f"{metadata_path}: expected a column file_name, got the columns {columns}; rename one, and separate"
-            " columns by commas"
-        )
-    for column in filter(None, (label_column, group_column)):
-        if column not in columns:
-            raise ValueError(f"{metadata_path}: expected a column {column}, got {columns}; name one of these")
+    rows = read_metadata(metadata_path, label_column)
+    columns = list(rows[0][1])
+    if group_column and group_column not in columns:
+        raise ValueError(f"{metadata_path}: expected a column {group_column}, got the columns {columns}; name another")
     label_column = label_column or ("label" if "label" in columns else None)
     group_column = group_column or ("source" if "source" in columns else None)
-    if not rows:
-        raise ValueError(f"{metadata_path}: expected a row for each cell, got none; add them, or delete the file")
 
     line_of, labels, groups = {}, [], []
     for line, row in rows:
         where = f"{metadata_path}, line {line}"
-        if "" in row and "" not in columns or None in row.values():
-            raise ValueError(f"{where}: expected {len(columns)} columns, got another number; quote commas in names")
         name = os.path.normpath(row["file_name"])
-        if not row["file_name"].strip():
-            raise ValueError(f"{where}: file_name is empty; fill it in, or delete the row")
         if os.path.isabs(name) or name.split(os.sep)[0] == os.pardir:
             raise ValueError(f"{where}: {row['file_name']!r} is not inside {root}; move the file there")
         if name in line_of:
