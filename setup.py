@@ -12,8 +12,8 @@ extras = {
     "data": ["tifffile>=2024.8.10", "scipy>=1.11", "pandas>=2.1", "datasets>=3.0"],
     # segmentation and shape of cells
     "metrics": ["scipy>=1.11", "scikit-image>=0.22"],
-    # pictures of volumes
-    "viz": ["matplotlib>=3.8"],
+    # pictures of volumes, charts
+    "viz": ["matplotlib>=3.8", "scipy>=1.11", "scikit-image>=0.22"],
     # diffusers' DPMSolverSDEScheduler
     "sde": ["torchsde>=0.2.6"],
     # LoRA fine-tuning on few cells

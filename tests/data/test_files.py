@@ -1,13 +1,17 @@
 import io
 import json
+import lzma
 import sys
 import tracemalloc
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
 import tifffile
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from diffusers_byoc.data import files, read_volume, write_ome_tiff, write_volume
 
@@ -342,6 +346,92 @@ def test_absurd_shape_in_a_tiff(tmp_path, volume):
             for tag in ("ImageWidth", "ImageLength"):
                 page.tags[tag].overwrite(2**31 - 1, dtype="I")
     assert_refused(path, "at most")
+
+
+OME = (
+    '<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image ID="Image:0"><Pixels ID="Pixels:0"'
+    ' DimensionOrder="XYZCT" Type="uint16" SizeX="7" SizeY="6" SizeZ="5" SizeC="2" SizeT="1">'
+    '<TiffData IFD="0" PlaneCount="10"/></Pixels></Image></OME>'
+)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "match"),
+    [
+        ('SizeZ="5"', f'SizeZ="{10**8}"', "planes"),
+        ('SizeT="1"', f'SizeT="{10**8}"', "planes"),
+        ('SizeX="7"', f'SizeX="{10**9}"', "voxels"),
+        ('PlaneCount="10"', f'PlaneCount="{10**9}"', "planes"),
+        ('IFD="0"', f'IFD="{4 * 10**9}"', "planes"),
+        ('SizeZ="5"', 'SizeZ="-5"', "do not describe"),
+        ('SizeZ="5"', 'SizeZ="five"', "not a readable"),
+    ],
+)
+def test_absurd_ome_metadata(tmp_path, volume, old, new, match):
+    path = tmp_path / "a.ome.tif"
+    tifffile.imwrite(path, volume, photometric="minisblack", metadata=None, description=OME)
+    np.testing.assert_array_equal(read_volume(path).data, volume)
+    tifffile.imwrite(path, volume, photometric="minisblack", metadata=None, description=OME.replace(old, new))
+    assert_refused(path, match)
+
+
+@pytest.mark.parametrize(("tag", "value"), [("TileWidth", 2**17), ("TileByteCounts", 2**35)])
+def test_absurd_tiles(tmp_path, volume, tag, value):
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, volume, photometric="minisblack", tile=(16, 16), metadata=None, bigtiff=True)
+    with tifffile.TiffFile(path, mode="r+") as tiff:
+        for page in tiff.pages:
+            page.tags[tag].overwrite(value, dtype="Q")
+            if tag == "TileWidth":
+                page.tags["TileLength"].overwrite(value, dtype="Q")
+    assert_refused(path, "strips or tiles of at most|beyond the end|planes are missing")
+
+
+@pytest.mark.parametrize(("compression", "compress"), [(8, zlib.compress), (34925, lzma.compress)])
+def test_a_strip_that_unpacks_to_too_much(tmp_path, monkeypatch, compression, compress):
+    monkeypatch.setattr(files, "MAX_VOLUME_BYTES", 10**6)
+    path, bomb = tmp_path / "a.tif", compress(bytes(2 * 10**7))
+    tifffile.imwrite(path, np.zeros((2, 2, 300, 300), np.uint8), photometric="minisblack", metadata=None)
+    with tifffile.TiffFile(path, mode="r+") as tiff:
+        offset = tiff.pages[0].dataoffsets[0]
+        for page in tiff.pages:
+            for tag, value in (("Compression", compression), ("StripByteCounts", len(bomb)), ("StripOffsets", offset)):
+                page.tags[tag].overwrite(value)
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        file.write(bomb)
+    tracemalloc.start()
+    assert_refused(path, "unpacks to more than 90000 bytes")
+    assert tracemalloc.get_traced_memory()[1] < 10**7
+    tracemalloc.stop()
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_any_damage_is_refused_or_harmless(tmp_path, volume, data):
+    name = data.draw(st.sampled_from(["a.ome.tif", "a.npz", "a.npy", "tiled.tif"]))
+    whole, path = tmp_path / f"whole {name}", tmp_path / name
+    if not whole.exists():
+        if name == "tiled.tif":
+            tifffile.imwrite(
+                whole, volume, photometric="minisblack", tile=(16, 16), compression="zlib", predictor=True
+            )
+        elif name == "a.npy":
+            np.save(whole, volume)
+        else:
+            write_volume(whole, volume / 65535, 0.5)
+    content = bytearray(whole.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(content) - 1))
+        damage = data.draw(st.one_of(st.binary(min_size=1, max_size=8), st.just(b"\xff" * 4), st.just(bytes(4))))
+        content[at : at + len(damage)] = damage
+    path.write_bytes(content[: data.draw(st.integers(1, len(content)))] if data.draw(st.booleans()) else content)
+    try:
+        read = read_volume(path)
+    except ValueError as err:
+        assert str(path) in str(err)
+    else:
+        assert read.data.ndim == 4 and read.data.dtype.kind in "buif" and np.isfinite(read.data).all()
 
 
 def test_zip_bomb(tmp_path, monkeypatch):

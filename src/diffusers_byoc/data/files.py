@@ -2,11 +2,13 @@
 
 import io
 import logging
+import lzma
 import math
 import os
 import re
 import tempfile
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
@@ -19,6 +21,7 @@ MAX_VOLUME_BYTES = 2**30  # one cell of two channels at uint16 is then at most 6
 VOLUME_SUFFIXES = (".tif", ".tiff", ".npy", ".npz")
 
 _MAX_HEADER_BYTES = 2**16
+_MAX_PLANES = 2**20
 _CHANNEL_COLORS = ("00FFFF", "FF00FF", "FFFF00", "FFFFFF")  # cell cyan, nucleus magenta
 _MICROMETRES = {"µm": 1.0, "μm": 1.0, "um": 1.0, "micron": 1.0, "microns": 1.0, "nm": 1e-3, "mm": 1e3}
 _TIFF_REMEDY = "save it as OME-TIFF with axes CZYX (diffusers_byoc.data.write_ome_tiff)"
@@ -238,17 +241,25 @@ def _read_tiff(path: Path) -> Volume:
     logger.addHandler(records)
     try:
         with tifffile.TiffFile(path) as tiff:
+            if tiff.is_ome:
+                _check_ome_claims(path, tiff.ome_metadata)
             if len(tiff.series) != 1:
                 raise VolumeFileError(
                     f"{path}: expected one image, got {len(tiff.series)}; save each cell in a file of its own"
                 )
             series = tiff.series[0]
+            if tiff.is_ome and series.kind != "ome":  # tifffile then guesses
+                raise VolumeFileError(
+                    f"{path}: the OME metadata do not describe the planes in the file; export the cell again, into one"
+                    " file"
+                )
             axes, shape = series.get_axes(squeeze=False), series.get_shape(squeeze=False)
             keep, order = _czyx(path, axes, shape)
             czyx_shape = [shape[keep[axis]] if axis >= 0 else 1 for axis in order]
             _check_header(path, czyx_shape, series.dtype, _TIFF_REMEDY)
             if any(page is None for page in series.pages):
                 raise VolumeFileError(f"{path}: planes are missing; it may be truncated: export or copy it again")
+            _check_segments(path, tiff, series)
             data = series.asarray().reshape([shape[axis] for axis in keep])
             voxel_size_um, channel_names = None, None
             if tiff.is_ome:
@@ -266,6 +277,44 @@ def _read_tiff(path: Path) -> Volume:
     if channel_names is not None and len(channel_names) != len(data):
         channel_names = None
     return Volume(data.astype(data.dtype.newbyteorder("="), copy=False), voxel_size_um, channel_names)
+
+
+def _check_ome_claims(path: Path, xml: str) -> None:
+    """Refuse sizes that tifffile would take minutes and gigabytes over before it looks at the data."""
+    for pixels in ElementTree.fromstring(xml).iterfind(".//{*}Pixels"):
+        num_voxels, num_planes = (
+            math.prod(int(pixels.get(f"Size{axis}", "1")) for axis in axes) for axes in ("XYZCT", "ZCT")
+        )
+        claims = [
+            int(data.get(name, "0"))
+            for data in pixels.iterfind("{*}TiffData")
+            for name in ("IFD", "PlaneCount", "FirstZ", "FirstC", "FirstT")
+        ]
+        if num_voxels > MAX_VOLUME_BYTES or max(num_planes, *claims, 0) > _MAX_PLANES:
+            raise VolumeFileError(
+                f"{path}: expected one cell of at most {MAX_VOLUME_BYTES} bytes, got OME metadata of {num_voxels}"
+                f" voxels and {max(num_planes, *claims, 0)} planes; cut the single cells out of the stack first"
+            )
+
+
+def _check_segments(path: Path, tiff, series) -> None:
+    """Refuse strips and tiles that lie outside the file, or unpack to more than they should hold."""
+    file_size, largest = path.stat().st_size, math.prod(series.keyframe.chunks) * series.dtype.itemsize
+    if largest > MAX_VOLUME_BYTES:
+        raise VolumeFileError(f"{path}: expected strips or tiles of at most {MAX_VOLUME_BYTES} bytes, got {largest}")
+    # only these unpack without limit, and deflate not to more than 1032 times its length
+    unpackers = {8: zlib.decompressobj, 32946: zlib.decompressobj, 34925: lzma.LZMADecompressor}
+    unpacker = unpackers.get(int(series.keyframe.compression))
+    if unpacker is zlib.decompressobj and file_size * 1032 <= MAX_VOLUME_BYTES:
+        unpacker = None
+    for page in series.pages:
+        segments = list(zip(page.dataoffsets, page.databytecounts, strict=True))
+        if any(offset + count > file_size for offset, count in segments):
+            raise VolumeFileError(f"{path}: data lie beyond the end; it may be truncated: export or copy it again")
+        for offset, count in segments if unpacker else ():
+            tiff.filehandle.seek(offset)
+            if len(unpacker().decompress(tiff.filehandle.read(count), largest + 1)) > largest:
+                raise VolumeFileError(f"{path}: a strip unpacks to more than {largest} bytes; export it again")
 
 
 def _czyx(path: Path, axes: str, shape: tuple[int, ...]) -> tuple[list[int], list[int]]:

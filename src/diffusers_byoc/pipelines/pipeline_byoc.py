@@ -122,12 +122,12 @@ class BYOCPipeline(DiffusionPipeline):
             num_samples = len(class_labels) if num_samples == 1 else num_samples
         callback_on_step_end_tensor_inputs = callback_on_step_end_tensor_inputs or ["latents"]
         self.check_inputs(num_samples, num_inference_steps, output_type, callback_on_step_end_tensor_inputs)
-        check_scheduler(self.scheduler, self.config.prediction_type)
+        steps = self.config.default_num_inference_steps if num_inference_steps is None else num_inference_steps
+        check_scheduler(self.scheduler, self.config.prediction_type, steps)
         device = self._execution_device
         class_labels = self._prepare_class_labels(class_labels, num_samples, device)
 
         # 2. noise, and the scheduler's steps
-        steps = self.config.default_num_inference_steps if num_inference_steps is None else num_inference_steps
         self.scheduler.set_timesteps(steps, device=device)
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
