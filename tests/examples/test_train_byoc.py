@@ -404,7 +404,7 @@ def test_bad_input_ends_the_process_without_a_traceback(preset, tmp_path):
         (["--checkpoints_total_limit", "0"], "--checkpoints_total_limit: expected at least 1"),
         (["--stage", "both"], "invalid choice"),
         (["--resume_from_checkpoint", "checkpoint-3"], "say --stage"),
-        (["--learning_rate", "1"], "unrecognized arguments"),
+        (["--lerning_rate", "1"], "unrecognized arguments"),
     ],
 )
 def test_bad_arguments(script, arguments, message, capsys):

@@ -51,17 +51,17 @@ def lock_folder(directory: str | Path):
 
 
 class Termination:
-    """Notices SIGTERM, as clusters send it before they kill, in place of dying of it; within a `with` block.
+    """Notices SIGTERM, as clusters send it before they kill, in place of dying of it, from construction to `close`.
 
     ``requested`` tells, after each step, whether any process got one, so that all stop at the same step.
     """
 
-    def __enter__(self) -> "Termination":
+    def __init__(self):
         self._is_received = False
         self._previous = signal.signal(signal.SIGTERM, self._receive)
-        return self
 
-    def __exit__(self, *exception) -> None:
+    def close(self) -> None:
+        """Back to what SIGTERM did before."""
         signal.signal(signal.SIGTERM, self._previous)
 
     def _receive(self, signum, frame) -> None:
