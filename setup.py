@@ -21,13 +21,16 @@ extras = {
     # volumes to and from OME-Zarr
     "zarr": ["ome-zarr>=0.10", "zarr>=2.18"],
 }
-extras["train"] = ["accelerate>=1.1", "tensorboard>=2.15", "tqdm>=4.66", *extras["data"]]
+extras["train"] = ["accelerate>=1.1", "filelock>=3.12", "tensorboard>=2.15", "tqdm>=4.66", *extras["data"]]
 extras["all"] = sorted({requirement for requirements in extras.values() for requirement in requirements})
 # Microscopes' own formats. Not in "all": bioio-czi is under the GPL, and so is what bioio-lif before 2.0 brings.
 free_readers = ["bioio>=3.0", "bioio-ome-tiff>=1.1", "bioio-ome-zarr>=1.2", "bioio-tifffile>=1.3", "bioio-nd2>=1.0"]
 extras["bioio"] = [*free_readers, "bioio-czi>=2.0", "bioio-lif>=1.4"]
 extras["test"] = ["pytest>=8.0", "pytest-timeout>=2.3", "hypothesis>=6.100", *free_readers, *extras["all"]]
 extras["dev"] = ["ruff>=0.9", *extras["test"]]
+# of use on some machines only, hence not in "all": Weights & Biases, 8-bit optimizers on NVIDIA GPUs
+extras["wandb"] = ["wandb>=0.18"]
+extras["8bit"] = ["bitsandbytes>=0.45"]
 
 setup(
     name="diffusers_byoc",

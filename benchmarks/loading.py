@@ -54,15 +54,16 @@ def measure(folder: Path, is_streamed: bool, num_workers: int, num_batches: int,
         loader = DataLoader(cells, batch_sampler=batches, num_workers=num_workers)
     iterator, waited, peak = iter(loader), 0.0, 0.0
     next(iterator)
-    first = time.perf_counter()
+    first, cpu_seconds = time.perf_counter(), cpu_seconds_of_all_processes()
     for _ in range(num_batches - 1):
         begin = time.perf_counter()
         next(iterator)
         waited += time.perf_counter() - begin
         time.sleep(step_ms / 1e3)  # a device at work; the CPU is free
         peak = max(peak, megabytes_of_all_processes())
-    seconds = time.perf_counter() - first
+    seconds, cpu_seconds = time.perf_counter() - first, cpu_seconds_of_all_processes() - cpu_seconds
     return {
+        "cpu": 1e3 * cpu_seconds / (num_batches - 1) / BATCH_SIZE,
         "opened": opened - start,
         "first": first - opened,
         "rate": (num_batches - 1) * BATCH_SIZE / seconds,
@@ -76,6 +77,12 @@ def megabytes_of_all_processes() -> float:
     process = psutil.Process()
     used = [one.memory_info() for one in (process, *process.children())]
     return sum(info.rss - getattr(info, "shared", 0) for info in used) / 1e6
+
+
+def cpu_seconds_of_all_processes() -> float:
+    process = psutil.Process()
+    used = [one.cpu_times() for one in (process, *process.children())]
+    return sum(times.user + times.system for times in used)
 
 
 def measure_in_process(*arguments) -> dict:
@@ -102,8 +109,11 @@ def main() -> None:
     parser.add_argument("--step_ms", type=float, nargs="+", default=[0.0, 500.0], help="lengths of a training step")
     args = parser.parse_args()
 
-    print("| cells | read | workers | step, ms | open, s | first batch, s | cells/s | memory, MB | waiting |")
-    print("| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    print(
+        "| cells | read | workers | step, ms | open, s | first batch, s | CPU ms/cell | cells/s | memory, MB |"
+        " waiting |"
+    )
+    print("| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     notes = []
     for num_cells in args.num_cells:
         with tempfile.TemporaryDirectory() as folder:
@@ -113,8 +123,8 @@ def main() -> None:
                 row = measure_in_process(Path(folder), is_streamed, workers, args.num_batches, step_ms)
                 print(
                     f"| {num_cells} | {'streamed' if is_streamed else 'whole'} | {workers} | {step_ms:g} |"
-                    f" {row['opened']:.1f} | {row['first']:.2f} | {row['rate']:.0f} | {row['memory']:.0f} |"
-                    f" {row['waiting']:.1%} |",
+                    f" {row['opened']:.1f} | {row['first']:.2f} | {row['cpu']:.1f} | {row['rate']:.0f} |"
+                    f" {row['memory']:.0f} | {row['waiting']:.1%} |",
                     flush=True,
                 )
     print("\n".join(["", *notes]))

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from accelerate import PartialState
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from diffusers_byoc import VolumeProcessor
 from diffusers_byoc.data import (
@@ -19,7 +19,7 @@ from diffusers_byoc.data import (
 )
 from diffusers_byoc.data.augmentation import ROTATIONS
 from diffusers_byoc.data.folder import METADATA_NAME
-from diffusers_byoc.training import StepBatches
+from diffusers_byoc.training import StepBatches, ignore_termination
 
 
 SPLIT_NAME = "split.json"
@@ -129,19 +129,17 @@ def batch_loader(
     place = (state.process_index, state.num_processes)
     if isinstance(cells, StreamedCells):
         batches = cells.batches(batch_size, first_batch, num_batches, args.seed, args.shuffle_buffer_size, *place)
-        return DataLoader(batches, batch_size=None, num_workers=num_workers)
+        return DataLoader(batches, batch_size=None, num_workers=num_workers, worker_init_fn=ignore_termination)
     batches = StepBatches(len(cells), batch_size, first_batch, num_batches, args.seed, *place)
-    return DataLoader(cells, batch_sampler=batches, num_workers=num_workers)
+    return DataLoader(cells, batch_sampler=batches, num_workers=num_workers, worker_init_fn=ignore_termination)
 
 
-def sample_loader(args: argparse.Namespace, cells: CellDataset | StreamedCells, batch_size: int = 8) -> DataLoader:
-    """Every cell once, in order; of a stream about 1000 random ones, as all of them need not fit anywhere."""
-    num_workers = args.dataloader_num_workers
-    if isinstance(cells, StreamedCells):
-        num_batches = -(-min(len(cells), 1000) // batch_size)
-        stream = cells.batches(batch_size, 0, num_batches, args.seed, args.shuffle_buffer_size)
-        return DataLoader(stream, batch_size=None, num_workers=num_workers)
-    return DataLoader(cells, batch_size=batch_size, num_workers=num_workers)
+def indexable(cells: CellDataset | StreamedCells, num_cells: int, seed: int) -> Dataset:
+    """`cells` as they are; of a stream, up to `num_cells` random ones, in memory."""
+    if not isinstance(cells, StreamedCells):
+        return cells
+    batches = cells.batches(1, 0, min(num_cells, len(cells)), seed)
+    return [{name: value[0] for name, value in batch.items()} for batch in batches]
 
 
 def _holds_shards(folder: str | None) -> bool:
