@@ -10,8 +10,10 @@ readme = Path(__file__).parent / "README.md"
 extras = {
     # volumes from TIFF, .npy and Hugging Face data sets; phantom cells
     "data": ["tifffile>=2024.8.10", "scipy>=1.11", "pandas>=2.1", "datasets>=3.0"],
-    # segmentation and shape of cells
-    "metrics": ["scipy>=1.11", "scikit-image>=0.22"],
+    # segmentation and shape of cells, distances between sets of cells, tests
+    "metrics": ["scipy>=1.11", "scikit-image>=0.22", "scikit-learn>=1.5", "trimesh>=4.5"],
+    # Med3D features, the paper's FID
+    "med3d": ["monai>=1.4", "transformers>=5.0"],
     # pictures of volumes
     "viz": ["matplotlib>=3.8"],
     # diffusers' DPMSolverSDEScheduler
@@ -21,7 +23,7 @@ extras = {
 }
 extras["train"] = ["accelerate>=1.1", "tensorboard>=2.15", "tqdm>=4.66", *extras["data"]]
 extras["all"] = sorted({requirement for requirements in extras.values() for requirement in requirements})
-extras["test"] = ["pytest>=8.0", "pytest-timeout>=2.3", "hypothesis>=6.100", *extras["all"]]
+extras["test"] = ["pytest>=8.0", "pytest-timeout>=2.3", "hypothesis>=6.100", "torchmetrics>=1.5", *extras["all"]]
 extras["dev"] = ["ruff>=0.9", *extras["test"]]
 
 setup(
