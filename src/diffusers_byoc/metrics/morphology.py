@@ -48,7 +48,7 @@ class CellMorphology:
         cell_solidity: volume over that of the convex hull, in (0, 1]; little for a cell with long protrusions.
         cell_extent: share in (0, 1] of its bounding box that the mask fills. 1 for a box, π/6 for a ball.
         num_cell_components: connected parts (26 neighbours), specks dropped; 1 for a sound cell.
-        cell_largest_component_share: share in [0, 1] of the foreground, specks included, in its largest part.
+        largest_component_share: share in [0, 1] of the cell's foreground, specks included, in its largest part.
         cell_intensity_mean: mean over the mask of its own channel, in [0, 1].
         cell_intensity_std: standard deviation over the mask.
         cell_texture_contrast: mean squared difference of neighbouring voxels in a z plane, in 16 gray levels.
@@ -71,7 +71,7 @@ class CellMorphology:
     cell_solidity: float
     cell_extent: float
     num_cell_components: int
-    cell_largest_component_share: float
+    largest_component_share: float
     cell_intensity_mean: float
     cell_intensity_std: float
     cell_texture_contrast: float
@@ -88,7 +88,6 @@ class CellMorphology:
     nucleus_solidity: float
     nucleus_extent: float
     num_nucleus_components: int
-    nucleus_largest_component_share: float
     nucleus_intensity_mean: float
     nucleus_intensity_std: float
     nucleus_texture_contrast: float
@@ -151,6 +150,7 @@ def measure_cell(
     return CellMorphology(
         **cell_measures,
         **nucleus_measures,
+        largest_component_share=cell.largest_part_share,
         nucleus_to_cell_ratio=_share(nucleus.mask.sum(), cell.mask.sum()),
         nucleus_offset_um=_distance(_centroid(nucleus.mask), _centroid(cell.mask), spacing),
         nucleus_inside_share=_share(part_sizes_inside.sum(), part_sizes.sum()),
@@ -238,7 +238,6 @@ def _measure_channel(name: str, channel: np.ndarray, segmentation: Segmentation,
     mask = segmentation.mask
     measures = {
         "volume_um3": float(mask.sum() * spacing.prod()),
-        "largest_component_share": segmentation.largest_part_share,
         **_shape(mask, spacing),
         **_brightness(channel, mask),
     }
