@@ -20,10 +20,16 @@ extras = {
     "sde": ["torchsde>=0.2.6"],
     # LoRA fine-tuning on few cells
     "lora": ["peft>=0.15"],
+    # volumes to and from OME-Zarr
+    "zarr": ["ome-zarr>=0.10", "zarr>=2.18"],
 }
 extras["train"] = ["accelerate>=1.1", "tensorboard>=2.15", "tqdm>=4.66", *extras["data"]]
 extras["all"] = sorted({requirement for requirements in extras.values() for requirement in requirements})
-extras["test"] = ["pytest>=8.0", "pytest-timeout>=2.3", "hypothesis>=6.100", "torchmetrics>=1.5", *extras["all"]]
+# Microscopes' own formats. Not in "all": bioio-czi is under the GPL, and so is what bioio-lif before 2.0 brings.
+free_readers = ["bioio>=3.0", "bioio-ome-tiff>=1.1", "bioio-ome-zarr>=1.2", "bioio-tifffile>=1.3", "bioio-nd2>=1.0"]
+extras["bioio"] = [*free_readers, "bioio-czi>=2.0", "bioio-lif>=1.4"]
+checks = ["pytest>=8.0", "pytest-timeout>=2.3", "hypothesis>=6.100", "torchmetrics>=1.5"]
+extras["test"] = [*checks, *free_readers, *extras["all"]]
 extras["dev"] = ["ruff>=0.9", *extras["test"]]
 
 setup(

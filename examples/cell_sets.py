@@ -69,10 +69,11 @@ def folder_cells(paths: list[Path], cells: CellDataset, name: str = "generated")
     cube = (config.num_channels, *(config.sample_size,) * 3)
 
     def volume(index: int) -> np.ndarray:
-        data = read_volume(paths[index]).data
+        file = read_volume(paths[index])
+        data = file.data
         try:
             if data.shape != cube:
-                return ((cells.processor.preprocess(data) + 1) / 2).numpy()
+                return ((cells.processor.preprocess(data, file.voxel_size_um) + 1) / 2).numpy()
             if data.dtype.kind in "bui":
                 return data.astype(np.float32) / (1 if data.dtype.kind == "b" else np.iinfo(data.dtype).max)
             if not (data.min() >= 0 and data.max() <= 1):

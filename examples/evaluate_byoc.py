@@ -13,7 +13,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +31,8 @@ from cell_sets import (
 )
 from data_arguments import add_data_arguments, load_cells, positive
 from diffusers_byoc import BYOCPipeline
-from diffusers_byoc.data import CellDataset
+from diffusers_byoc.data import CellDataset, read_split, split_cells
+from diffusers_byoc.data.files import VOLUME_SUFFIXES
 from diffusers_byoc.metrics import (
     MORPHOLOGY_NAMES,
     CellMorphology,
@@ -57,7 +57,7 @@ from diffusers_byoc.training import fair_num_threads, is_cpu_training
 from evaluation_report import write_evaluation
 
 
-VOLUME_SUFFIXES = (".tif", ".tiff", ".npy", ".npz")
+MIN_CELLS = 10  # on either side of a split
 VOXEL_GRID = 16  # edge of the averaged volumes in which memorisation looks for copies
 
 
@@ -68,10 +68,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--generated_dir", help="volumes made elsewhere, in place of --pretrained; any files that training reads")
     add("--output_dir", default="results", help="metrics, figures, and what need not be computed again")
     add("--num_samples", type=positive, default=5000, help="cells to generate, or to take from --generated_dir")
-    add("--num_folds", type=positive, default=5, help="of the real cells; each is held out once")
     add("--features", nargs="+", choices=["med3d", "morphology"], default=["med3d", "morphology"])
     add("--seed", type=int, default=0)
+    add("--num_cpu_threads", type=positive, help="per process, without a GPU (default: a fair share of all cores)")
     add_data_arguments(parser)
+    parser.set_defaults(num_folds=5)
     add("--num_inference_steps", type=positive, help="default: the pipeline's")
     add("--batch_size", type=positive, default=16, help="cells generated at a time, in each process")
     add("--med3d", default="TencentMedicalNet/MedicalNet-Resnet50", help="weights: .pth, folder or Hub repository")
@@ -89,7 +90,11 @@ def find_generated(args, cells: CellDataset, pipeline: BYOCPipeline | None, voxe
     """Generate, or find, the cells to judge."""
     if pipeline is None:
         folder = Path(args.generated_dir)
-        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in VOLUME_SUFFIXES)
+        paths = sorted(
+            path
+            for path in folder.rglob("*")
+            if path.suffix.lower() in VOLUME_SUFFIXES and not path.name.startswith(".")
+        )
         if not paths:
             raise ValueError(f"{folder}: no volumes; expected files ending in {', '.join(VOLUME_SUFFIXES)}")
         return folder_cells(paths[: args.num_samples], cells)
@@ -242,7 +247,7 @@ def main(args: argparse.Namespace) -> None:
     # hours may pass between the processes' meetings: one may have to generate what others find done
     state = PartialState(cpu=is_cpu_training(), timeout=timedelta(days=2))
     if is_cpu_training():
-        torch.set_num_threads(fair_num_threads())
+        torch.set_num_threads(args.num_cpu_threads or fair_num_threads())
     seconds, started = {}, time.perf_counter()
 
     def lap(name: str) -> None:
@@ -253,7 +258,8 @@ def main(args: argparse.Namespace) -> None:
     try:
         pipeline = BYOCPipeline.from_pretrained(args.pretrained).to(state.device) if args.pretrained else None
         names = tuple(pipeline.vqvae.config.channel_names) if pipeline else ("cell", "nucleus")
-        cells = load_cells(args, names)
+        cells = all_cells(args, names)
+        folds = make_folds(args, cells)
         voxel_size_um = cells.voxel_size_um or cells.processor.voxel_size_um
         extractors = make_extractors(args, voxel_size_um, state.device)  # before hours of generating
         lap("reading cells")
@@ -272,7 +278,6 @@ def main(args: argparse.Namespace) -> None:
         lap(f"features: {kind}")
 
     # 3. metrics, fold by fold
-    folds = make_folds(args, cells)
     accuracies = classify_volumes(args, sets, folds, state.device) if args.volume_classifier else []
     lap("3D classifier")
     if state.is_main_process:
@@ -286,14 +291,33 @@ def main(args: argparse.Namespace) -> None:
     state.destroy_process_group()
 
 
+def all_cells(args, channel_names: tuple[str, ...]) -> CellDataset:
+    """The real cells, before any split."""
+    everything = {"held_out": 0.0, "num_folds": None, "fold": None, "split_file": None}
+    return load_cells(argparse.Namespace(**vars(args) | everything), channel_names)[0]
+
+
 def make_folds(args, cells: CellDataset) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(held-out, other) indices of each fold."""
-    order = np.random.default_rng(args.seed).permutation(len(cells))
-    parts = np.array_split(order, max(2, args.num_folds))
-    return [
-        (np.sort(part), np.sort(np.concatenate(parts[:k] + parts[k + 1 :])))
-        for k, part in enumerate(parts[: args.num_folds])
-    ]
+    """(held-out, other) indices of each fold; the one fold of --split_file, or of --fold."""
+    if args.split_file:
+        splits = [read_split(args.split_file, cells.population)]
+    else:
+        numbers = range(args.num_folds) if args.fold is None else [args.fold]
+        splits = [
+            split_cells(cells.population, num_folds=args.num_folds, fold=fold, seed=args.split_seed)
+            for fold in numbers
+        ]
+    folds = []
+    for split in splits:
+        is_held_out = np.isin(cells.ids, split.held_out)
+        folds.append((np.flatnonzero(is_held_out), np.flatnonzero(~is_held_out)))
+        smallest = min(map(len, folds[-1]))
+        if smallest < MIN_CELLS:
+            raise ValueError(
+                f"expected at least {MIN_CELLS} real cells on each side of a split, got {smallest} of {len(cells)};"
+                " give more cells or fewer folds"
+            )
+    return folds
 
 
 if __name__ == "__main__":

@@ -94,8 +94,9 @@ def _page(args, summary, num_folds, sets, comparisons, reconstruction, seconds, 
     lines = [
         "# Evaluation",
         "",
-        f"{sets['generated'].num_cells} cells of `{origin}` against {sets['real'].num_cells} real ones. Mean ± standard"
-        f" deviation over {num_folds} fold(s); every column is compared with the same held-out cells, in equal numbers."
+        f"{sets['generated'].num_cells} cells of `{origin}` against {sets['real'].num_cells} real ones. Mean ±"
+        f" standard deviation over {num_folds} fold(s); every column is compared with the same held-out cells, in equal"
+        " numbers."
         " *real*: the other real cells, the best that can be reached. *shuffled channels* (each channel from another"
         " cell) and *blurred* (σ = 2 voxels): obviously bad generators.",
         "",

@@ -421,8 +421,7 @@ def make_pipeline(args, cells: CellDataset, vqvae, unet, noise_scheduler) -> BYO
         noise_scheduler,
         default_num_inference_steps=args.num_inference_steps,
         label2id={name: index for index, name in enumerate(cells.class_names)} if args.class_conditional else None,
-        volume_processor_config=dict(cells.processor.config)
-        | {"voxel_size_um": cells.voxel_size_um or cells.processor.voxel_size_um},
+        volume_processor_config=dict(cells.processor.config) | {"voxel_size_um": cells.voxel_size_um},
     )
 
 
@@ -433,10 +432,12 @@ def main(args: argparse.Namespace) -> None:
     state = PartialState(cpu=is_cpu_training())
     try:
         vqvae = check_arguments(args, state.device)
-        cells = load_cells(args, vqvae.config.channel_names)
+        goes_on = args.stage == "diffusion" or args.resume_from_checkpoint is not None
+        cells, held_out_cells = load_cells(args, vqvae.config.channel_names, args.output_dir, goes_on)
     except (OSError, ValueError) as error:  # bad input: the message says what to mend, a traceback would hide it
         raise SystemExit(f"train_byoc.py: error: {error}") from error
-    logger.info(f"{len(cells)} cells: {', '.join(cells.class_names)}")
+    num_held_out = len(held_out_cells) if held_out_cells else 0
+    logger.info(f"{len(cells)} cells, {num_held_out} more held out: {', '.join(cells.class_names)}")
     if args.stage != "diffusion":
         vqvae = train_autoencoder(args, cells)
     if args.stage != "autoencoder":

@@ -1,5 +1,7 @@
 import io
+import json
 import sys
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 import tifffile
 import torch
 
-from diffusers_byoc.data import files, read_volume, write_ome_tiff
+from diffusers_byoc.data import files, read_volume, write_ome_tiff, write_volume
 
 
 SHAPE = (2, 5, 6, 7)
@@ -42,6 +44,74 @@ def test_ome_tiff_is_what_other_readers_expect(tmp_path):
         assert tiff.series[0].asarray().max() == 65535
         assert 'PhysicalSizeXUnit="µm"' in tiff.ome_metadata and 'Name="nucleus"' in tiff.ome_metadata
         assert tiff.pages[0].compression == tifffile.COMPRESSION.ADOBE_DEFLATE
+
+
+@pytest.mark.parametrize("voxel_size_um", [(0.5, 0.65, 0.1), None])
+def test_npz_round_trip(tmp_path, voxel_size_um):
+    written = np.random.default_rng(1).random(SHAPE)
+    write_volume(tmp_path / "a.npz", written, voxel_size_um, ("Zelle ä", "核"))
+    read = read_volume(tmp_path / "a.npz")
+    np.testing.assert_allclose(read.data / 65535, written, atol=0.5001 / 65535)
+    assert read.voxel_size_um == voxel_size_um and read.channel_names == ("Zelle ä", "核")
+    assert np.load(tmp_path / "a.npz").keys() >= {"volume", "channel_names"}  # without pickles
+
+
+def test_a_tiff_of_unknown_voxel_size_says_none(tmp_path):
+    write_volume(tmp_path / "a.ome.tif", np.zeros(SHAPE), None)
+    assert read_volume(tmp_path / "a.ome.tif").voxel_size_um is None
+
+
+@pytest.mark.parametrize("name", ["a.ome.tif", "a.tiff", "a.ome.zarr", "a.zarr"])
+@pytest.mark.parametrize("num_channels", [1, 2, 5])
+def test_bioio_reads_what_was_written(tmp_path, name, num_channels):
+    bioio = pytest.importorskip("bioio")
+    pytest.importorskip("bioio_ome_zarr" if "zarr" in name else "bioio_ome_tiff")
+    volume = np.random.default_rng(0).random((num_channels, 5, 6, 7))
+    names = ("Zelle ä", "nucleus", "actin", "tubulin", "DNA")[:num_channels]
+    for _ in range(2):  # the second replaces the first
+        write_volume(tmp_path / name, volume, (1.5, 0.5, 0.4), names)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    image = bioio.BioImage(tmp_path / name)
+    assert image.dims.order == "TCZYX" and image.dims.T == 1
+    np.testing.assert_array_equal(image.get_image_data("CZYX"), np.rint(volume * 65535).astype(np.uint16))
+    assert tuple(image.physical_pixel_sizes) == (1.5, 0.5, 0.4)
+    assert list(image.channel_names) == list(names)
+
+
+def test_bioio_reads_the_planes_of_a_plain_tiff_reader(tmp_path, volume):
+    bioio, plain = pytest.importorskip("bioio"), pytest.importorskip("bioio_tifffile")
+    write_volume(tmp_path / "a.ome.tif", volume / 65535, 1.0)
+    image = bioio.BioImage(tmp_path / "a.ome.tif", reader=plain.Reader)
+    np.testing.assert_array_equal(image.get_image_data("CZYX"), volume)
+
+
+def test_ome_zarr_says_what_the_specification_asks(tmp_path):
+    pytest.importorskip("ome_zarr")
+    write_volume(tmp_path / "cell 1.ome.zarr", np.zeros(SHAPE), (1.5, 0.5, 0.4))
+    attributes = json.loads((tmp_path / "cell 1.ome.zarr" / ".zattrs").read_text())
+    (multiscale,) = attributes["multiscales"]
+    assert multiscale["version"] == "0.4" and multiscale["name"] == "cell 1"
+    assert [axis["name"] for axis in multiscale["axes"]] == list("czyx")
+    assert [axis.get("unit") for axis in multiscale["axes"]] == [None] + ["micrometer"] * 3
+    (transformation,) = multiscale["datasets"][0]["coordinateTransformations"]
+    assert transformation == {"type": "scale", "scale": [1.0, 1.5, 0.5, 0.4]}
+    assert [channel["label"] for channel in attributes["omero"]["channels"]] == ["cell", "nucleus"]
+
+
+@pytest.mark.parametrize("name", ["a.ome.zarr", "a.npz"])
+def test_failed_write_leaves_the_old_one(tmp_path, name, monkeypatch):
+    pytest.importorskip("ome_zarr")
+    write_volume(tmp_path / name, np.full(SHAPE, 0.5), 1.0)
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+
+    def disk_full(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(np, "savez_compressed", disk_full)
+    monkeypatch.setattr("ome_zarr.writer.write_multiscale", disk_full)
+    with pytest.raises(OSError, match="No space"):
+        write_volume(tmp_path / name, np.full(SHAPE, 0.1), 1.0)
+    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
 
 
 def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -283,6 +353,45 @@ def test_zip_bomb(tmp_path, monkeypatch):
     assert (tmp_path / "large.npz").stat().st_size < 10**4
     assert_refused(tmp_path / "large.npz", "at most 1000000 bytes")
     assert_refused(tmp_path / "lying.npz", "needs 2000 bytes, got 2000000")
+
+
+def test_a_long_header_is_not_unpacked(tmp_path):
+    header = b"\x93NUMPY\x02\x00" + (2**31).to_bytes(4, "little")
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        with archive.open("volume.npy", "w") as file:
+            file.write(header)
+            for _ in range(100):
+                file.write(b" " * 10**6)
+    tracemalloc.start()
+    assert_refused(tmp_path / "a.npz", "not a readable")
+    assert tracemalloc.get_traced_memory()[1] < 10**7
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_npz_of_another_compression(tmp_path, compression):
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", compression) as archive:
+        archive.writestr("volume.npy", npy_header((2, 5, 5, 5)) + bytes(250))
+    assert_refused(tmp_path / "a.npz", "numpy.savez")
+
+
+@pytest.mark.parametrize(
+    ("size", "names", "match"),
+    [
+        (np.array([1.0, 2.0]), None, "one or three numbers"),
+        (np.array(["1"]), None, "one or three numbers"),
+        (np.array([1.0, np.nan, 1.0]), None, "voxel_size_um"),
+        (np.array([1.0, -1.0, 1.0]), None, "voxel_size_um"),
+        (np.array(1.0), np.array([1, 2]), "list of short texts"),
+        (np.array(1.0), np.array([["a", "b"]]), "list of short texts"),
+        (np.array(1.0), np.array(["a", "b" * 10**5]), "list of short texts"),
+    ],
+)
+def test_npz_with_wrong_metadata(tmp_path, volume, size, names, match):
+    np.savez(
+        tmp_path / "a.npz", volume=volume, voxel_size_um=size, **({} if names is None else {"channel_names": names})
+    )
+    assert_refused(tmp_path / "a.npz", match)
 
 
 def test_npz_without_a_clear_volume(tmp_path, volume):

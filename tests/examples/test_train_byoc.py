@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from diffusers_byoc import BYOCPipeline, DualChannelUNet3D, MultiCodebookVQModel, VolumeProcessor
+from diffusers_byoc import BYOCPipeline, DualChannelUNet3D, MultiCodebookVQModel
 from diffusers_byoc.data import read_volume
 
 
@@ -26,7 +26,7 @@ REAL_CELLS = REPOSITORY.parent / "shared" / "data" / "mitotic_cells"
 
 TINY = {
     "arguments": {
-        "num_phantoms": 8,
+        "num_phantoms": 10,  # two of them held out
         "sample_size": 32,
         "autoencoder_max_train_steps": 4,
         "autoencoder_train_batch_size": 2,
@@ -84,7 +84,7 @@ sys.path.insert(0, os.path.dirname(script))
 import train_byoc
 args = train_byoc.parse_args(arguments)
 rank = PartialState(cpu=True).process_index
-cells = train_byoc.load_cells(args, train_byoc.make_autoencoder(args).config.channel_names)
+cells, _ = train_byoc.load_cells(args, train_byoc.make_autoencoder(args).config.channel_names)
 vqvae = train_byoc.train_autoencoder(args, cells)
 torch.save(vqvae.state_dict(), f"{folder}/rank-{rank}.pt")
 """
@@ -173,7 +173,7 @@ def test_a_run_leaves_a_pipeline_a_report_and_pictures(unbroken):
     assert [path.name for path in volumes] == [f"cell_00{index}.ome.tif" for index in range(3)]
     volume = read_volume(volumes[0])
     assert volume.data.shape == (2, 32, 32, 32) and volume.channel_names == ("cell", "nucleus")
-    assert "8 cells: nocodazole" in output and "latent_std/cell" in output
+    assert "8 cells, 2 more held out: nocodazole" in output and "latent_std/cell" in output
 
 
 def test_a_run_logs_what_tells_its_health(unbroken):
@@ -219,8 +219,8 @@ def test_the_saved_pipeline_loads_and_generates(unbroken):
     cells = [p(2, generator=torch.manual_seed(1)).volumes for p in (pipeline, generic)]
     assert cells[0].shape == (2, 2, 32, 32, 32) and np.array_equal(*cells)
     assert pipeline.num_timesteps == 3  # the preset's default
-    processor = VolumeProcessor.from_config(dict(pipeline.config.volume_processor_config))
-    assert processor.config.sample_size == 32
+    assert pipeline.volume_processor.config.sample_size == 32
+    assert pipeline.volume_processor.voxel_size_um == (1.0, 1.0, 1.0)  # the phantoms'
     assert pipeline.scheduler.config.clip_sample is False
     assert pipeline.scheduler.config.beta_schedule == "squaredcos_cap_v2"
 
@@ -333,7 +333,10 @@ def test_real_cells(train):
     assert "12 training cells (metaphase)" in (output_dir / "report.md").read_text()
     pipeline = BYOCPipeline.from_pretrained(output_dir)
     assert pipeline.config.volume_processor_config["oversize"] == "rescale"
-    assert read_volume(output_dir / "volumes" / "cell_000.ome.tif").voxel_size_um == pytest.approx((0.65,) * 3)
+    # each cell was shrunk by a factor of its own, so that generated ones have no voxel size
+    assert pipeline.volume_processor.voxel_size_um is None
+    assert read_volume(output_dir / "volumes" / "cell_000.ome.tif").voxel_size_um is None
+    assert "lengths are in voxels" in (output_dir / "report.md").read_text()
 
 
 # ---------------------------------------------------------------------- what stops a run
@@ -424,7 +427,7 @@ def test_bad_presets(script, tmp_path, text, message, capsys):
 
 def test_the_command_line_outranks_the_preset(script, preset):
     args = script.parse_args(["--preset", str(preset), "--num_samples", "5"])
-    assert args.num_samples == 5 and args.num_phantoms == 8 and args.ema_decay == 0.995
+    assert args.num_samples == 5 and args.num_phantoms == 10 and args.ema_decay == 0.995
 
 
 def test_a_diverging_run_stops_and_leaves_the_last_checkpoint_whole(preset, tmp_path):

@@ -1,9 +1,13 @@
 """Volumes of single cells: from files, from the phantom generator, and as network input."""
 
-from .cells import CellDataset, CellFolder, PhantomCells
-from .files import Volume, read_volume, write_ome_tiff
-from .processor import VolumeProcessor
+from .cells import CellDataset
+from .files import Volume, read_volume, write_ome_tiff, write_volume
+from .folder import CellFolder
+from .phantom_cells import PhantomCells
+from .processor import PreprocessingRecord, VolumeProcessor
 from .records import decode_volume, encode_volume
+from .resampling import resample_volume
+from .splits import Population, Split, read_split, split_cells, write_split
 
 
 __all__ = [
@@ -13,13 +17,21 @@ __all__ = [
     "Phantom",
     "PhantomCells",
     "PhantomTruth",
+    "Population",
+    "PreprocessingRecord",
+    "Split",
     "Volume",
     "VolumeProcessor",
     "decode_volume",
     "encode_volume",
     "make_phantom",
+    "read_split",
     "read_volume",
+    "resample_volume",
+    "split_cells",
     "write_ome_tiff",
+    "write_split",
+    "write_volume",
 ]
 
 _PHANTOM_NAMES = ("PHENOTYPES", "Phantom", "PhantomTruth", "make_phantom")
