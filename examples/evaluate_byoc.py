@@ -260,7 +260,9 @@ def main(args: argparse.Namespace) -> None:
         names = tuple(pipeline.vqvae.config.channel_names) if pipeline else ("cell", "nucleus")
         cells = all_cells(args, names)
         folds = make_folds(args, cells)
-        voxel_size_um = cells.voxel_size_um or cells.processor.voxel_size_um
+        voxel_size_um = cells.voxel_size_um or cells.processor.voxel_size_um or (1.0, 1.0, 1.0)
+        if not (cells.voxel_size_um or cells.processor.voxel_size_um):
+            print("The files do not say how large a voxel is: µm in the results mean voxels; or give --voxel_size_um.")
         extractors = make_extractors(args, voxel_size_um, state.device)  # before hours of generating
         lap("reading cells")
         generated = find_generated(args, cells, pipeline, voxel_size_um)

@@ -37,7 +37,12 @@ LINES = {
     "memorisation/distance_ratio": ("distance to the nearest training cell, over that of held-out cells", 1, "1"),
     "memorisation/near_share": ("share of samples nearer to one than 95 % of held-out cells", 1, "0.05"),
 }
-_BARS = ("med3d/frechet", "morphology/frechet", "morphology/coverage", "morphology/classifier_accuracy")
+_BARS = {
+    "med3d/frechet": "FID (Med3D) ↓",
+    "morphology/frechet": "Fréchet, morphology ↓",
+    "morphology/coverage": "coverage, morphology ↑",
+    "morphology/classifier_accuracy": "told from real (0.5)",
+}
 
 
 def write_evaluation(args, folds, features, sets, reconstruction, seconds, channel_names, voxel_size_um) -> None:
@@ -95,8 +100,8 @@ def _page(args, summary, num_folds, sets, comparisons, reconstruction, seconds, 
         "# Evaluation",
         "",
         f"{sets['generated'].num_cells} cells of `{origin}` against {sets['real'].num_cells} real ones. Mean ±"
-        f" standard deviation over {num_folds} fold(s); every column is compared with the same held-out cells, in equal"
-        " numbers."
+        f" standard deviation over {num_folds} fold(s); every column is compared with the same held-out cells, in"
+        " equal numbers."
         " *real*: the other real cells, the best that can be reached. *shuffled channels* (each channel from another"
         " cell) and *blurred* (σ = 2 voxels): obviously bad generators.",
         "",
@@ -137,8 +142,8 @@ def _write_figures(output_dir, folds, features, sets, comparisons, channel_names
     rows = {name: cell_set.volumes(range(min(6, cell_set.num_cells))) for name, cell_set in sets.items()}
     write("The first cells of each column", "cells.png", compare_volumes(rows, channel_names, voxel_size_um))
     bars = {
-        LINES[metric][0]: {row: {"": [fold[row][metric] for fold in folds]} for row in sets}
-        for metric in _BARS
+        title: {row: {"": [fold[row][metric] for fold in folds]} for row in sets}
+        for metric, title in _BARS.items()
         if metric in folds[0]["generated"] and all(np.isfinite(fold[row][metric]) for fold in folds for row in sets)
     }
     if bars:

@@ -76,5 +76,7 @@ def standardize_features(features: Features, reference: Features) -> np.ndarray:
         raise ValueError(
             f"expected the {reference.shape[1]} columns of the reference, got {features.shape[1]}; extract both alike"
         )
-    scaler = optional("sklearn.preprocessing").StandardScaler().fit(reference)
+    preprocessing = optional("sklearn.preprocessing")
+    with np.errstate(invalid="ignore"):  # a column of nan has no mean, which is what nan_to_num answers
+        scaler = preprocessing.StandardScaler().fit(reference)
     return np.nan_to_num(scaler.transform(features), nan=0.0)
