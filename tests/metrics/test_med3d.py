@@ -1,3 +1,4 @@
+import io
 import pickle
 
 import pytest
@@ -162,33 +163,44 @@ def test_bad_volumes_are_refused(shape):
         tiny()(torch.rand(1, 2, 16, 16, 16) * 2 - 1)
 
 
-HUB = """
+REFUSED_AND_CONVERTED = """
 import torch
-from diffusers_byoc.metrics import Med3DModel, load_med3d
+from diffusers_byoc.metrics import Med3DConfig, convert_med3d_checkpoint, load_med3d
 
-def refused(name):
+for name in ("org/nothing", "not a name"):
     try:
         load_med3d(name)
     except OSError as error:
-        return str(error)
-
-print(refused("TencentMedicalNet/MedicalNet-Resnet50"))
-from huggingface_hub import HfApi
-HfApi().create_repo("TencentMedicalNet/MedicalNet-Resnet50")
-HfApi().upload_file(path_or_fileobj="resnet_50.pth", path_in_repo="resnet_50.pth",
-                    repo_id="TencentMedicalNet/MedicalNet-Resnet50")
-model = load_med3d()
+        print(error)
+model = convert_med3d_checkpoint(config=Med3DConfig(layers=(1, 1, 1, 1), block_inplanes=(4, 4, 8, 8)))
 volumes = torch.rand(1, 2, 16, 16, 16)
 features = model(volumes).features
 model.push_to_hub("org/med3d")
-print(features.shape, torch.equal(features, load_med3d("org/med3d")(volumes).features))
+print(torch.equal(features, load_med3d("org/med3d")(volumes).features))
 """
 
 
+def serve_checkpoint(hub, model: Med3DModel) -> None:
+    file = io.BytesIO()
+    torch.save(published(model), file)
+    files = {"a" * 40: {"resnet_50.pth": file.getvalue()}}
+    hub.repos["models/TencentMedicalNet/MedicalNet-Resnet50"] = {"head": "a" * 40, "commits": files}
+
+
 def test_published_weights_load_from_a_hub_and_are_shared_again(hub):
-    torch.manual_seed(0)
-    torch.save(published(Med3DModel(Med3DConfig())), hub.home / "resnet_50.pth")
-    refused, loaded = hub.run(HUB).splitlines()
-    assert "Download resnet_50.pth from https://huggingface.co/TencentMedicalNet/MedicalNet-Resnet50" in refused
-    assert loaded == "torch.Size([1, 2048]) True"
+    serve_checkpoint(hub, tiny())
+    *refused, equal = hub.run(REFUSED_AND_CONVERTED, timeout=250).splitlines()
+    how = "Download resnet_50.pth from https://huggingface.co/TencentMedicalNet/MedicalNet-Resnet50"
+    assert len(refused) == 2 and all(how in message for message in refused)
+    assert equal == "True"
     assert set(hub.files("org/med3d")) >= {"config.json", "model.safetensors"}
+
+
+@pytest.mark.slow
+def test_the_default_is_medicalnets_repository(hub):
+    torch.manual_seed(0)
+    model = Med3DModel(Med3DConfig())
+    serve_checkpoint(hub, model)
+    code = "import torch; from diffusers_byoc.metrics import load_med3d; m = load_med3d();"
+    printed = hub.run(f"{code} print(m(torch.ones(1, 2, 16, 16, 16)).features.sum().item())", timeout=250)
+    assert float(printed) == pytest.approx(model(torch.ones(1, 2, 16, 16, 16)).features.sum().item(), rel=1e-4)
