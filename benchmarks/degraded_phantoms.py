@@ -166,7 +166,9 @@ def main() -> None:
         print(kind, flush=True)
     for metric, by_kind in curves.items():
         print(f"| {metric} | " + " | ".join(f"{v[0]:.3g} → {v[-1]:.3g}" for v in by_kind.values()) + " |")
-    write_png(degradation_curves(LEVELS, curves, "damage", num_columns=4), args.output)
+    figure = degradation_curves(LEVELS, curves, "damage", num_columns=4)
+    figure.set_dpi(100)  # small enough for the repository
+    write_png(figure, args.output)
 
 
 if __name__ == "__main__":

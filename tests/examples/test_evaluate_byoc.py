@@ -6,8 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from diffusers import DDPMScheduler
 
-from diffusers_byoc.data import PhantomCells, VolumeProcessor, write_ome_tiff
+from diffusers_byoc import BYOCPipeline, DualChannelUNet3D, MultiCodebookVQModel
+from diffusers_byoc.data import PhantomCells, VolumeProcessor, read_volume, write_ome_tiff
 
 
 REPOSITORY = Path(__file__).parents[2]
@@ -55,6 +58,49 @@ def test_volumes_made_elsewhere_are_judged_and_the_bad_rows_are_worse(phantoms, 
     evaluate("--generated_dir", phantoms, "--output_dir", tmp_path, *SMALL, launcher=launcher)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()} == kept
     assert json.loads((tmp_path / "metrics.json").read_text())["folds"] == results["folds"]
+
+
+@pytest.mark.slow
+def test_a_pipeline_generates_each_cell_from_its_seed_and_number_alone(tmp_path):
+    pipeline = BYOCPipeline(
+        MultiCodebookVQModel(latent_channels=2, num_vq_embeddings=8, block_out_channels=(4, 8), sample_size=32),
+        DualChannelUNet3D(latent_channels=2, sample_size=16, block_out_channels=(8, 8), layers_per_block=1),
+        DDPMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=False),
+    )
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    arguments = ["--pretrained", tmp_path / "pipeline", "--num_inference_steps", "2", *SMALL]
+    evaluate(*arguments, "--output_dir", tmp_path / "a", "--num_samples", "14", "--batch_size", "4")
+    results = json.loads((tmp_path / "a" / "metrics.json").read_text())
+    assert results["num_cells"]["generated"] == 14
+    assert set(results["reconstruction"]) == {"cell", "nucleus"}
+    assert 0 < results["reconstruction"]["cell"]["codes_used"] <= 1
+    assert "Reconstruction" in (tmp_path / "a" / "metrics.md").read_text()
+
+    # more cells, in other batches, by two processes: the first ones stay what they are
+    generated = sorted((tmp_path / "a" / "generated").glob("*.tif"))
+    before = [path.read_bytes() for path in generated]
+    generated[3].unlink()
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29612")
+    more = ["--output_dir", tmp_path / "a", "--num_samples", "16", "--batch_size", "3"]
+    evaluate(*arguments, *more, launcher=launcher)
+    after = sorted((tmp_path / "a" / "generated").glob("*.tif"))
+    assert len(after) == 16
+    for path, content in zip(after, before, strict=False):
+        np.testing.assert_allclose(
+            read_volume(path).data.astype(int), read_volume_bytes(content, tmp_path).astype(int), atol=40
+        )
+
+    # other weights, the same folder
+    with torch.no_grad():
+        pipeline.unet.conv_out.bias.add_(1)
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    done = evaluate(*arguments, "--output_dir", tmp_path / "a", "--num_samples", "14", check=False)
+    assert done.returncode != 0 and "holds cells of other settings" in done.stderr
+
+
+def read_volume_bytes(content: bytes, folder: Path) -> np.ndarray:
+    (folder / "before.tif").write_bytes(content)
+    return read_volume(folder / "before.tif").data
 
 
 @pytest.mark.parametrize(

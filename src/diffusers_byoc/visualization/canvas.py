@@ -173,9 +173,10 @@ def black_canvas(
 ) -> tuple[Figure, Axes, Callable[[float], float]]:
     """A black figure, its one set of axes, and the function from a length in µm to a font size in points.
 
-    The canvas is widened to the right where one of the `lines`, texts that begin at x = 0 with their sizes in µm, would
-    not fit.
+    The canvas is widened to the right where one of the `lines`, texts that begin at x = 0 with their sizes in µm,
+    would not fit.
     """
+    figure = new_figure(1.0, 1.0, facecolor="black")
     width = size[0] + margins["left"] + margins["right"]
     height = size[1] + margins["top"] + margins["bottom"]
     # a picture of very many cells keeps to what image viewers open
@@ -183,7 +184,7 @@ def black_canvas(
     longest = max((_text_width(text) * text_size for text, text_size in lines), default=0.0)
     width = max(width, margins["left"] + longest + margins["right"])
 
-    figure = new_figure(width * inches_per_um, height * inches_per_um, facecolor="black")
+    figure.set_size_inches(width * inches_per_um, height * inches_per_um)
     axes = figure.add_axes((0, 0, 1, 1), facecolor="black")
     axes.set_xlim(-margins["left"], width - margins["left"])
     axes.set_ylim(size[1] + margins["bottom"], -margins["top"])
@@ -195,10 +196,7 @@ def black_canvas(
 
 def _text_width(text: str) -> float:
     """Width of a bold text over its font size."""
-    try:
-        from matplotlib.textpath import TextPath
-    except ImportError as error:
-        raise ImportError('Pictures need matplotlib; run: pip install "diffusers_byoc[viz]"') from error
+    from matplotlib.textpath import TextPath
 
     return TextPath((0, 0), text, size=100, prop={"weight": "bold"}).get_extents().xmax / 100 if text.strip() else 0.0
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,8 +12,10 @@ from .canvas import check_columns, new_figure
 
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
 
 #: Colours of methods, sets of cells and kinds of damage, in their order; a further one starts again at the first.
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
 SERIES_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_GREY = "#6b6b6b"
 _MAX_BINS = 40
 
 
@@ -59,29 +60,28 @@ def metric_bars(
     methods = _union(values.values())
     groups = _union(by_group for by_method in values.values() for by_group in by_method.values())
 
-    bar = 0.84 / len(methods)
+    bar = min(0.84 / len(methods), 0.4)
     panel_width = max(3.2, 0.9 + len(groups) * max(0.75, 0.22 * len(methods)))
-    figure, panels = _panels(len(values), num_columns or 3, panel_width, 2.9)
+    figure, panels = _panels(len(values), num_columns, 3, panel_width, 2.9)
     for axes, (metric, by_method) in zip(panels, values.items(), strict=True):
         for index, method in enumerate(methods):
-            color = SERIES_COLORS[index % len(SERIES_COLORS)]
-            label = method
+            color = _series_color(index)
             for place, group in enumerate(groups):
                 numbers = by_method.get(method, {}).get(group)
                 if numbers is None:
                     continue
                 x = place + (index - (len(methods) - 1) / 2) * bar
-                axes.bar(x, numbers.mean(), 0.92 * bar, color=color, alpha=0.75, label=label)
-                label = None  # one entry a method in the legend
+                axes.bar(x, numbers.mean(), 0.92 * bar, color=color, alpha=0.75)
                 if len(numbers) > 1:
                     axes.errorbar(x, numbers.mean(), numbers.std(ddof=1), color="black", linewidth=1.0, capsize=2.5)
                     spread = np.linspace(-0.18, 0.18, len(numbers)) * bar
                     axes.scatter(x + spread, numbers, s=7, color="black", alpha=0.55, linewidths=0, zorder=3)
         axes.set_xticks(range(len(groups)), groups)
+        axes.set_xlim(-0.6, len(groups) - 0.4)
         _slant_long_ticks(axes, groups, panel_width)
         axes.set_title(metric, fontsize=11)
         axes.tick_params(axis="x", length=0)
-    _legend(figure, panels, methods)
+    _legend(figure, _patches(methods))
     return figure
 
 
@@ -94,8 +94,8 @@ def feature_distributions(
 ) -> Figure:
     """A panel a feature: its distributions in sets of cells, one over the other, real against generated.
 
-    Histograms with bins in common, as densities, and each set's median as a dashed line. Values that are nan (the share
-    of a nucleus that a cell does not have) are left out and counted in the panel.
+    Histograms with bins in common, as densities, and each set's median as a dashed line. Values that are nan (the
+    share of a nucleus that a cell does not have) are left out and counted in the title.
 
     Args:
         features: set -> feature -> one value a cell: ``{"real": {"volume, µm³": [...]}, "generated": {...}}``. Every
@@ -133,15 +133,15 @@ def feature_distributions(
         if unknown:
             raise ValueError(f"{argument} names {unknown}, which are no features; expected some of {names}.")
 
-    figure, panels = _panels(len(names), num_columns or 4, 2.9, 2.5)
+    figure, panels = _panels(len(names), num_columns, 4, 2.9, 2.5)
     for axes, feature in zip(panels, names, strict=True):
         finite = {name: by_feature[feature][~np.isnan(by_feature[feature])] for name, by_feature in sets.items()}
         pooled = np.concatenate(list(finite.values()))
         bins = _common_bins(pooled)
-        for index, (name, numbers) in enumerate(finite.items()):
+        for index, numbers in enumerate(finite.values()):
             if len(numbers) == 0:
                 continue
-            color = SERIES_COLORS[index % len(SERIES_COLORS)]
+            color = _series_color(index)
             counts, _ = np.histogram(numbers, bins)
             density = counts / (counts.sum() * np.diff(bins))
             axes.stairs(density, bins, fill=True, color=color, alpha=0.30)
@@ -150,19 +150,18 @@ def feature_distributions(
         axes.set_ylim(bottom=0)
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
-        undefined = {name: len(by_feature[feature]) - len(finite[name]) for name, by_feature in sets.items()}
-        if any(undefined.values()):
-            text = "\n".join(f"{name}: {count} undefined" for name, count in undefined.items() if count)
-            axes.text(0.98, 0.97, text, transform=axes.transAxes, ha="right", va="top", fontsize=7, color=_GREY)
         facts = []
         if p_values is not None and feature in p_values:
             facts.append(_p_value(p_values[feature]))
         if distances is not None and feature in distances:
             facts.append(f"{distance_name} = {distances[feature]:.3g}")
-        axes.set_title(feature + ("\n" + ", ".join(facts) if facts else ""), fontsize=9)
+        undefined = {name: len(by_feature[feature]) - len(finite[name]) for name, by_feature in sets.items()}
+        notes = ", ".join(f"{count} {name}" for name, count in undefined.items() if count)
+        title = [feature, ", ".join(facts), f"undefined: {notes}" if notes else ""]
+        axes.set_title("\n".join(line for line in title if line), fontsize=9)
         axes.tick_params(axis="x", labelsize=8)
         axes.locator_params(axis="x", nbins=5)
-    _legend(figure, panels, list(sets), [f"{name} (n = {max(map(len, by.values()))})" for name, by in sets.items()])
+    _legend(figure, _patches([f"{name} (n = {max(map(len, by.values()))})" for name, by in sets.items()]))
     return figure
 
 
@@ -176,8 +175,8 @@ def degradation_curves(
 
     Args:
         levels: (L,) strengths, rising, for all kinds; or kind -> its own.
-        scores: metric -> kind -> (L,) values, or (L, R) values over R repeats, drawn as their mean within a band of one
-            standard deviation (n - 1) on either side.
+        scores: metric -> kind -> (L,) values, or (L, R) values over R repeats, drawn as their mean within a band of
+            one standard deviation (n - 1) on either side.
         level_label: the horizontal axis's name.
         num_columns: panels in a row; None takes up to 3.
 
@@ -214,21 +213,21 @@ def degradation_curves(
                 )
             _finite(values.ravel(), f"scores[{metric!r}][{kind!r}]")
 
-    figure, panels = _panels(len(curves), num_columns or 3, 3.3, 2.8)
+    figure, panels = _panels(len(curves), num_columns, 3, 3.3, 2.8)
+    lines = dict.fromkeys(kinds)
     for axes, (metric, by_kind) in zip(panels, curves.items(), strict=True):
         for kind, values in by_kind.items():
-            index = kinds.index(kind)
-            color, marker = SERIES_COLORS[index % len(SERIES_COLORS)], _MARKERS[index % len(_MARKERS)]
+            color, marker = _series_color(kinds.index(kind)), _MARKERS[kinds.index(kind) % len(_MARKERS)]
             repeats = values.reshape(len(values), -1)
             mean = repeats.mean(axis=1)
-            axes.plot(steps[kind], mean, color=color, marker=marker, markersize=4, linewidth=1.5, label=kind)
+            (lines[kind],) = axes.plot(steps[kind], mean, color=color, marker=marker, markersize=4, linewidth=1.5)
             if repeats.shape[1] > 1:
                 deviation = repeats.std(axis=1, ddof=1)
                 axes.fill_between(steps[kind], mean - deviation, mean + deviation, color=color, alpha=0.2, linewidth=0)
         axes.set_title(metric, fontsize=11)
         axes.set_xlabel(level_label, fontsize=9)
         axes.grid(axis="y", color="#e3e3e3", linewidth=0.7)
-    _legend(figure, panels, kinds)
+    _legend(figure, lines)
     return figure
 
 
@@ -257,7 +256,7 @@ def _finite(numbers: float | Sequence[float], name: str) -> np.ndarray:
     return vector
 
 
-def _union(mappings) -> list[str]:
+def _union(mappings: Iterable[Mapping]) -> list[str]:
     """The keys of all mappings, in the order of their first appearance."""
     return list(dict.fromkeys(key for mapping in mappings for key in mapping))
 
@@ -271,21 +270,28 @@ def _common_bins(values: np.ndarray) -> np.ndarray:
         return low + max(abs(low), 1.0) * np.array([-0.05, 0.05])
     if (values == np.round(values)).all() and high - low < _MAX_BINS:
         return np.arange(low - 0.5, high + 1.0)
-    edges = np.histogram_bin_edges(values, "sturges")
-    width = 2 * (np.percentile(values, 75) - np.percentile(values, 25)) / len(values) ** (1 / 3)  # Freedman-Diaconis
-    if width > 0:
-        edges = np.linspace(low, high, 1 + int(min(max(math.ceil((high - low) / width), len(edges) - 1), _MAX_BINS)))
-    return edges
+    sturges = math.ceil(math.log2(len(values))) + 1
+    width = 2 * np.subtract(*np.percentile(values, (75, 25))) / len(values) ** (1 / 3)  # Freedman and Diaconis 1981
+    # one outlier must not ask for a million bins
+    number = sturges if width == 0 else int(np.clip((high - low) / width, sturges, max(sturges, _MAX_BINS)))
+    return np.linspace(low, high, number + 1)
 
 
 # Drawing
 
 
-def _panels(number: int, most_columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    """`number` axes in rows of at most `most_columns`, each of that size in inches, without a box around them."""
-    columns = min(number, most_columns)
+def _series_color(index: int) -> str:
+    return SERIES_COLORS[index % len(SERIES_COLORS)]
+
+
+def _panels(
+    number: int, num_columns: int | None, most_columns: int, width: float, height: float
+) -> tuple[Figure, list[Axes]]:
+    """`number` axes of that size in inches, in rows of `num_columns`, or in equal rows of at most `most_columns`."""
+    columns = min(number, num_columns or math.ceil(number / math.ceil(number / most_columns)))
     rows = math.ceil(number / columns)
     figure = new_figure(columns * width, rows * height + 0.35, facecolor="white", layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06)
     grid = figure.add_gridspec(rows, columns)
     panels = [figure.add_subplot(grid[index // columns, index % columns]) for index in range(number)]
     for axes in panels:
@@ -293,21 +299,19 @@ def _panels(number: int, most_columns: int, width: float, height: float) -> tupl
     return figure, panels
 
 
-def _legend(figure: Figure, panels: Sequence[Axes], names: Sequence[str], labels: Sequence[str] | None = None) -> None:
-    """One legend for all panels, below them, in as many rows as it needs."""
+def _patches(labels: Sequence[str]) -> dict[str, Patch]:
     from matplotlib.patches import Patch
 
-    keys = {}
-    for axes in panels:
-        keys.update(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    handles = [
-        keys.get(name, Patch(color=SERIES_COLORS[index % len(SERIES_COLORS)], alpha=0.6))
-        for index, name in enumerate(names)
-    ]
-    texts = list(labels or names)
-    entry_inches = 0.55 + 0.085 * max(map(len, texts))
-    columns = max(1, min(len(texts), int(figure.get_figwidth() / entry_inches)))
-    figure.legend(handles, texts, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+    return {label: Patch(color=_series_color(index), alpha=0.75) for index, label in enumerate(labels)}
+
+
+def _legend(figure: Figure, handles: Mapping[str, Artist]) -> None:
+    """One legend for all panels, below them, in as many rows as it needs."""
+    entry_inches = 0.55 + 0.085 * max(map(len, handles))
+    columns = max(1, min(len(handles), int(figure.get_figwidth() / entry_inches)))
+    figure.legend(
+        list(handles.values()), list(handles), loc="outside lower center", ncols=columns, frameon=False, fontsize=9
+    )
 
 
 def _slant_long_ticks(axes: Axes, texts: Sequence[str], panel_width: float) -> None:

@@ -168,8 +168,8 @@ def compare_pairs(
 ) -> Figure:
     """Each sample above its partner, cut at the same planes: does the generator repeat its training cells?
 
-    The planes are those through the sample's intensity centre, for the partner as well: a memorised cell looks the same
-    in all three.
+    The planes are those through the sample's intensity centre, for the partner as well: a memorised cell looks the
+    same in all three.
 
     Args:
         samples: (M, D, H, W) or (B, M, D, H, W) in [0, 1].

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 #: Otsu's threshold would split any noise in two.
 MIN_CONTRAST = 0.05
 
-# The volume is smoothed before it is cut, by this standard deviation in voxels: camera noise would make a rough surface.
+# The volume is smoothed before it is cut, by this standard deviation in voxels: camera noise makes rough surfaces.
 _SMOOTHING_VOXELS = 0.8
 
 _LIGHT = np.array([-0.45, -0.6, -0.65])  # towards the light, in (right, down, into the picture)
@@ -181,15 +181,15 @@ class _Surfaces:
             raise ImportError('Surfaces need scikit-image; run: pip install "diffusers_byoc[viz]"') from error
 
         self.spacing = np.asarray(spacing)
-        # a border of zeros closes the surface of a cell that the volume's edge cuts
-        padded = np.pad(volume, ((0, 0), (1, 1), (1, 1), (1, 1)))
         sigma = _SMOOTHING_VOXELS * min(spacing) / self.spacing
-        self.channels = np.stack([gaussian_filter(channel, sigma, mode="constant") for channel in padded])
+        smoothed = np.stack([gaussian_filter(channel, sigma, mode="nearest") for channel in volume])
         self.levels = []
-        for channel, smooth, threshold in zip(volume, self.channels, thresholds, strict=True):
+        for channel, smooth, threshold in zip(volume, smoothed, thresholds, strict=True):
             if threshold is None and np.ptp(channel) >= MIN_CONTRAST:
                 threshold = float(threshold_otsu(smooth))
             self.levels.append(np.inf if threshold is None else threshold)
+        # a border of zeros closes the surface of a cell that the volume's edge cuts
+        self.channels = np.pad(smoothed, ((0, 0), (1, 1), (1, 1), (1, 1)))
 
         inside = np.any([c > level for c, level in zip(self.channels, self.levels, strict=True)], axis=0)
         points = np.argwhere(inside) * self.spacing
@@ -249,7 +249,7 @@ class _Surfaces:
         if not channel.max() > level:
             return nothing
         # a grid of samples (down, right, into the picture) around what is inside, within the picture
-        steps = np.array([field_um / rays, field_um / rays, 0.7 * self.spacing.min()])
+        steps = np.array([field_um / rays, field_um / rays, self.spacing.min()])
         axes = camera[[1, 0, 2]]
         seen = (np.argwhere(channel > level) * self.spacing - self.center_um) @ axes.T
         margin = self.spacing.max()
