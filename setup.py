@@ -21,6 +21,16 @@ extras = {
 }
 extras["train"] = ["accelerate>=1.1", "tensorboard>=2.15", "tqdm>=4.66", *extras["data"]]
 extras["all"] = sorted({requirement for requirements in extras.values() for requirement in requirements})
+# what this package is timed against (docs/performance.md), and what MedicalDiffusion's own code imports
+extras["benchmarks"] = [
+    "monai>=1.4",
+    "vector-quantize-pytorch>=1.20",
+    "einops>=0.8",
+    "einops-exts>=0.0.4",
+    "rotary-embedding-torch>=0.8",
+    *extras["train"],
+    *extras["viz"],
+]
 extras["test"] = ["pytest>=8.0", "pytest-timeout>=2.3", "hypothesis>=6.100", *extras["all"]]
 extras["dev"] = ["ruff>=0.9", *extras["test"]]
 

@@ -4,10 +4,10 @@
     pip install einops einops-exts rotary-embedding-torch
 
 Nothing of what is timed is changed. What its files import without needing it for a network's arithmetic
-(pytorch_lightning, torchvision, skvideo, SimpleITK) is replaced by stand-ins while they are imported, so that none of
-it need be installed; `LightningModule` becomes a plain `nn.Module` that logs nothing. Its perceptual loss is left out
-(weight 0, as in its own configuration file): it would download a VGG network, and takes no volume of two channels.
-That is to its advantage.
+(pytorch_lightning, torchvision, imageio, skvideo, SimpleITK) is replaced by stand-ins while they are imported, so that
+none of it need be installed; `LightningModule` becomes a plain `nn.Module` that logs nothing. Its perceptual loss is
+left out (weight 0, as in its own configuration file): it would download a VGG network, and takes no volume of two
+channels. That is to its advantage.
 """
 
 import importlib
@@ -26,7 +26,7 @@ HOW_TO_GET = (
     "git clone https://github.com/FirasGit/medicaldiffusion; pip install einops einops-exts rotary-embedding-torch; "
     "then --medicaldiffusion DIR"
 )
-_STAND_INS = ("torchvision", "skvideo", "skvideo.io", "SimpleITK")
+_STAND_INS = ("torchvision", "imageio", "imageio.core", "imageio.core.util", "skvideo", "skvideo.io", "SimpleITK")
 
 
 class _LightningModule(nn.Module):

@@ -8,8 +8,8 @@ repository (git clone https://github.com/FirasGit/medicaldiffusion). What is mis
 
 Networks that are compared take turns in one process, under one allocator; a time is the best of `--repeats`. Each
 network runs in the fastest of the settings it supports as it is: float32 or bf16 (autocast, and for inference
-weights), contiguous or channels_last_3d. A ratio is a network's time over that in the
-table's first row, which is this package's.
+weights), contiguous or channels_last_3d. A ratio is a network's time over that in the table's first row, which is this
+package's.
 """
 
 import argparse
@@ -82,7 +82,8 @@ MakeRun = Callable[[nn.Module, Setting], Callable[[], object]]
 
 
 def parameter_count(module: nn.Module) -> float:
-    return sum(parameter.numel() for parameter in module.parameters()) / 1e6
+    """Millions of parameters, without those of a discriminator that is part of the module (MedicalDiffusion's)."""
+    return sum(p.numel() for name, p in module.named_parameters() if "discriminator" not in name) / 1e6
 
 
 def prepare(name: str, module: nn.Module, setting: Setting, make_run: MakeRun, gflop: float | None) -> Case:
@@ -372,7 +373,6 @@ OPERATORS = {  # by the beginning or end of torch's operator names; the first th
     "convolution, gradients": ("convolution_backward",),
     "convolution, forward": ("convolution",),
     "matrix products": ("addmm", "::mm", "bmm", "attention_backward", "attention"),
-    "optimizer": ("_fused_adam_", "_foreach_"),
     "copies and concatenation": ("copy_", "::cat", "::fill_", "::zero_"),
 }
 
@@ -408,11 +408,18 @@ def benchmark_breakdown(peers: Peers, sizes: Sizes) -> None:
         with profile(activities=activities) as profiler:
             step()
         events = profiler.key_averages()
-        times = dict.fromkeys([*OPERATORS, "everything else (norms, activations, additions)"], 0.0)
+        times = dict.fromkeys([*OPERATORS, "norms, activations, additions", "optimizer"], 0.0)
         for event in events:
+            own, whole = (
+                (event.self_device_time_total, event.device_time_total)
+                if sizes.device == "cuda"
+                else (event.self_cpu_time_total, event.cpu_time_total)
+            )
             fitting = (kind for kind, parts in OPERATORS.items() if any(part in event.key for part in parts))
-            own_time = event.self_device_time_total if sizes.device == "cuda" else event.self_cpu_time_total
-            times[next(fitting, "everything else (norms, activations, additions)")] += own_time / 1e3
+            times[next(fitting, "norms, activations, additions")] += own / 1e3
+            if event.key.startswith("Optimizer.step"):  # its operators are elementwise, and counted there too
+                times["optimizer"] += whole / 1e3
+        times["norms, activations, additions"] -= times["optimizer"]
         print(f"\n| {peer.name}, training step, batch 2, bf16 autocast, profiled | ms | share |\n| --- | --- | --- |")
         for kind, ms in times.items():
             print(f"| {kind} | {ms:.1f} | {ms / sum(times.values()):.0%} |")
