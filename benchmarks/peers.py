@@ -74,8 +74,13 @@ class Case:
     name: str
     setting: Setting
     parameters: float  # millions
-    gflop: float | None
+    gflop: float
+    module: nn.Module
     run: Callable[[], object]
+
+    @property
+    def is_finite(self) -> bool:
+        return all(torch.isfinite(parameter).all() for parameter in self.module.parameters())
 
 
 MakeRun = Callable[[nn.Module, Setting], Callable[[], object]]
@@ -86,21 +91,27 @@ def parameter_count(module: nn.Module) -> float:
     return sum(p.numel() for name, p in module.named_parameters() if "discriminator" not in name) / 1e6
 
 
-def prepare(name: str, module: nn.Module, setting: Setting, make_run: MakeRun, gflop: float | None) -> Case:
-    return Case(name, setting, parameter_count(module), gflop, make_run(setting.apply(module), setting))
+def prepare(name: str, module: nn.Module, setting: Setting, make_run: MakeRun, gflop: float) -> Case:
+    arranged = setting.apply(module)
+    return Case(name, setting, parameter_count(module), gflop, arranged, make_run(arranged, setting))
 
 
 def fastest_case(
-    name: str, module: nn.Module, settings: Iterable[Setting], make_run: MakeRun, gflop: float | None
+    name: str, module: nn.Module, settings: Iterable[Setting], make_run: MakeRun, gflop: float
 ) -> tuple[Case, list[str]]:
-    """The case with the fastest setting, by a quick look, and the names of settings that raise an error."""
+    """The case with the fastest setting, by a quick look, and why other settings cannot be used."""
     times, refused = {}, []
     for setting in settings:
         try:
             case = prepare(name, module, setting, make_run, gflop)
-            times[setting] = interleaved_best_ms({name: case.run}, repetitions=1)[name]
+            ms = interleaved_best_ms({name: case.run}, repetitions=1)[name]
         except (RuntimeError, NotImplementedError, ValueError, TypeError):
-            refused.append(setting.name)
+            refused.append(f"{setting.name} (an error)")
+            continue
+        if case.is_finite:
+            times[setting] = ms
+        else:
+            refused.append(f"{setting.name} (weights that are not finite after two steps)")
     return prepare(name, module, min(times, key=times.get), make_run, gflop), refused
 
 
@@ -130,7 +141,7 @@ def compare(
         if index == 0 and case.setting != FLOAT32:
             cases.append(prepare(name, module, FLOAT32, make_run, gflop))
         if refused:
-            notes.append(f"{name} raises an error in: {', '.join(refused)}.")
+            notes.append(f"{name} cannot be used in: {', '.join(refused)}.")
     times = interleaved_best_ms({str(i): case.run for i, case in enumerate(cases)}, sizes.repeats)
     print(f"\n| {title} | parameters, M | fastest in | ms | ratio | GFLOP | of the convolution peak |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
@@ -139,7 +150,10 @@ def compare(
         share = case.gflop / ms * 1e3 / peak(case.setting.dtype)
         numbers = f"{ms:.1f} | {ms / times['0']:.2f} | {case.gflop:.1f} | {share:.0%}"
         print(f"| {case.name} | {case.parameters:.1f} | {case.setting.name} | {numbers} |")
-    print("\n" + "\n".join(notes) if notes else "", flush=True)
+    notes += [
+        f"{case.name} had weights that are not finite after these steps." for case in cases if not case.is_finite
+    ]
+    print("".join(f"\n{note}\n" for note in notes), end="", flush=True)
 
 
 def peaks(sizes: Sizes) -> dict[bool, Callable[[torch.dtype], float]]:
@@ -259,7 +273,7 @@ def benchmark_memory(peers: Peers, sizes: Sizes, directory: Path | None) -> None
     print("| --- | --- | --- | --- | --- | --- |")
     for kind, members in (("U-Net", list(peers.unets())), ("autoencoder", list(peers.autoencoders()))):
         for index, peer in enumerate(members):
-            if peer in members[:index]:
+            if peer.name in [member.name for member in members[:index]]:  # MedicalDiffusion's U-Net is in both groups
                 continue
             for setting in (FLOAT32, AUTOCAST):
                 for checkpointing in (False, True) if peer.checkpoint else (False,):
@@ -267,7 +281,7 @@ def benchmark_memory(peers: Peers, sizes: Sizes, directory: Path | None) -> None
                     measured = in_new_process(memory_case, *arguments)
                     numbers = "{:.2f} | {:.2f} | {:.2f}".format(*measured) if measured else "| raises an error |"
                     used = "yes" if checkpointing else "no" if peer.checkpoint else "not offered"
-                    print(f"| {peer.name}, {peer.group} | {setting.name} | {used} | {numbers} |", flush=True)
+                    print(f"| {peer.name} | {setting.name} | {used} | {numbers} |", flush=True)
 
 
 def benchmark_sampling(peers: Peers, sizes: Sizes, num_steps: int) -> None:
