@@ -355,14 +355,15 @@ def benchmark_epochs(peers: Peers, sizes: Sizes, num_volumes: int) -> None:
         library = autoencoder.name.split()[0]
         for setting in (FLOAT32, AUTOCAST):
             try:
-                seconds = epoch(autoencoder, unets.get(library, byoc_unet), setting, sizes, num_volumes)
+                *seconds, is_finite = epoch(autoencoder, unets.get(library, byoc_unet), setting, sizes, num_volumes)
             except (RuntimeError, NotImplementedError):
                 continue
-            print(f"| {library} | {setting.name} | {seconds[0]:.1f} | {seconds[1]:.1f} |", flush=True)
+            numbers = f"{seconds[0]:.1f} | {seconds[1]:.1f}{'' if is_finite else ', weights not finite'}"
+            print(f"| {library} | {setting.name} | {numbers} |", flush=True)
 
 
 def epoch(autoencoder: AutoencoderPeer, unet: UNetPeer, setting: Setting, sizes: Sizes, num_volumes: int):
-    """Seconds of one epoch of each stage."""
+    """Seconds of one epoch of each stage, and whether the U-Net's weights are finite then."""
     volumes = sizes.volumes(2)
     vqvae, denoiser = autoencoder.build().to(sizes.device), unet.build().to(sizes.device).train()
     step = autoencoder.training_step(vqvae, volumes, setting)
@@ -379,7 +380,8 @@ def epoch(autoencoder: AutoencoderPeer, unet: UNetPeer, setting: Setting, sizes:
     for _ in range(num_volumes // 2):
         encode()
         step()
-    return autoencoder_seconds, time.perf_counter() - start
+    diffusion_seconds = time.perf_counter() - start
+    return autoencoder_seconds, diffusion_seconds, all(torch.isfinite(p).all() for p in denoiser.parameters())
 
 
 LAYERS = {"convolution": nn.Conv3d, "instance norm": InstanceNorm, "attention": AxialAttention, "SiLU": nn.SiLU}
