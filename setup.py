@@ -30,6 +30,16 @@ free_readers = ["bioio>=3.0", "bioio-ome-tiff>=1.1", "bioio-ome-zarr>=1.2", "bio
 extras["bioio"] = [*free_readers, "bioio-czi>=2.0", "bioio-lif>=1.4"]
 checks = ["pytest>=8.0", "pytest-timeout>=2.3", "hypothesis>=6.100", "torchmetrics>=1.5"]
 extras["test"] = [*checks, *free_readers, *extras["all"]]
+# what this package is timed against (docs/performance.md), and what MedicalDiffusion's own code imports
+extras["benchmarks"] = [
+    "monai>=1.4",
+    "vector-quantize-pytorch>=1.20",
+    "einops>=0.8",
+    "einops-exts>=0.0.4",
+    "rotary-embedding-torch>=0.8",
+    *extras["train"],
+    *extras["viz"],
+]
 extras["dev"] = ["ruff>=0.9", *extras["test"]]
 # of use on some machines only, hence not in "all": Weights & Biases, 8-bit optimizers on NVIDIA GPUs
 extras["wandb"] = ["wandb>=0.18"]
