@@ -11,6 +11,7 @@ import time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import diffusers
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.logging import get_logger
@@ -488,10 +489,11 @@ def train_diffusion(
 
 
 def make_pipeline(args, cells: CellDataset | StreamedCells, vqvae, unet, noise_scheduler) -> BYOCPipeline:
+    scheduler_class = getattr(diffusers, args.inference_scheduler)
     return BYOCPipeline(
         vqvae,
         unet,
-        noise_scheduler,
+        scheduler_class.from_config(noise_scheduler.config),
         default_num_inference_steps=args.num_inference_steps,
         label2id={name: index for index, name in enumerate(cells.class_names)} if args.class_conditional else None,
         volume_processor_config=dict(cells.processor.config) | {"voxel_size_um": cells.voxel_size_um},
