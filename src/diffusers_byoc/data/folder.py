@@ -99,10 +99,8 @@ def _cells_of_folder(root: Path) -> Population:
 
 def _cells_of_metadata(root: Path, label_column: str | None, group_column: str | None) -> Population:
     metadata_path = root / METADATA_NAME
-    rows = read_metadata(metadata_path, label_column)
-    columns = list(rows[0][1])
-    if group_column and group_column not in columns:
-        raise ValueError(f"{metadata_path}: expected a column {group_column}, got the columns {columns}; name another")
+    rows = read_metadata(metadata_path, *filter(None, (label_column, group_column)))
+    columns = rows[0][1]
     label_column = label_column or ("label" if "label" in columns else None)
     group_column = group_column or ("source" if "source" in columns else None)
 
