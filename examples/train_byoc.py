@@ -8,7 +8,7 @@ import argparse
 import logging
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -498,17 +498,24 @@ def make_pipeline(args, cells: CellDataset | StreamedCells, vqvae, unet, noise_s
     )
 
 
+@contextmanager
+def one_line_errors(*errors: type[Exception]):
+    """Where the message says what to mend, and a traceback would hide it."""
+    try:
+        yield
+    except errors as error:
+        raise SystemExit(f"train_byoc.py: error: {' '.join(str(error).split())}") from error
+
+
 def main(args: argparse.Namespace) -> None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("accelerate").setLevel(logging.WARNING)
     state = PartialState(cpu=is_cpu_training())
-    try:
+    with one_line_errors(ValueError, OSError):
         vqvae = check_arguments(args, state.device)
+    with one_line_errors(OSError, SafetensorError):  # a full disk, a folder in use
         with lock_folder(args.output_dir) if state.is_main_process else nullcontext():
             run(args, state, vqvae)
-    except (ValueError, OSError, SafetensorError) as error:
-        # bad input, a full disk: the message says what to mend, a traceback would hide it
-        raise SystemExit(f"train_byoc.py: error: {' '.join(str(error).split())}") from error
     state.destroy_process_group()
 
 
@@ -516,7 +523,8 @@ def run(args: argparse.Namespace, state: PartialState, vqvae: MultiCodebookVQMod
     """The stages, the report and the upload."""
     started = time.perf_counter()
     goes_on = args.stage == "diffusion" or args.resume_from_checkpoint is not None
-    cells, held_out_cells = load_cells(args, vqvae.config.channel_names, args.output_dir, goes_on)
+    with one_line_errors(ValueError):
+        cells, held_out_cells = load_cells(args, vqvae.config.channel_names, args.output_dir, goes_on)
     training_arguments.set_train_steps(args, len(cells), state.num_processes)
     num_held_out = len(held_out_cells) if held_out_cells else 0
     logger.info(f"{len(cells)} cells, {num_held_out} more held out: {', '.join(cells.class_names)}")
