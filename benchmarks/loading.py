@@ -47,11 +47,15 @@ def measure(folder: Path, is_streamed: bool, num_workers: int, num_batches: int,
     start = time.perf_counter()
     cells = (StreamedCells if is_streamed else CellTable)(str(folder), VolumeProcessor())
     opened = time.perf_counter()
+    # workers start as they would in a training script, not as this process did
+    options = {"num_workers": num_workers}
+    if num_workers:
+        options["multiprocessing_context"] = multiprocessing.get_all_start_methods()[0]
     if is_streamed:
-        loader = DataLoader(cells.batches(BATCH_SIZE, 0, num_batches, 0), batch_size=None, num_workers=num_workers)
+        loader = DataLoader(cells.batches(BATCH_SIZE, 0, num_batches, 0), batch_size=None, **options)
     else:
         batches = StepBatches(len(cells), BATCH_SIZE, 0, num_batches, 0)
-        loader = DataLoader(cells, batch_sampler=batches, num_workers=num_workers)
+        loader = DataLoader(cells, batch_sampler=batches, **options)
     iterator, waited, peak = iter(loader), 0.0, 0.0
     next(iterator)
     first, cpu_seconds = time.perf_counter(), cpu_seconds_of_all_processes()
@@ -73,10 +77,16 @@ def measure(folder: Path, is_streamed: bool, num_workers: int, num_batches: int,
 
 
 def megabytes_of_all_processes() -> float:
-    """Memory of this process and its workers, without the pages of files, which the system takes back as it likes."""
-    process = psutil.Process()
-    used = [one.memory_info() for one in (process, *process.children())]
-    return sum(info.rss - getattr(info, "shared", 0) for info in used) / 1e6
+    """Memory of this process and its workers; on Linux what they share counts once, and pages of files do not."""
+    process, total = psutil.Process(), 0
+    for one in (process, *process.children()):
+        rollup = Path(f"/proc/{one.pid}/smaps_rollup")
+        if rollup.is_file():
+            fields = dict(line.split(":") for line in rollup.read_text().splitlines()[1:])
+            total += sum(int(fields[name].split()[0]) * 1024 for name in ("Pss_Anon", "Pss_Shmem"))
+        else:
+            total += one.memory_info().rss
+    return total / 1e6
 
 
 def cpu_seconds_of_all_processes() -> float:

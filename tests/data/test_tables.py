@@ -279,6 +279,14 @@ def test_writing_is_checked(tmp_path):
         write_shards(tmp_path, cells)
 
 
+@pytest.mark.parametrize("reader", READERS)
+def test_some_voxel_sizes_are_unknown(write_parquet, tmp_path, reader):
+    cells = [(make_volume(0), {}), (Volume(make_volume(1).data), {})]
+    write_shards(tmp_path / "cells", cells, cells_per_shard=1)
+    read = reader(str(tmp_path / "cells"), PROCESSOR)
+    assert read.voxel_size_um is None and read.class_names == ["cell"] and numbers(read) == [0, 1]
+
+
 def test_a_failed_write_leaves_no_part(tmp_path):
     def cells():
         yield make_volume(0), {}

@@ -379,7 +379,11 @@ def _first_then(first, rest: Iterator, count: int) -> Iterator:
 
 def _write_parquet(path: Path, cells: Iterator[tuple[Volume, Mapping]], num_before: int) -> int:
     rows = [encode_volume(volume) | dict(columns) for volume, columns in cells]
-    table = import_datasets().Dataset.from_list(rows)
+    datasets = import_datasets()
+    types = {"shape": "int64", "voxel_size_um": "float64", "channel_names": "string"}
+    table = datasets.Dataset.from_list(rows)
+    # where no cell of a file has a value, its type would be null, and the files would differ
+    table = table.cast(datasets.Features(table.features | {k: [datasets.Value(v)] for k, v in types.items()}))
     table.to_parquet(path, batch_size=_UNIT_ROWS)  # also the size of the row groups
     return len(rows)
 
