@@ -28,8 +28,8 @@ def validate_autoencoder(
     for batch in DataLoader(Subset(cells, rows), batch_size=4):
         volumes = batch["volumes"].to(accelerator.device)
         with accelerator.autocast():
-            sample = vqvae(volumes).sample
-        total += len(volumes) * torch.stack([reconstruction_loss(sample, volumes), torch.ones_like(total[0])])
+            reconstruction = vqvae(volumes, return_dict=False)[0]  # autocast cannot rebuild a dataclass
+        total += len(volumes) * torch.stack([reconstruction_loss(reconstruction, volumes), torch.ones_like(total[0])])
     vqvae.train(was_training)
     return {"validation/reconstruction": _mean(accelerator, total)}
 
