@@ -220,9 +220,8 @@ def optimizer_step(accelerator: Accelerator, args: argparse.Namespace, model, op
     """Clip, check and apply the gradients; within an accumulation, leave them to grow."""
     if accelerator.sync_gradients:
         norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or float("inf"))
-        if (
-            accelerator.scaler is None and norm is not None
-        ):  # DeepSpeed keeps its norm to itself; fp16's scaler skips such a step, and lowers its scale
+        # DeepSpeed keeps its norm to itself; fp16's scaler skips such a step, and lowers its scale
+        if accelerator.scaler is None and norm is not None:
             check_finite(accelerator, norm, "gradient", step)
     optimizer.step()
     optimizer.zero_grad()
