@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 from data_arguments import add_data_arguments, positive
-from diffusers_byoc import USABLE_SCHEDULERS
 
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -127,7 +126,9 @@ def _make_parser(description: str) -> argparse.ArgumentParser:
     add("--ema_inv_gamma", type=float, default=1.0, help="of the warm-up, 1 - (1 + step / inv_gamma) ** -power")
     add("--ema_power", type=float, default=2 / 3)
     add("--num_inference_steps", type=positive, default=1000, help="the saved pipeline's default")
-    add("--inference_scheduler", choices=USABLE_SCHEDULERS, default="DDPMScheduler", help="the saved pipeline's")
+    # from the configuration of others (DEIS) not every scheduler can be made by `from_config`
+    schedulers = ["DDPMScheduler", "DDIMScheduler"]
+    add("--inference_scheduler", choices=schedulers, default="DDPMScheduler", help="the saved pipeline's")
 
     add = parser.add_argument_group("checkpoints, logs, samples").add_argument
     add("--checkpointing_steps", type=positive, default=5000)
