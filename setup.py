@@ -10,10 +10,12 @@ readme = Path(__file__).parent / "README.md"
 extras = {
     # volumes from TIFF, .npy and Hugging Face data sets; phantom cells
     "data": ["tifffile>=2024.8.10", "scipy>=1.11", "pandas>=2.1", "datasets>=3.0"],
-    # segmentation and shape of cells
-    "metrics": ["scipy>=1.11", "scikit-image>=0.22"],
-    # pictures of volumes
-    "viz": ["matplotlib>=3.8"],
+    # segmentation and shape of cells, distances between sets of cells, tests
+    "metrics": ["scipy>=1.11", "scikit-image>=0.22", "scikit-learn>=1.5", "trimesh>=4.5"],
+    # Med3D features, the paper's FID
+    "med3d": ["monai>=1.4", "transformers>=5.0"],
+    # pictures of volumes, charts
+    "viz": ["matplotlib>=3.8", "scipy>=1.11", "scikit-image>=0.22"],
     # diffusers' DPMSolverSDEScheduler
     "sde": ["torchsde>=0.2.6"],
     # LoRA fine-tuning on few cells
@@ -21,13 +23,27 @@ extras = {
     # volumes to and from OME-Zarr
     "zarr": ["ome-zarr>=0.10", "zarr>=2.18"],
 }
-extras["train"] = ["accelerate>=1.1", "tensorboard>=2.15", "tqdm>=4.66", *extras["data"]]
+extras["train"] = ["accelerate>=1.1", "filelock>=3.12", "tensorboard>=2.15", "tqdm>=4.66", *extras["data"]]
 extras["all"] = sorted({requirement for requirements in extras.values() for requirement in requirements})
 # Microscopes' own formats. Not in "all": bioio-czi is under the GPL, and so is what bioio-lif before 2.0 brings.
 free_readers = ["bioio>=3.0", "bioio-ome-tiff>=1.1", "bioio-ome-zarr>=1.2", "bioio-tifffile>=1.3", "bioio-nd2>=1.0"]
 extras["bioio"] = [*free_readers, "bioio-czi>=2.0", "bioio-lif>=1.4"]
-extras["test"] = ["pytest>=8.0", "pytest-timeout>=2.3", "hypothesis>=6.100", *free_readers, *extras["all"]]
+checks = ["pytest>=8.0", "pytest-timeout>=2.3", "hypothesis>=6.100", "torchmetrics>=1.5"]
+extras["test"] = [*checks, *free_readers, *extras["all"]]
+# what this package is timed against (docs/performance.md), and what MedicalDiffusion's own code imports
+extras["benchmarks"] = [
+    "monai>=1.4",
+    "vector-quantize-pytorch>=1.20",
+    "einops>=0.8",
+    "einops-exts>=0.0.4",
+    "rotary-embedding-torch>=0.8",
+    *extras["train"],
+    *extras["viz"],
+]
 extras["dev"] = ["ruff>=0.9", *extras["test"]]
+# of use on some machines only, hence not in "all": Weights & Biases, 8-bit optimizers on NVIDIA GPUs
+extras["wandb"] = ["wandb>=0.18"]
+extras["8bit"] = ["bitsandbytes>=0.45"]
 
 setup(
     name="diffusers_byoc",

@@ -5,116 +5,61 @@ accelerate launch examples/train_byoc.py --preset paper --train_data_dir my_cell
 """
 
 import argparse
-import json
 import logging
+import sys
 import time
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import diffusers
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.logging import get_logger
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
 from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from torch.utils.data import DataLoader
+from safetensors import SafetensorError
+from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
-from data_arguments import add_data_arguments, load_cells, positive
+import training_arguments
+from data_arguments import batch_loader, indexable, load_cells
 from diffusers_byoc import BYOCPipeline, DualChannelUNet3D, MultiCodebookVQModel, PatchDiscriminator3D
-from diffusers_byoc.data import CellDataset
+from diffusers_byoc.data import CellDataset, StreamedCells, augment_cells, draw_augmentation
 from diffusers_byoc.training import (
-    StepBatches,
+    CachedLatents,
+    Termination,
     adaptive_weight,
     adversarial_loss,
+    cache_latents,
     check_finite,
     diffusion_loss,
     discriminator_loss,
-    encode_batches,
     fair_num_threads,
     fastest_precision,
     is_cpu_training,
     latent_statistics,
     load_checkpoint,
+    lock_folder,
     mean_losses,
     process_share,
     reconstruction_loss,
     save_checkpoint,
     step_generator,
+    validate_autoencoder,
+    validate_diffusion,
 )
 from diffusers_byoc.visualization import compare_volumes
+from publishing import create_repository, push_pipeline
 from report import write_report
 
 
 logger = get_logger(__name__, log_level="INFO")
-CONFIGS = Path(__file__).parent / "configs"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    flag = {"action": argparse.BooleanOptionalAction, "default": False}
-    add("--preset", default="demo", help="demo, paper, or the path of a JSON file like those in examples/configs")
-    add("--output_dir", default="outputs/demo", help="pipeline, checkpoints, logs and report go here")
-    add("--stage", choices=["all", "autoencoder", "diffusion"], default="all")
-    add("--seed", type=int, default=0)
-    add_data_arguments(parser)
-    # both stages
-    add("--mixed_precision", choices=["auto", "no", "fp16", "bf16"], default="auto", help="auto: the fastest here")
-    add("--num_cpu_threads", type=positive, help="per process, without a GPU (default: a fair share of all cores)")
-    add("--optimizer", choices=["adam", "adamw"], default="adam")
-    add("--adam_beta1", type=float, default=0.9)
-    add("--adam_beta2", type=float, default=0.99)
-    add("--adam_weight_decay", type=float, default=0.0)
-    add("--lr_warmup_steps", type=int, default=0)
-    add("--max_grad_norm", type=float, default=1.0, help="0 clips nothing")
-    add("--gradient_accumulation_steps", type=positive, default=1)
-    add("--gradient_checkpointing", **flag, help="less memory for more time")
-    for stage in ("autoencoder", "diffusion"):
-        add(f"--{stage}_max_train_steps", type=positive, default=100_000)
-        add(f"--{stage}_train_batch_size", type=positive, default=2, help="per process")
-        add(f"--{stage}_learning_rate", type=float, default=3e-4 if stage == "autoencoder" else 1e-4)
-        add(f"--{stage}_lr_scheduler", default="constant", help="any of diffusers' schedules")
-    # autoencoder
-    add("--discriminator_start", type=int, default=10_000, help="step at which the discriminator joins")
-    add("--discriminator_weight", type=float, default=0.1, help="of the adversarial gradient against reconstruction's")
-    # diffusion
-    add("--vqvae_path", help="trained autoencoder for --stage diffusion (default: OUTPUT_DIR/vqvae)")
-    add("--class_conditional", **flag, help="give the labels to the U-Net")
-    add("--loss_type", choices=["l1", "l2"], default="l1")
-    add("--ema_decay", type=float, default=0.995)
-    add("--use_ema_warmup", **flag, help="diffusers' warm-up of the moving average, up to --ema_decay")
-    add("--num_inference_steps", type=positive, default=1000, help="the saved pipeline's default")
-    # checkpoints, logs, samples
-    add("--checkpointing_steps", type=positive, default=5000)
-    add("--checkpoints_total_limit", type=positive, default=2)
-    add("--resume_from_checkpoint", help='"latest", or the name of a checkpoint')
-    add("--validation_steps", type=positive, default=200, help="steps between sample pictures in the log")
-    add("--num_samples", type=positive, default=8, help="cells to generate for the report")
-    add(
-        "--cell_threshold",
-        type=float,
-        help="the report's cell is brighter than this (default: Otsu's; membrane: 0.05)",
-    )
-
-    preset = parser.parse_known_args(argv)[0].preset
-    path = CONFIGS / f"{preset}.json" if (CONFIGS / f"{preset}.json").is_file() else Path(preset)
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.json")))
-        parser.error(f"--preset {preset}: neither one of {known} nor a file")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        parser.error(f"{path}: not a JSON file ({error})")
-    unknown = set(config.get("arguments", {})) - set(vars(parser.parse_args([])))
-    if unknown:
-        parser.error(f"{path}: unknown arguments {sorted(unknown)}")
-    parser.set_defaults(**config.get("arguments", {}))
-    args = parser.parse_args(argv)
-    if args.stage == "all" and args.resume_from_checkpoint not in (None, "latest"):
-        parser.error(f"checkpoint {args.resume_from_checkpoint} belongs to one stage: say --stage, or 'latest'")
-    args.vqvae, args.unet, args.scheduler = (config.get(name, {}) for name in ("vqvae", "unet", "scheduler"))
-    return args
+    return training_arguments.parse_args(__doc__, argv)
 
 
 def make_autoencoder(args: argparse.Namespace) -> MultiCodebookVQModel:
@@ -139,11 +84,17 @@ def check_arguments(args: argparse.Namespace, device: torch.device) -> MultiCode
     """
     if args.mixed_precision == "fp16" and device.type == "cpu":
         raise ValueError("--mixed_precision fp16 needs a GPU; on a CPU say bf16, no or auto")
+    if args.use_8bit_adam:
+        optimizer_class(args)
+        if device.type != "cuda":
+            raise ValueError("--use_8bit_adam needs a CUDA GPU; leave it out")
     if args.stage == "diffusion":
         path = Path(args.output_dir) / "vqvae"
         if args.vqvae_path is None and not path.is_dir():
             raise ValueError(f"{path}: no trained autoencoder; run --stage autoencoder first, or give --vqvae_path")
         vqvae = MultiCodebookVQModel.from_pretrained(args.vqvae_path or path)
+        if args.latent_scaling:
+            vqvae.register_to_config(latent_scaling=args.latent_scaling)
     else:
         with torch.device("meta"):  # no memory, no random numbers
             vqvae = make_autoencoder(args)
@@ -158,15 +109,27 @@ def start_stage(args: argparse.Namespace, stage: str) -> Accelerator:
     mixed_precision = fastest_precision() if args.mixed_precision == "auto" else args.mixed_precision
     if is_cpu_training():
         torch.set_num_threads(args.num_cpu_threads or fair_num_threads())
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     output_dir = Path(args.output_dir)
+    trackers = ["tensorboard", "wandb"] if args.report_to == "all" else args.report_to
     accelerator = Accelerator(
         cpu=is_cpu_training(),
         mixed_precision=mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
-        log_with="tensorboard",
+        log_with=trackers,
         project_config=ProjectConfiguration(str(output_dir / stage), logging_dir=str(output_dir / "logs")),
     )
-    accelerator.init_trackers(stage, {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str, bool))})
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        if stage == "autoencoder":
+            raise ValueError("DeepSpeed takes one optimizer, the autoencoder has two; use it with --stage diffusion")
+        # it wants to know before any data
+        batch_size = getattr(args, f"{stage}_train_batch_size")
+        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = batch_size
+    config = {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str, bool))}
+    if accelerator.distributed_type == DistributedType.FSDP:
+        raise ValueError("FSDP is not supported: the moving average needs whole weights; use DeepSpeed ZeRO-2")
+    accelerator.init_trackers(stage, config, {"wandb": {"dir": str(output_dir), "name": f"{output_dir.name}/{stage}"}})
     set_seed(args.seed)
     logger.info(f"{stage}: {accelerator.num_processes} process(es), {accelerator.device}, {mixed_precision=}")
     return accelerator
@@ -179,10 +142,20 @@ def end_stage(accelerator: Accelerator) -> None:
         tracker.finish()
 
 
+def optimizer_class(args: argparse.Namespace) -> type[torch.optim.Optimizer]:
+    """The class that `--optimizer` and `--use_8bit_adam` name."""
+    if not args.use_8bit_adam:
+        return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise ValueError('--use_8bit_adam needs bitsandbytes: pip install "diffusers_byoc[8bit]"') from error
+    return {"adam": bitsandbytes.optim.Adam8bit, "adamw": bitsandbytes.optim.AdamW8bit}[args.optimizer]
+
+
 def make_optimizer(args: argparse.Namespace, stage: str, parameters, num_steps: int):
     """Optimizer and learning-rate schedule of a stage."""
-    optimizer_class = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
-    optimizer = optimizer_class(
+    optimizer = optimizer_class(args)(
         [parameter for parameter in parameters if parameter.requires_grad],
         lr=getattr(args, f"{stage}_learning_rate"),
         betas=(args.adam_beta1, args.adam_beta2),
@@ -193,38 +166,99 @@ def make_optimizer(args: argparse.Namespace, stage: str, parameters, num_steps: 
     return optimizer, get_scheduler(schedule, optimizer, num_warmup_steps=warmup_steps, num_training_steps=num_steps)
 
 
-def remaining_batches(accelerator: Accelerator, args: argparse.Namespace, stage: str, num_cells: int, first_step: int):
-    """What this process has left to see of a stage."""
+def remaining_batches(args: argparse.Namespace, stage: str, cells: CellDataset | StreamedCells, first_step: int):
+    """A loader of what this process has left to see of a stage."""
     accumulation = args.gradient_accumulation_steps
-    return StepBatches(
-        num_cells,
-        getattr(args, f"{stage}_train_batch_size"),
-        first_step * accumulation,
-        (getattr(args, f"{stage}_max_train_steps") - first_step) * accumulation,
-        args.seed,
-        accelerator.process_index,
-        accelerator.num_processes,
+    num_batches = (getattr(args, f"{stage}_max_train_steps") - first_step) * accumulation
+    batch_size = getattr(args, f"{stage}_train_batch_size")
+    return batch_loader(args, cells, batch_size, first_step * accumulation, num_batches)
+
+
+def augment(accelerator: Accelerator, args: argparse.Namespace, volumes: torch.Tensor, micro_step: int):
+    """This process's cells, turned and re-stained as drawn for all processes."""
+    if args.augmentation == "none" and args.intensity_jitter == 0:
+        return volumes
+    drawn = draw_augmentation(
+        len(volumes) * accelerator.num_processes,
+        volumes.shape[1],
+        step_generator(args.seed, micro_step, "augmentation"),
+        args.augmentation,
+        args.intensity_jitter,
     )
+    return augment_cells(
+        volumes, *(process_share(x, accelerator.process_index, accelerator.num_processes) for x in drawn)
+    )
+
+
+def latent_batches(
+    accelerator: Accelerator,
+    args: argparse.Namespace,
+    cells: CellDataset | StreamedCells,
+    vqvae: MultiCodebookVQModel,
+    latents: CachedLatents,
+    first_step: int,
+):
+    """(normalised latents, class labels) of this process's remaining batches, on its device.
+
+    From `latents`, those of all `cells`; but streamed and augmented cells are encoded batch by batch.
+    """
+    loader = remaining_batches(args, "diffusion", cells, first_step)
+    if isinstance(cells, StreamedCells) or args.augmentation != "none" or args.intensity_jitter:
+        for micro_step, batch in enumerate(loader, first_step * args.gradient_accumulation_steps):
+            volumes = augment(accelerator, args, batch["volumes"].to(accelerator.device), micro_step)
+            with torch.no_grad(), accelerator.autocast():
+                clean = vqvae.encode(volumes).latents.float()
+            yield vqvae.normalize_latents(clean), batch["class_labels"].to(accelerator.device)
+    else:
+        labels = torch.tensor(cells.labels)
+        for indices in loader.batch_sampler:
+            clean = latents[indices].to(accelerator.device)
+            yield vqvae.normalize_latents(clean), labels[indices].to(accelerator.device)
 
 
 def optimizer_step(accelerator: Accelerator, args: argparse.Namespace, model, optimizer, step: int) -> None:
     """Clip, check and apply the gradients; within an accumulation, leave them to grow."""
     if accelerator.sync_gradients:
         norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or float("inf"))
-        if accelerator.scaler is None:  # fp16's scaler skips such a step, and lowers its scale
+        # DeepSpeed keeps its norm to itself; fp16's scaler skips such a step, and lowers its scale
+        if accelerator.scaler is None and norm is not None:
             check_finite(accelerator, norm, "gradient", step)
     optimizer.step()
     optimizer.zero_grad()
 
 
 def log_volumes(accelerator: Accelerator, rows: dict[str, torch.Tensor], channel_names, step: int) -> None:
-    """Orthogonal slices of up to four cells a row, to TensorBoard."""
+    """Orthogonal slices of up to four cells a row, to every tracker."""
     rows = {name: (volumes[:4].float() / 2 + 0.5).clamp(0, 1).cpu() for name, volumes in rows.items()}
     figure = compare_volumes(rows, channel_names)
-    accelerator.get_tracker("tensorboard", unwrap=True).add_figure("samples", figure, step)
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.tracker.add_figure("samples", figure, step)
+        elif tracker.name == "wandb":
+            from wandb import Image
+
+            tracker.log({"samples": Image(figure)}, step=step)
 
 
-def train_autoencoder(args: argparse.Namespace, cells: CellDataset) -> MultiCodebookVQModel:
+def end_of_step(accelerator: Accelerator, args, directory: Path, step: int, max_steps: int, termination) -> None:
+    """Save a checkpoint when it is time, or when the run is told to end; then end it."""
+    is_told_to_end = termination.requested(accelerator)
+    if is_told_to_end or step % args.checkpointing_steps == 0 or step == max_steps:
+        path = save_checkpoint(accelerator, directory, step, args.checkpoints_total_limit)
+    if is_told_to_end:
+        termination.close()
+        end_stage(accelerator)
+        accelerator.print(
+            f"train_byoc.py: SIGTERM: saved {path}; go on with --resume_from_checkpoint latest", file=sys.stderr
+        )
+        raise SystemExit(143)
+
+
+def train_autoencoder(
+    args: argparse.Namespace,
+    cells: CellDataset | StreamedCells,
+    held_out_cells: CellDataset | StreamedCells | None = None,
+) -> MultiCodebookVQModel:
     """Stage one (section 3.1, eq. 6-8). Returns the trained autoencoder, also saved to OUTPUT_DIR/vqvae."""
     accelerator = start_stage(args, "autoencoder")
     directory = Path(args.output_dir) / "autoencoder"
@@ -235,6 +269,9 @@ def train_autoencoder(args: argparse.Namespace, cells: CellDataset) -> MultiCode
     discriminator = PatchDiscriminator3D(vqvae.config.num_channels)
     if args.gradient_checkpointing:
         vqvae.enable_gradient_checkpointing()
+    if args.compile:  # in place: the names of the weights stay as they are
+        vqvae.compile()
+        discriminator.compile()
     optimizer, lr_scheduler = make_optimizer(args, "autoencoder", vqvae.parameters(), max_steps)
     discriminator_optimizer, discriminator_lr_scheduler = make_optimizer(
         args, "autoencoder", discriminator.parameters(), max_steps - args.discriminator_start
@@ -247,16 +284,18 @@ def train_autoencoder(args: argparse.Namespace, cells: CellDataset) -> MultiCode
     first_step = load_checkpoint(accelerator, directory, args.resume_from_checkpoint)
 
     # 2. data: the batches that this process has left
-    batches = remaining_batches(accelerator, args, "autoencoder", len(cells), first_step)
-    loader = DataLoader(cells, batch_sampler=batches, num_workers=args.dataloader_num_workers)
+    loader = remaining_batches(args, "autoencoder", cells, first_step)
+    if held_out_cells is not None:
+        validation_cells = indexable(held_out_cells, args.num_validation_cells, args.seed)
 
     # 3. train
     hidden = not accelerator.is_local_main_process
     progress = tqdm(total=max_steps, initial=first_step, desc="Autoencoder", disable=hidden)
     vqvae.train()
+    termination = Termination()  # a SIGTERM now waits for the end of its step
     for micro_step, batch in enumerate(loader, first_step * accumulation):
         step = micro_step // accumulation + 1
-        volumes = batch["volumes"].to(accelerator.device)
+        volumes = augment(accelerator, args, batch["volumes"].to(accelerator.device), micro_step)
         if micro_step == 0:
             with torch.no_grad(), accelerator.autocast():
                 latents = bare_vqvae.encode(volumes).latents
@@ -302,25 +341,31 @@ def train_autoencoder(args: argparse.Namespace, cells: CellDataset) -> MultiCode
         progress.update()
         usages = "/".join(f"{value:.0%}" for name, value in logs.items() if name.startswith("usage"))
         progress.set_postfix(mse=f"{logs['loss/reconstruction']:.4f}", codes=usages)
-        if accelerator.is_main_process and (step % args.validation_steps == 0 or step == max_steps):
+        if step % args.validation_steps == 0 or step == max_steps:
             rows = {"cells": volumes, "reconstructed": reconstruction.detach()}
-            log_volumes(accelerator, rows, bare_vqvae.config.channel_names, step)
-        if step % args.checkpointing_steps == 0 or step == max_steps:
-            save_checkpoint(accelerator, directory, step, args.checkpoints_total_limit)
+            if held_out_cells is not None:
+                losses = validate_autoencoder(accelerator, bare_vqvae, validation_cells, args.num_validation_cells)
+                accelerator.log(losses, step=step)
+            if accelerator.is_main_process:
+                log_volumes(accelerator, rows, bare_vqvae.config.channel_names, step)
+        end_of_step(accelerator, args, directory, step, max_steps, termination)
 
     # 4. save
+    termination.close()
     accelerator.wait_for_everyone()
     vqvae = accelerator.unwrap_model(vqvae, keep_fp32_wrapper=False).eval()
-    if vqvae.config.latent_scaling == "standardize":
-        latents = encode_batches(vqvae, (batch["volumes"] for batch in DataLoader(cells, batch_size=8)))
-        vqvae.set_latent_statistics(latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4)))
     if accelerator.is_main_process:
         vqvae.save_pretrained(Path(args.output_dir) / "vqvae")
     end_stage(accelerator)
     return vqvae
 
 
-def train_diffusion(args: argparse.Namespace, cells: CellDataset, vqvae: MultiCodebookVQModel) -> BYOCPipeline:
+def train_diffusion(
+    args: argparse.Namespace,
+    cells: CellDataset | StreamedCells,
+    vqvae: MultiCodebookVQModel,
+    held_out_cells: CellDataset | StreamedCells | None = None,
+) -> BYOCPipeline:
     """Stage two (section 3.2, eq. 9-13), on the frozen autoencoder's unquantised latents. Returns the pipeline."""
     accelerator = start_stage(args, "diffusion")
     directory = Path(args.output_dir) / "diffusion"
@@ -333,33 +378,49 @@ def train_diffusion(args: argparse.Namespace, cells: CellDataset, vqvae: MultiCo
     noise_scheduler = DDPMScheduler(**(schedule | args.scheduler))
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
+    if args.compile:
+        unet.compile()
     optimizer, lr_scheduler = make_optimizer(args, "diffusion", unet.parameters(), max_steps)
     unet, optimizer = accelerator.prepare(unet, optimizer)
-    ema = EMAModel(unet.parameters(), decay=args.ema_decay, use_ema_warmup=args.use_ema_warmup)
-    accelerator.register_for_checkpointing(lr_scheduler, ema)
+    accelerator.register_for_checkpointing(lr_scheduler)
+    ema = None
+    if args.use_ema:
+        warmup = {"use_ema_warmup": args.use_ema_warmup, "inv_gamma": args.ema_inv_gamma, "power": args.ema_power}
+        ema = EMAModel(unet.parameters(), decay=args.ema_decay, **warmup)
+        accelerator.register_for_checkpointing(ema)
     first_step = load_checkpoint(accelerator, directory, args.resume_from_checkpoint)
-    ema.to(accelerator.device)  # a restored one lies on the CPU
+    if ema:
+        ema.to(accelerator.device)  # a restored one lies on the CPU
 
-    # 2. data: every cell encoded once
-    vqvae.to(accelerator.device).requires_grad_(False)
-    loader = DataLoader(cells, batch_size=8, num_workers=args.dataloader_num_workers)
-    hidden = not accelerator.is_local_main_process
-    with accelerator.autocast():
-        latents = encode_batches(vqvae, (batch["volumes"] for batch in tqdm(loader, desc="Encoding", disable=hidden)))
-    statistics = latent_statistics(vqvae, latents)
+    # 2. data: every cell encoded once, and read from the disk; streamed and augmented ones encoded batch by batch
+    vqvae.to(accelerator.device).requires_grad_(False).eval()
+    folder, workers = Path(args.output_dir) / "latents", args.dataloader_num_workers
+    latents = cache_latents(
+        vqvae, indexable(cells, 256, args.seed), folder / "train", accelerator, num_workers=workers
+    )
+    if vqvae.config.latent_scaling == "standardize":
+        vqvae.set_latent_statistics(*latents.mean_and_std())
+    statistics = latent_statistics(vqvae, latents.chunks())
     accelerator.log(statistics, step=0)
     logger.info(f"latents, normalised: {', '.join(f'{name} {value:.3f}' for name, value in statistics.items())}")
-    latents, labels = vqvae.normalize_latents(latents), torch.tensor(cells.labels)
-    batches = remaining_batches(accelerator, args, "diffusion", len(cells), first_step)
+    if held_out_cells is not None:
+        validation_cells = indexable(held_out_cells, args.num_validation_cells, args.seed)
+        rows = range(min(len(validation_cells), args.num_validation_cells))
+        held_out_latents = cache_latents(vqvae, Subset(validation_cells, rows), folder / "held_out", accelerator)
+        held_out_labels = None
+        if args.class_conditional:
+            held_out_labels = [int(validation_cells[row]["class_labels"]) for row in rows]
+    batches = latent_batches(accelerator, args, cells, vqvae, latents, first_step)
 
     # 3. train
+    hidden = not accelerator.is_local_main_process
     progress = tqdm(total=max_steps, initial=first_step, desc="Diffusion", disable=hidden)
     unet.train()
+    termination = Termination()
     global_batch_size = args.diffusion_train_batch_size * accelerator.num_processes
-    for micro_step, indices in enumerate(batches, first_step * accumulation):
+    for micro_step, (clean, class_labels) in enumerate(batches, first_step * accumulation):
         step = micro_step // accumulation + 1
-        clean = latents[indices].to(accelerator.device)
-        class_labels = labels[indices].to(accelerator.device) if args.class_conditional else None
+        class_labels = class_labels if args.class_conditional else None
         # drawn for all processes, then shared out, so that their number does not change the run
         generator = step_generator(args.seed, micro_step, "diffusion")
         noise = torch.randn(global_batch_size, *clean.shape[1:], generator=generator)
@@ -370,7 +431,9 @@ def train_diffusion(args: argparse.Namespace, cells: CellDataset, vqvae: MultiCo
         )
 
         with accelerator.accumulate(unet):
-            loss = diffusion_loss(unet, noise_scheduler, clean, noise, timesteps, class_labels, args.loss_type)
+            loss = diffusion_loss(
+                unet, noise_scheduler, clean, noise, timesteps, class_labels, args.loss_type, args.snr_gamma
+            )
             check_finite(accelerator, loss, "loss", step)
             accelerator.backward(loss)
             optimizer_step(accelerator, args, unet, optimizer, step)
@@ -379,33 +442,43 @@ def train_diffusion(args: argparse.Namespace, cells: CellDataset, vqvae: MultiCo
 
         # end of a step
         lr_scheduler.step()
-        ema.step(unet.parameters())
+        if ema:
+            ema.step(unet.parameters())
         logs = mean_losses(accelerator, {"loss/diffusion": loss})
         accelerator.log(logs | {"lr": lr_scheduler.get_last_lr()[0]}, step=step)
         progress.update()
         progress.set_postfix(loss=f"{logs['loss/diffusion']:.4f}")
-        if accelerator.is_main_process and (step % args.validation_steps == 0 or step == max_steps):
-            ema.store(unet.parameters())
-            ema.copy_to(unet.parameters())
-            pipeline = make_pipeline(args, cells, vqvae, accelerator.unwrap_model(unet), noise_scheduler)
-            pipeline.set_progress_bar_config(disable=True)
-            with accelerator.autocast():
-                samples = pipeline(
-                    4,
-                    class_labels=0 if args.class_conditional else None,
-                    output_type="pt",
-                    num_inference_steps=min(20, len(noise_scheduler)),
-                    generator=torch.Generator().manual_seed(args.seed),
-                ).volumes
-            ema.restore(unet.parameters())
+        if step % args.validation_steps == 0 or step == max_steps:
+            bare_unet = accelerator.unwrap_model(unet)
+            if ema:
+                ema.store(unet.parameters())
+                ema.copy_to(unet.parameters())
+            if held_out_cells is not None:
+                options = (held_out_latents, held_out_labels, args.seed, args.loss_type, args.snr_gamma)
+                losses = validate_diffusion(accelerator, bare_unet, noise_scheduler, vqvae, *options)
+                accelerator.log(losses, step=step)
+            if accelerator.is_main_process:
+                pipeline = make_pipeline(args, cells, vqvae, bare_unet, noise_scheduler)
+                pipeline.set_progress_bar_config(disable=True)
+                with accelerator.autocast():
+                    samples = pipeline(
+                        4,
+                        class_labels=0 if args.class_conditional else None,
+                        output_type="pt",
+                        num_inference_steps=min(20, len(noise_scheduler)),
+                        generator=torch.Generator().manual_seed(args.seed),
+                    ).volumes
+                log_volumes(accelerator, {"generated": samples * 2 - 1}, vqvae.config.channel_names, step)
+            if ema:
+                ema.restore(unet.parameters())
             unet.train()
-            log_volumes(accelerator, {"generated": samples * 2 - 1}, vqvae.config.channel_names, step)
-        if step % args.checkpointing_steps == 0 or step == max_steps:
-            save_checkpoint(accelerator, directory, step, args.checkpoints_total_limit)
+        end_of_step(accelerator, args, directory, step, max_steps, termination)
 
     # 4. the moving average is the model
+    termination.close()
     accelerator.wait_for_everyone()
-    ema.copy_to(unet.parameters())
+    if ema:
+        ema.copy_to(unet.parameters())
     unet = accelerator.unwrap_model(unet, keep_fp32_wrapper=False).eval()
     pipeline = make_pipeline(args, cells, vqvae, unet, noise_scheduler)
     if accelerator.is_main_process:
@@ -414,37 +487,59 @@ def train_diffusion(args: argparse.Namespace, cells: CellDataset, vqvae: MultiCo
     return pipeline
 
 
-def make_pipeline(args, cells: CellDataset, vqvae, unet, noise_scheduler) -> BYOCPipeline:
+def make_pipeline(args, cells: CellDataset | StreamedCells, vqvae, unet, noise_scheduler) -> BYOCPipeline:
+    scheduler_class = getattr(diffusers, args.inference_scheduler)
     return BYOCPipeline(
         vqvae,
         unet,
-        noise_scheduler,
+        scheduler_class.from_config(noise_scheduler.config),
         default_num_inference_steps=args.num_inference_steps,
         label2id={name: index for index, name in enumerate(cells.class_names)} if args.class_conditional else None,
-        volume_processor_config=dict(cells.processor.config)
-        | {"voxel_size_um": cells.voxel_size_um or cells.processor.voxel_size_um},
+        volume_processor_config=dict(cells.processor.config) | {"voxel_size_um": cells.voxel_size_um},
     )
 
 
+@contextmanager
+def one_line_errors(*errors: type[Exception]):
+    """Where the message says what to mend, and a traceback would hide it."""
+    try:
+        yield
+    except errors as error:
+        raise SystemExit(f"train_byoc.py: error: {' '.join(str(error).split())}") from error
+
+
 def main(args: argparse.Namespace) -> None:
-    started = time.perf_counter()
     logging.basicConfig(format="%(message)s")
     logging.getLogger("accelerate").setLevel(logging.WARNING)
     state = PartialState(cpu=is_cpu_training())
-    try:
+    with one_line_errors(ValueError, OSError):
         vqvae = check_arguments(args, state.device)
-        cells = load_cells(args, vqvae.config.channel_names)
-    except (OSError, ValueError) as error:  # bad input: the message says what to mend, a traceback would hide it
-        raise SystemExit(f"train_byoc.py: error: {error}") from error
-    logger.info(f"{len(cells)} cells: {', '.join(cells.class_names)}")
+    with one_line_errors(OSError, SafetensorError):  # a full disk, a folder in use
+        with lock_folder(args.output_dir) if state.is_main_process else nullcontext():
+            run(args, state, vqvae)
+    state.destroy_process_group()
+
+
+def run(args: argparse.Namespace, state: PartialState, vqvae: MultiCodebookVQModel) -> None:
+    """The stages, the report and the upload."""
+    started = time.perf_counter()
+    goes_on = args.stage == "diffusion" or args.resume_from_checkpoint is not None
+    with one_line_errors(ValueError):
+        cells, held_out_cells = load_cells(args, vqvae.config.channel_names, args.output_dir, goes_on)
+    training_arguments.set_train_steps(args, len(cells), state.num_processes)
+    num_held_out = len(held_out_cells) if held_out_cells else 0
+    logger.info(f"{len(cells)} cells, {num_held_out} more held out: {', '.join(cells.class_names)}")
+    if args.push_to_hub and state.is_main_process:  # a wrong token is better found now than after days
+        args.hub_model_id = create_repository(args)
     if args.stage != "diffusion":
-        vqvae = train_autoencoder(args, cells)
+        vqvae = train_autoencoder(args, cells, held_out_cells)
     if args.stage != "autoencoder":
-        train_diffusion(args, cells, vqvae)
+        train_diffusion(args, cells, vqvae, held_out_cells)
         if state.is_main_process:
             pipeline = BYOCPipeline.from_pretrained(args.output_dir)  # what a user will load
             write_report(pipeline, cells, args, minutes=(time.perf_counter() - started) / 60)
-    state.destroy_process_group()
+            if args.push_to_hub:
+                push_pipeline(args, pipeline, cells, held_out_cells)
 
 
 if __name__ == "__main__":

@@ -234,7 +234,7 @@ def test_phantom_cells():
         phantom = cells.phantom(index)
         assert phantom.phenotype == PHENOTYPES[index % 3] == cells.class_names[cells.labels[index]]
         assert phantom.truth == cells.truths[index]
-        assert torch.equal(cells[index]["volumes"], PHANTOM_PROCESSOR.preprocess(phantom.volume))
+        assert torch.equal(cells[index]["volumes"], PHANTOM_PROCESSOR.preprocess(phantom.volume, 2.0))
 
 
 def test_phantoms_depend_on_seed_and_index_alone():

@@ -1,13 +1,19 @@
 import io
+import json
+import lzma
 import sys
+import tracemalloc
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
 import tifffile
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from diffusers_byoc.data import files, read_volume, write_ome_tiff
+from diffusers_byoc.data import files, read_volume, write_ome_tiff, write_volume
 
 
 SHAPE = (2, 5, 6, 7)
@@ -42,6 +48,74 @@ def test_ome_tiff_is_what_other_readers_expect(tmp_path):
         assert tiff.series[0].asarray().max() == 65535
         assert 'PhysicalSizeXUnit="µm"' in tiff.ome_metadata and 'Name="nucleus"' in tiff.ome_metadata
         assert tiff.pages[0].compression == tifffile.COMPRESSION.ADOBE_DEFLATE
+
+
+@pytest.mark.parametrize("voxel_size_um", [(0.5, 0.65, 0.1), None])
+def test_npz_round_trip(tmp_path, voxel_size_um):
+    written = np.random.default_rng(1).random(SHAPE)
+    write_volume(tmp_path / "a.npz", written, voxel_size_um, ("Zelle ä", "核"))
+    read = read_volume(tmp_path / "a.npz")
+    np.testing.assert_allclose(read.data / 65535, written, atol=0.5001 / 65535)
+    assert read.voxel_size_um == voxel_size_um and read.channel_names == ("Zelle ä", "核")
+    assert np.load(tmp_path / "a.npz").keys() >= {"volume", "channel_names"}  # without pickles
+
+
+def test_a_tiff_of_unknown_voxel_size_says_none(tmp_path):
+    write_volume(tmp_path / "a.ome.tif", np.zeros(SHAPE), None)
+    assert read_volume(tmp_path / "a.ome.tif").voxel_size_um is None
+
+
+@pytest.mark.parametrize("name", ["a.ome.tif", "a.tiff", "a.ome.zarr", "a.zarr"])
+@pytest.mark.parametrize("num_channels", [1, 2, 5])
+def test_bioio_reads_what_was_written(tmp_path, name, num_channels):
+    bioio = pytest.importorskip("bioio")
+    pytest.importorskip("bioio_ome_zarr" if "zarr" in name else "bioio_ome_tiff")
+    volume = np.random.default_rng(0).random((num_channels, 5, 6, 7))
+    names = ("Zelle ä", "nucleus", "actin", "tubulin", "DNA")[:num_channels]
+    for _ in range(2):  # the second replaces the first
+        write_volume(tmp_path / name, volume, (1.5, 0.5, 0.4), names)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    image = bioio.BioImage(tmp_path / name)
+    assert image.dims.order == "TCZYX" and image.dims.T == 1
+    np.testing.assert_array_equal(image.get_image_data("CZYX"), np.rint(volume * 65535).astype(np.uint16))
+    assert tuple(image.physical_pixel_sizes) == (1.5, 0.5, 0.4)
+    assert list(image.channel_names) == list(names)
+
+
+def test_bioio_reads_the_planes_of_a_plain_tiff_reader(tmp_path, volume):
+    bioio, plain = pytest.importorskip("bioio"), pytest.importorskip("bioio_tifffile")
+    write_volume(tmp_path / "a.ome.tif", volume / 65535, 1.0)
+    image = bioio.BioImage(tmp_path / "a.ome.tif", reader=plain.Reader)
+    np.testing.assert_array_equal(image.get_image_data("CZYX"), volume)
+
+
+def test_ome_zarr_says_what_the_specification_asks(tmp_path):
+    pytest.importorskip("ome_zarr")
+    write_volume(tmp_path / "cell 1.ome.zarr", np.zeros(SHAPE), (1.5, 0.5, 0.4))
+    attributes = json.loads((tmp_path / "cell 1.ome.zarr" / ".zattrs").read_text())
+    (multiscale,) = attributes["multiscales"]
+    assert multiscale["version"] == "0.4" and multiscale["name"] == "cell 1"
+    assert [axis["name"] for axis in multiscale["axes"]] == list("czyx")
+    assert [axis.get("unit") for axis in multiscale["axes"]] == [None] + ["micrometer"] * 3
+    (transformation,) = multiscale["datasets"][0]["coordinateTransformations"]
+    assert transformation == {"type": "scale", "scale": [1.0, 1.5, 0.5, 0.4]}
+    assert [channel["label"] for channel in attributes["omero"]["channels"]] == ["cell", "nucleus"]
+
+
+@pytest.mark.parametrize("name", ["a.ome.zarr", "a.npz"])
+def test_failed_write_leaves_the_old_one(tmp_path, name, monkeypatch):
+    pytest.importorskip("ome_zarr")
+    write_volume(tmp_path / name, np.full(SHAPE, 0.5), 1.0)
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+
+    def disk_full(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(np, "savez_compressed", disk_full)
+    monkeypatch.setattr("ome_zarr.writer.write_multiscale", disk_full)
+    with pytest.raises(OSError, match="No space"):
+        write_volume(tmp_path / name, np.full(SHAPE, 0.1), 1.0)
+    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
 
 
 def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -274,6 +348,92 @@ def test_absurd_shape_in_a_tiff(tmp_path, volume):
     assert_refused(path, "at most")
 
 
+OME = (
+    '<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image ID="Image:0"><Pixels ID="Pixels:0"'
+    ' DimensionOrder="XYZCT" Type="uint16" SizeX="7" SizeY="6" SizeZ="5" SizeC="2" SizeT="1">'
+    '<TiffData IFD="0" PlaneCount="10"/></Pixels></Image></OME>'
+)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "match"),
+    [
+        ('SizeZ="5"', f'SizeZ="{10**8}"', "planes"),
+        ('SizeT="1"', f'SizeT="{10**8}"', "planes"),
+        ('SizeX="7"', f'SizeX="{10**9}"', "voxels"),
+        ('PlaneCount="10"', f'PlaneCount="{10**9}"', "planes"),
+        ('IFD="0"', f'IFD="{4 * 10**9}"', "planes"),
+        ('SizeZ="5"', 'SizeZ="-5"', "do not describe"),
+        ('SizeZ="5"', 'SizeZ="five"', "not a readable"),
+    ],
+)
+def test_absurd_ome_metadata(tmp_path, volume, old, new, match):
+    path = tmp_path / "a.ome.tif"
+    tifffile.imwrite(path, volume, photometric="minisblack", metadata=None, description=OME)
+    np.testing.assert_array_equal(read_volume(path).data, volume)
+    tifffile.imwrite(path, volume, photometric="minisblack", metadata=None, description=OME.replace(old, new))
+    assert_refused(path, match)
+
+
+@pytest.mark.parametrize(("tag", "value"), [("TileWidth", 2**17), ("TileByteCounts", 2**35)])
+def test_absurd_tiles(tmp_path, volume, tag, value):
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, volume, photometric="minisblack", tile=(16, 16), metadata=None, bigtiff=True)
+    with tifffile.TiffFile(path, mode="r+") as tiff:
+        for page in tiff.pages:
+            page.tags[tag].overwrite(value, dtype="Q")
+            if tag == "TileWidth":
+                page.tags["TileLength"].overwrite(value, dtype="Q")
+    assert_refused(path, "strips or tiles of at most|beyond the end|planes are missing")
+
+
+@pytest.mark.parametrize(("compression", "compress"), [(8, zlib.compress), (34925, lzma.compress)])
+def test_a_strip_that_unpacks_to_too_much(tmp_path, monkeypatch, compression, compress):
+    monkeypatch.setattr(files, "MAX_VOLUME_BYTES", 10**6)
+    path, bomb = tmp_path / "a.tif", compress(bytes(2 * 10**7))
+    tifffile.imwrite(path, np.zeros((2, 2, 300, 300), np.uint8), photometric="minisblack", metadata=None)
+    with tifffile.TiffFile(path, mode="r+") as tiff:
+        offset = tiff.pages[0].dataoffsets[0]
+        for page in tiff.pages:
+            for tag, value in (("Compression", compression), ("StripByteCounts", len(bomb)), ("StripOffsets", offset)):
+                page.tags[tag].overwrite(value)
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        file.write(bomb)
+    tracemalloc.start()
+    assert_refused(path, "unpacks to more than 90000 bytes")
+    assert tracemalloc.get_traced_memory()[1] < 10**7
+    tracemalloc.stop()
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_any_damage_is_refused_or_harmless(tmp_path, volume, data):
+    name = data.draw(st.sampled_from(["a.ome.tif", "a.npz", "a.npy", "tiled.tif"]))
+    whole, path = tmp_path / f"whole {name}", tmp_path / name
+    if not whole.exists():
+        if name == "tiled.tif":
+            tifffile.imwrite(
+                whole, volume, photometric="minisblack", tile=(16, 16), compression="zlib", predictor=True
+            )
+        elif name == "a.npy":
+            np.save(whole, volume)
+        else:
+            write_volume(whole, volume / 65535, 0.5)
+    content = bytearray(whole.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(content) - 1))
+        damage = data.draw(st.one_of(st.binary(min_size=1, max_size=8), st.just(b"\xff" * 4), st.just(bytes(4))))
+        content[at : at + len(damage)] = damage
+    path.write_bytes(content[: data.draw(st.integers(1, len(content)))] if data.draw(st.booleans()) else content)
+    try:
+        read = read_volume(path)
+    except ValueError as err:
+        assert str(path) in str(err)
+    else:
+        assert read.data.ndim == 4 and read.data.dtype.kind in "buif" and np.isfinite(read.data).all()
+
+
 def test_zip_bomb(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "MAX_VOLUME_BYTES", 10**6)
     with zipfile.ZipFile(tmp_path / "large.npz", "w", zipfile.ZIP_DEFLATED) as archive:
@@ -283,6 +443,45 @@ def test_zip_bomb(tmp_path, monkeypatch):
     assert (tmp_path / "large.npz").stat().st_size < 10**4
     assert_refused(tmp_path / "large.npz", "at most 1000000 bytes")
     assert_refused(tmp_path / "lying.npz", "needs 2000 bytes, got 2000000")
+
+
+def test_a_long_header_is_not_unpacked(tmp_path):
+    header = b"\x93NUMPY\x02\x00" + (2**31).to_bytes(4, "little")
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        with archive.open("volume.npy", "w") as file:
+            file.write(header)
+            for _ in range(100):
+                file.write(b" " * 10**6)
+    tracemalloc.start()
+    assert_refused(tmp_path / "a.npz", "not a readable")
+    assert tracemalloc.get_traced_memory()[1] < 10**7
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_npz_of_another_compression(tmp_path, compression):
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", compression) as archive:
+        archive.writestr("volume.npy", npy_header((2, 5, 5, 5)) + bytes(250))
+    assert_refused(tmp_path / "a.npz", "numpy.savez")
+
+
+@pytest.mark.parametrize(
+    ("size", "names", "match"),
+    [
+        (np.array([1.0, 2.0]), None, "one or three numbers"),
+        (np.array(["1"]), None, "one or three numbers"),
+        (np.array([1.0, np.nan, 1.0]), None, "voxel_size_um"),
+        (np.array([1.0, -1.0, 1.0]), None, "voxel_size_um"),
+        (np.array(1.0), np.array([1, 2]), "list of short texts"),
+        (np.array(1.0), np.array([["a", "b"]]), "list of short texts"),
+        (np.array(1.0), np.array(["a", "b" * 10**5]), "list of short texts"),
+    ],
+)
+def test_npz_with_wrong_metadata(tmp_path, volume, size, names, match):
+    np.savez(
+        tmp_path / "a.npz", volume=volume, voxel_size_um=size, **({} if names is None else {"channel_names": names})
+    )
+    assert_refused(tmp_path / "a.npz", match)
 
 
 def test_npz_without_a_clear_volume(tmp_path, volume):

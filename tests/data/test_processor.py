@@ -1,8 +1,14 @@
+import dataclasses
+import json
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
-from diffusers_byoc.data import VolumeProcessor
+from diffusers_byoc.data import PreprocessingRecord, VolumeProcessor
 
 
 def masked_cell(shape=(2, 6, 8, 10), dtype=np.uint8, seed=0):
@@ -98,11 +104,14 @@ def test_oversize_crop_keeps_the_middle():
 
 def test_oversize_rescale_shrinks_alike_in_all_axes():
     cell = np.zeros((2, 10, 18, 22))
-    cell[:, 1:9, 1:17, 1:21] = np.arange(20) // 2 + 1  # pairs of equal voxels along x: halving them is exact
-    cube = VolumeProcessor(sample_size=10, normalization="minmax", oversize="rescale").preprocess(cell)
-    occupied = (cube > -1).any(dim=0).nonzero()
-    assert (occupied.amax(dim=0) - occupied.amin(dim=0) + 1).tolist() == [4, 8, 10]
-    np.testing.assert_allclose(cube[0, 5, 5], np.arange(1, 11) / 10 * 2 - 1, atol=1e-6)
+    cell[:, 1:9, 1:17, 1:21] = np.arange(20) // 2 + 1  # pairs of equal voxels along x
+    processor = VolumeProcessor(sample_size=10, normalization="minmax", oversize="rescale")
+    cube, record = processor.preprocess_with_record(cell, 0.5)
+    assert record.step == (2, 2, 2) and record.voxel_size_um == (1, 1, 1)
+    half_bright = ((cube[0] + 1) / 2 > 0.3).nonzero()
+    assert (half_bright.amax(dim=0) - half_bright.amin(dim=0) + 1).tolist()[:2] == [4, 8]
+    np.testing.assert_allclose(cube[0, 5, 5, :9], np.arange(1, 10) / 10 * 2 - 1, atol=1e-6)
+    assert processor.preprocess_with_record(cell)[1].voxel_size_um is None  # unknown before, unknown after
 
 
 def test_rescale_leaves_small_cells_alone():
@@ -165,7 +174,191 @@ def test_save_and_load(tmp_path, options):
     assert loaded.voxel_size_um == processor.voxel_size_um
     assert list(loaded.config.channel_names) == ["cell", "nucleus"]
     cell = masked_cell((2, 10, 10, 10))
-    assert torch.equal(loaded.preprocess(cell), processor.preprocess(cell))
+    assert torch.equal(loaded.preprocess(cell, 0.5), processor.preprocess(cell, 0.5))
+
+
+# voxel sizes
+
+
+def ball(radius_um, voxel_um, margin_um=3.0):
+    """A ball in the cell channel and a smaller one beside its middle in the nucleus channel, of values 0 and 200."""
+    lengths = [int(2 * (radius_um + margin_um) / size) | 1 for size in voxel_um]
+    axes = [(np.arange(n) - n // 2) * size for n, size in zip(lengths, voxel_um, strict=True)]
+    z, y, x = np.meshgrid(*axes, indexing="ij")
+    inside = [z**2 + y**2 + x**2 <= radius_um**2, z**2 + (y - 2) ** 2 + x**2 <= (radius_um / 2) ** 2]
+    return np.stack(inside).astype(np.uint8) * 200
+
+
+@pytest.mark.parametrize("source_um", [(0.5, 0.5, 0.5), (1.5, 0.4, 0.4), (1.0, 1.0, 1.0), (2.0, 1.0, 0.7)])
+@pytest.mark.parametrize("target_um", [0.8, 1.0, (1.5, 1.0, 1.0)])
+def test_a_ball_of_any_voxel_size_becomes_the_same_ball(source_um, target_um):
+    processor = VolumeProcessor(sample_size=32, normalization="minmax", voxel_size_um=target_um)
+    cube, record = processor.preprocess_with_record(ball(9.0, source_um), source_um)
+    assert record.voxel_size_um == processor.voxel_size_um
+    share, voxel_um = (cube + 1) / 2, torch.tensor(processor.voxel_size_um)
+    centers = [(share[c].nonzero() * share[c][share[c] > 0][:, None]).sum(0) / share[c].sum() for c in (0, 1)]
+    volume_um3 = share.sum(dim=(1, 2, 3)) * voxel_um.prod()
+    for channel, radius in enumerate((9.0, 4.5)):
+        raw = (ball(9.0, source_um)[channel] > 0).sum() * np.prod(source_um)
+        assert float(volume_um3[channel]) == pytest.approx(raw, rel=0.05)
+        assert raw == pytest.approx(4 / 3 * np.pi * radius**3, rel=0.15)
+    # middle to middle; an odd number of copied voxels has none in an even cube
+    halfway = 0.5 if record.step == (1, 1, 1) else 0.0
+    torch.testing.assert_close(centers[0].float(), torch.full((3,), 15.5), atol=halfway + 0.02, rtol=0)
+    torch.testing.assert_close((centers[1] - centers[0]) * voxel_um, torch.tensor([0.0, 2.0, 0.0]), atol=0.2, rtol=0)
+
+
+def test_a_voxel_size_that_differs_by_rounding_is_the_same():
+    processor = VolumeProcessor(sample_size=12, voxel_size_um=0.65)
+    cell = masked_cell()
+    cube, record = processor.preprocess_with_record(cell, (0.65, 0.6500001, 0.6499))
+    assert torch.equal(cube, VolumeProcessor(sample_size=12).preprocess(cell))
+    assert record.step == (1, 1, 1) and record.voxel_size_um == (0.65, 0.65, 0.65)
+
+
+def test_crops_are_taken_as_they_are_without_a_voxel_size():
+    processor = VolumeProcessor(sample_size=12)
+    cube, record = processor.preprocess_with_record(masked_cell(), 0.3)
+    assert record.voxel_size_um == (0.3, 0.3, 0.3) and torch.equal(cube, processor.preprocess(masked_cell()))
+    assert processor.voxel_size_um is None and processor.preprocess_with_record(masked_cell())[1].voxel_size_um is None
+
+
+@pytest.mark.parametrize(
+    ("wanted", "given", "match"),
+    [
+        (1.0, None, "known voxel size.*write_volume.*None to take all crops"),
+        (None, (2.0, 0.5, 0.5), r"cubic voxels, got \(2.0, 0.5, 0.5\).*resampled to, for example 2.0"),
+        (None, (1.0, 1.01, 1.0), "cubic voxels"),
+        (None, 0.0, "voxel_size_um"),
+        (1.0, (1.0, 1.0), "voxel_size_um"),
+        (0.1, 1.0, r"\(60, 80, 100\).*larger than the cube"),
+        (650.0, 0.65, "smaller than one voxel.*check the units"),
+    ],
+)
+def test_voxel_sizes_that_would_change_the_scale_are_refused(wanted, given, match):
+    with pytest.raises(ValueError, match=match):
+        VolumeProcessor(sample_size=12, voxel_size_um=wanted).preprocess(masked_cell(), given)
+
+
+def test_the_record_says_how_far_each_cell_was_shrunk():
+    processor = VolumeProcessor(sample_size=16, voxel_size_um=1.0, oversize="rescale")
+    sizes = {}
+    for radius in (4.0, 10.0, 20.0):
+        cube, record = processor.preprocess_with_record(ball(radius, (1.0, 0.5, 0.5)), (1.0, 0.5, 0.5))
+        sizes[radius] = record.voxel_size_um
+        volume_um3 = float(((cube[0] + 1) / 2).sum()) * np.prod(record.voxel_size_um)
+        assert volume_um3 == pytest.approx(4 / 3 * np.pi * radius**3, rel=0.15)  # at the recorded size
+    assert sizes[4.0] == (1.0, 1.0, 1.0)
+    assert sizes[10.0] == pytest.approx((21 / 16,) * 3)  # z is the longest: 21 voxels of 1 µm
+    assert sizes[20.0] == pytest.approx((41 / 16,) * 3)
+
+
+# the way back
+
+
+@st.composite
+def raw_crops(draw):
+    """A crop of any integer type with a bright voxel in each channel, and a processor that neither clips nor cuts."""
+    dtype = np.dtype(draw(st.sampled_from(["uint8", "int8", "uint16", "int16", "int32", "uint32"])))
+    limits = np.iinfo(dtype)
+    low = draw(st.integers(limits.min, limits.max - 1))
+    high = draw(st.integers(low + 1, min(low + 2**22, limits.max)))
+    values = st.integers(low, high)
+    shape = (2, *(draw(st.integers(1, 5)) for _ in range(3)))
+    crop = draw(arrays(dtype, shape, elements=values))
+    crop[:, 0, 0, 0], crop[:, -1, -1, -1] = low, high
+    if crop[0].size == 1:
+        crop = np.concatenate([np.full_like(crop, low), crop], axis=1)
+    options = draw(
+        st.sampled_from(
+            [
+                {"normalization": "minmax"},
+                {"percentiles": (0, 100)},
+                {"normalization": "fixed", "intensity_range": (low, high)},
+            ]
+        )
+    )
+    return crop, VolumeProcessor(sample_size=draw(st.integers(5, 9)), **options)
+
+
+@settings(max_examples=100, deadline=None)
+@given(raw_crops())
+def test_integers_come_back(crop_and_processor):
+    crop, processor = crop_and_processor
+    cube, record = processor.preprocess_with_record(crop, 0.4)
+    restored = processor.restore(cube, record)
+    assert restored.dtype == crop.dtype
+    np.testing.assert_array_equal(restored, crop)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "bool"])
+def test_other_numbers_come_back(dtype):
+    crop = np.pad(masked_cell().astype(dtype), ((0, 0), (1, 2), (3, 0), (0, 4)))
+    processor = VolumeProcessor(sample_size=12, normalization="minmax")
+    restored = processor.restore(*processor.preprocess_with_record(crop))
+    assert restored.dtype == crop.dtype
+    np.testing.assert_allclose(restored.astype(float), crop.astype(float), atol=1e-4)
+
+
+def test_what_was_clipped_comes_back_as_the_ends_of_the_range():
+    crop = masked_cell()
+    processor = VolumeProcessor(sample_size=12, normalization="fixed", intensity_range=(50, 150))
+    restored = processor.restore(*processor.preprocess_with_record(crop))
+    np.testing.assert_array_equal(restored, np.clip(crop, 50, 150))
+
+
+def test_what_was_cut_comes_back_as_background():
+    crop = masked_cell((2, 4, 8, 12))
+    crop[:, 0, 0, 1] = 0
+    processor = VolumeProcessor(sample_size=8, normalization="minmax", oversize="crop")
+    restored = processor.restore(*processor.preprocess_with_record(crop))
+    np.testing.assert_array_equal(restored[..., 2:10], crop[..., 2:10])
+    assert not restored[..., :2].any() and not restored[..., 10:].any()
+
+
+@pytest.mark.parametrize("source_um", [(0.5, 0.5, 0.5), (1.5, 0.4, 0.4), (2.0, 1.0, 0.7)])
+@pytest.mark.parametrize(("sample_size", "oversize"), [(32, "error"), (16, "rescale")])
+def test_a_resampled_cell_comes_back_where_it_was(source_um, sample_size, oversize):
+    crop = np.pad(ball(9.0, source_um), ((0, 0), (0, 3), (5, 0), (1, 9)))
+    processor = VolumeProcessor(sample_size, normalization="minmax", voxel_size_um=1.0, oversize=oversize)
+    cube, record = processor.preprocess_with_record(crop, source_um)
+    restored = processor.restore(cube, record)
+    assert restored.shape == crop.shape and restored.dtype == crop.dtype
+    coarsest = np.maximum(source_um, record.voxel_size_um)
+    for channel in range(2):
+        before, after = np.nonzero(crop[channel] > 100), np.nonzero(restored[channel] > 100)
+        for axis in range(3):
+            for end in (np.min, np.max):
+                shift_um = abs(end(before[axis]) - end(after[axis])) * source_um[axis]
+                assert shift_um <= coarsest[axis] + 1e-6
+        assert float(restored[channel].sum()) == pytest.approx(float(crop[channel].sum()), rel=0.06)
+
+
+def test_the_record_is_plain_data():
+    crop = ball(5.0, (1.0, 0.5, 0.5))
+    processor = VolumeProcessor(sample_size=16, voxel_size_um=1.0)
+    cube, record = processor.preprocess_with_record(crop, (1.0, 0.5, 0.5))
+    read_back = PreprocessingRecord(**json.loads(json.dumps(dataclasses.asdict(record))))
+    np.testing.assert_array_equal(processor.restore(cube, read_back), processor.restore(cube, record))
+    assert record.intensity_ranges == ((0, 200), (0, 200))
+
+
+@pytest.mark.parametrize(
+    ("volume", "match"),
+    [
+        (torch.zeros(2, 4, 4, 4), r"\(2, 12, 12, 12\)"),
+        (torch.zeros(1, 2, 12, 12, 12), r"\(2, 12, 12, 12\)"),
+        (torch.full((2, 12, 12, 12), torch.nan), "finite"),
+    ],
+)
+def test_restore_refuses(volume, match):
+    processor = VolumeProcessor(sample_size=12)
+    record = processor.preprocess_with_record(masked_cell())[1]
+    with pytest.raises(ValueError, match=match):
+        processor.restore(volume, record)
+
+
+# what is refused
 
 
 def with_value(value):

@@ -3,20 +3,25 @@
 import importlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
+import time
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from diffusers_byoc import BYOCPipeline, DualChannelUNet3D, MultiCodebookVQModel, VolumeProcessor
+from diffusers_byoc import BYOCPipeline, DualChannelUNet3D, MultiCodebookVQModel
 from diffusers_byoc.data import read_volume
 
 
@@ -26,7 +31,7 @@ REAL_CELLS = REPOSITORY.parent / "shared" / "data" / "mitotic_cells"
 
 TINY = {
     "arguments": {
-        "num_phantoms": 8,
+        "num_phantoms": 10,  # two of them held out
         "sample_size": 32,
         "autoencoder_max_train_steps": 4,
         "autoencoder_train_batch_size": 2,
@@ -84,7 +89,7 @@ sys.path.insert(0, os.path.dirname(script))
 import train_byoc
 args = train_byoc.parse_args(arguments)
 rank = PartialState(cpu=True).process_index
-cells = train_byoc.load_cells(args, train_byoc.make_autoencoder(args).config.channel_names)
+cells, _ = train_byoc.load_cells(args, train_byoc.make_autoencoder(args).config.channel_names)
 vqvae = train_byoc.train_autoencoder(args, cells)
 torch.save(vqvae.state_dict(), f"{folder}/rank-{rank}.pt")
 """
@@ -173,7 +178,7 @@ def test_a_run_leaves_a_pipeline_a_report_and_pictures(unbroken):
     assert [path.name for path in volumes] == [f"cell_00{index}.ome.tif" for index in range(3)]
     volume = read_volume(volumes[0])
     assert volume.data.shape == (2, 32, 32, 32) and volume.channel_names == ("cell", "nucleus")
-    assert "8 cells: nocodazole" in output and "latent_std/cell" in output
+    assert "8 cells, 2 more held out: nocodazole" in output and "latent_std/cell" in output
 
 
 def test_a_run_logs_what_tells_its_health(unbroken):
@@ -219,8 +224,8 @@ def test_the_saved_pipeline_loads_and_generates(unbroken):
     cells = [p(2, generator=torch.manual_seed(1)).volumes for p in (pipeline, generic)]
     assert cells[0].shape == (2, 2, 32, 32, 32) and np.array_equal(*cells)
     assert pipeline.num_timesteps == 3  # the preset's default
-    processor = VolumeProcessor.from_config(dict(pipeline.config.volume_processor_config))
-    assert processor.config.sample_size == 32
+    assert pipeline.volume_processor.config.sample_size == 32
+    assert pipeline.volume_processor.voxel_size_um == (1.0, 1.0, 1.0)  # the phantoms'
     assert pipeline.scheduler.config.clip_sample is False
     assert pipeline.scheduler.config.beta_schedule == "squaredcos_cap_v2"
 
@@ -297,7 +302,7 @@ def test_a_folder_of_arrays(train, tmp_path):
     for index in range(3):
         np.save(folder / f"{index}.npy", make_cell(index))
     output_dir = train("--train_data_dir", folder, "--sample_size", 16)
-    assert "3 training cells (cell)" in (output_dir / "report.md").read_text()
+    assert "Trained on 2 training cells (cell)" in (output_dir / "report.md").read_text()
     assert BYOCPipeline.from_pretrained(output_dir)(1).volumes.shape == (1, 2, 16, 16, 16)
 
 
@@ -330,10 +335,13 @@ def test_any_number_of_channels_is_a_matter_of_the_preset(train, tmp_path, num_c
 @pytest.mark.skipif(not REAL_CELLS.is_dir(), reason="real cells lie outside the repository")
 def test_real_cells(train):
     output_dir = train("--train_data_dir", REAL_CELLS, "--label", "metaphase", "--oversize", "rescale")
-    assert "12 training cells (metaphase)" in (output_dir / "report.md").read_text()
+    assert "Trained on 10 training cells (metaphase)" in (output_dir / "report.md").read_text()
     pipeline = BYOCPipeline.from_pretrained(output_dir)
     assert pipeline.config.volume_processor_config["oversize"] == "rescale"
-    assert read_volume(output_dir / "volumes" / "cell_000.ome.tif").voxel_size_um == pytest.approx((0.65,) * 3)
+    # each cell was shrunk by a factor of its own, so that generated ones have no voxel size
+    assert pipeline.volume_processor.voxel_size_um is None
+    assert read_volume(output_dir / "volumes" / "cell_000.ome.tif").voxel_size_um is None
+    assert "lengths are in voxels" in (output_dir / "report.md").read_text()
 
 
 # ---------------------------------------------------------------------- what stops a run
@@ -401,7 +409,7 @@ def test_bad_input_ends_the_process_without_a_traceback(preset, tmp_path):
         (["--checkpoints_total_limit", "0"], "--checkpoints_total_limit: expected at least 1"),
         (["--stage", "both"], "invalid choice"),
         (["--resume_from_checkpoint", "checkpoint-3"], "say --stage"),
-        (["--learning_rate", "1"], "unrecognized arguments"),
+        (["--lerning_rate", "1"], "unrecognized arguments"),
     ],
 )
 def test_bad_arguments(script, arguments, message, capsys):
@@ -424,7 +432,7 @@ def test_bad_presets(script, tmp_path, text, message, capsys):
 
 def test_the_command_line_outranks_the_preset(script, preset):
     args = script.parse_args(["--preset", str(preset), "--num_samples", "5"])
-    assert args.num_samples == 5 and args.num_phantoms == 8 and args.ema_decay == 0.995
+    assert args.num_samples == 5 and args.num_phantoms == 10 and args.ema_decay == 0.995
 
 
 def test_a_diverging_run_stops_and_leaves_the_last_checkpoint_whole(preset, tmp_path):
@@ -469,6 +477,131 @@ def test_a_number_that_is_none_never_reaches_the_weights(
     monkeypatch.setattr(script, function, original)  # the remedy in the message works
     train("--stage", stage, "--discriminator_start", 9, "--resume_from_checkpoint", "latest")
     assert (tmp_path / "out" / stage / "checkpoint-4").is_dir()
+
+
+# ---------------------------------------------------------------------- interruptions
+
+
+def test_sigterm_saves_a_checkpoint_and_says_how_to_go_on(unbroken, preset, tmp_path):
+    """Sent within the first half of step 3, which has no checkpoint of its own; a second run is refused meanwhile."""
+    command = [SCRIPT, "--preset", preset, "--output_dir", tmp_path, "--stage", "autoencoder"]
+    code = KILLED.replace("signal.SIGKILL", "signal.SIGTERM")
+    done = run_process(["-c", code, "reconstruction_loss", 5, *command], check=False)
+    assert done.returncode == 143, done.stderr[-3000:]
+    assert "checkpoint-3; go on with --resume_from_checkpoint latest" in done.stderr + done.stdout
+    assert "Traceback" not in done.stderr
+    run_process([*command, "--resume_from_checkpoint", "latest"])
+    assert_same_weights(tmp_path, unbroken[0], ["vqvae/diffusion_pytorch_model.safetensors"])
+    assert scalars(tmp_path, "autoencoder") == scalars(unbroken[0], "autoencoder")
+
+
+def test_a_second_run_into_one_folder_is_refused(train, script, tmp_path):
+    with script.lock_folder(tmp_path / "out"), pytest.raises(SystemExit, match="is training into it"):
+        train()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_twenty_kills_at_random_moments_lose_nothing(unbroken, preset, tmp_path):
+    output_dir, moments = tmp_path / "killed", random.Random(0)
+    command = [SCRIPT, "--preset", preset, "--output_dir", output_dir, "--resume_from_checkpoint", "latest"]
+    command += ["--checkpointing_steps", 1]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    started = time.monotonic()
+    run_process([*command[:4], tmp_path / "timed", *command[5:]])
+    whole = time.monotonic() - started
+    for _ in range(20):
+        process = subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            process.wait(moments.uniform(0.2, 0.9) * whole)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    run_process(command)
+    for stage in ("autoencoder", "diffusion"):
+        assert scalars(output_dir, stage) == scalars(unbroken[0], stage), stage
+    assert_same_weights(output_dir, unbroken[0])
+
+
+# ---------------------------------------------------------------------- arguments and their effects
+
+
+def test_common_arguments_reach_both_stages_and_a_stages_own_wins(script, preset):
+    common = [
+        "--max_train_steps",
+        "7",
+        "--learning_rate",
+        "0.5",
+        "--train_batch_size",
+        "3",
+        "--lr_scheduler",
+        "linear",
+    ]
+    args = script.parse_args(["--preset", str(preset), *common, "--diffusion_learning_rate", "0.25"])
+    assert args.autoencoder_max_train_steps == args.diffusion_max_train_steps == 7
+    assert args.autoencoder_train_batch_size == args.diffusion_train_batch_size == 3
+    assert args.autoencoder_lr_scheduler == args.diffusion_lr_scheduler == "linear"
+    assert (args.autoencoder_learning_rate, args.diffusion_learning_rate) == (0.5, 0.25)
+
+
+def test_epochs_become_steps_unless_steps_are_given(script, preset):
+    args = script.parse_args(["--preset", str(preset), "--num_train_epochs", "3", "--diffusion_max_train_steps", "9"])
+    script.training_arguments.set_train_steps(args, num_cells=10, num_processes=2)
+    assert args.autoencoder_max_train_steps == 4  # 30 cells in batches of 2 processes x 2 cells x 2 accumulated
+    assert args.diffusion_max_train_steps == 9
+
+
+def test_optimizer_arguments(script, preset, monkeypatch):
+    weights = [torch.nn.Parameter(torch.zeros(1))]
+    arguments = ["--preset", str(preset), "--adam_beta1", "0.5", "--adam_weight_decay", "0.1", "--optimizer", "adamw"]
+    args = script.parse_args([*arguments, "--learning_rate", "0.5", "--lr_scheduler", "linear"])
+    optimizer, schedule = script.make_optimizer(args, "diffusion", weights, 3)
+    assert type(optimizer) is torch.optim.AdamW and optimizer.defaults["betas"] == (0.5, 0.99)
+    assert optimizer.defaults["weight_decay"] == 0.1
+    rates = []
+    for _ in range(3):
+        rates += schedule.get_last_lr()
+        optimizer.step()
+        schedule.step()
+    assert rates == [0, 0.5, 0.25]  # one step of warm-up
+
+    args = script.parse_args([*arguments, "--use_8bit_adam"])
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ValueError, match=r"pip install .diffusers_byoc\[8bit\]"):
+        script.check_arguments(args, torch.device("cuda"))
+    names = types.SimpleNamespace(Adam8bit=torch.optim.SGD, AdamW8bit=torch.optim.RMSprop)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", types.SimpleNamespace(optim=names))
+    assert script.optimizer_class(args) is torch.optim.RMSprop
+    with pytest.raises(ValueError, match="needs a CUDA GPU"):
+        script.check_arguments(args, torch.device("cpu"))
+
+
+def test_diffusion_arguments_are_in_the_pipeline(train):
+    """Without a moving average, the saved U-Net is the last one; the card of a phantoms' model says phantoms."""
+    output_dir = train(
+        *("--no-use_ema", "--prediction_type", "sample", "--latent_scaling", "standardize", "--snr_gamma", 5),
+        *("--max_train_steps", 2, "--allow_tf32"),
+    )
+    assert torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    pipeline = BYOCPipeline.from_pretrained(output_dir)
+    assert pipeline.scheduler.config.prediction_type == "sample"
+    assert pipeline.vqvae.config.latent_scaling == "standardize" and pipeline.vqvae.config.latents_std is not None
+    last = load_file(output_dir / "diffusion/checkpoint-2/model.safetensors")
+    assert all(torch.equal(weight, last[name]) for name, weight in pipeline.unet.state_dict().items())
+    assert sorted(scalars(output_dir, "diffusion")["validation/diffusion"]) == [2]
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "examples/configs/accelerate").iterdir()), ids=lambda p: p.stem)
+def test_accelerate_reads_the_configurations(path):
+    config = load_config_from_file(str(path))
+    assert config.num_processes > 1
+    assert config.distributed_type == yaml.safe_load(path.read_text())["distributed_type"]
 
 
 # ---------------------------------------------------------------------- the paper's configuration
@@ -531,6 +664,15 @@ def test_the_paper_preset_starts(script, tmp_path):
 
 def torchrun(*command):
     return run_process(["-m", "torch.distributed.run", "--nproc_per_node", 2, "--standalone", *command])
+
+
+def test_two_processes_of_half_the_batch_are_the_unbroken_run(unbroken, preset, tmp_path):
+    """The unbroken run's batch of two, one cell a process, with accumulation, codebooks and revival."""
+    half_batch = ["--train_batch_size", 1]
+    torchrun(SCRIPT, "--preset", preset, "--output_dir", tmp_path, *half_batch)
+    for stage in ("autoencoder", "diffusion"):
+        for tag, expected in scalars(unbroken[0], stage).items():
+            assert scalars(tmp_path, stage)[tag] == pytest.approx(expected, rel=1e-3, abs=1e-5), tag
 
 
 @pytest.mark.slow

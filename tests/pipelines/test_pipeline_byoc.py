@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline
 
-from diffusers_byoc import BYOCPipeline, DualChannelUNet3D, MultiCodebookVQModel
+from diffusers_byoc import BYOCPipeline, DualChannelUNet3D, MultiCodebookVQModel, VolumeProcessor
 
 
 def make_pipeline(num_channels=2, num_class_embeds=None, norm_num_groups=None, **config):
@@ -82,6 +82,21 @@ def test_the_seed_decides(pipeline):
     first, again, other = (pipeline(generator=seeded(seed)).volumes for seed in (1, 1, 2))
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
+
+
+def test_the_voxel_size_is_saved_with_the_pipeline(tmp_path):
+    # a config with a value changed since its processor was made: the change must not be lost
+    config = dict(VolumeProcessor(8, oversize="crop").config) | {"voxel_size_um": (0.65, 0.65, 0.65)}
+    make_pipeline(volume_processor_config=config).save_pretrained(tmp_path)
+    processor = BYOCPipeline.from_pretrained(tmp_path).volume_processor
+    assert processor.voxel_size_um == (0.65, 0.65, 0.65)
+    assert processor.config.sample_size == 8 and processor.config.oversize == "crop"
+
+
+def test_a_pipeline_that_knows_no_processor_has_that_of_its_autoencoder():
+    processor = make_pipeline(num_channels=3).volume_processor
+    assert processor.voxel_size_um is None and processor.config.sample_size == 8
+    assert list(processor.config.channel_names) == ["channel_0", "channel_1", "channel_2"]
 
 
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, DDPMScheduler])

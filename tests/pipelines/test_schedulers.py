@@ -117,6 +117,16 @@ def test_schedulers_that_need_leading_spacing_say_so(scheduler_class, spacing):
         pipeline(num_inference_steps=4)
 
 
+def test_pndm_needs_four_steps_for_its_start():
+    pipeline = make_pipeline()
+    pipeline.scheduler = PNDMScheduler.from_config(pipeline.scheduler.config)
+    with pytest.raises(ValueError, match="at least 4 num_inference_steps.*PNDMScheduler, got 3"):
+        pipeline(num_inference_steps=3)
+    pipeline(num_inference_steps=4)
+    pipeline.scheduler = PNDMScheduler.from_config(pipeline.scheduler.config, skip_prk_steps=True)
+    pipeline(num_inference_steps=3)
+
+
 def test_another_prediction_type_than_the_models_is_refused():
     pipeline = make_pipeline()
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, prediction_type="v_prediction")

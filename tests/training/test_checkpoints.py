@@ -3,7 +3,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
-from diffusers_byoc.training import list_checkpoints, load_checkpoint, save_checkpoint
+from diffusers_byoc.training import CheckpointError, list_checkpoints, load_checkpoint, save_checkpoint
 from diffusers_byoc.training.checkpoints import checkpoint_step
 
 
@@ -151,3 +151,75 @@ def test_a_folder_that_is_no_checkpoint_is_an_error(tmp_path):
     for name in ("checkpoint-", "checkpoint-2.partial", "checkpoint-x", "old-checkpoint-2"):
         with pytest.raises(ValueError, match="checkpoint-STEP"):
             checkpoint_step(tmp_path / name)
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_killed_at_any_moment_of_a_save_the_latest_is_whole(tmp_path, monkeypatch):
+    """Before and after every change that a save makes to the disk, with old checkpoints on both sides of it."""
+    import shutil
+    from pathlib import Path
+
+    def save_and_die(folder, moment):
+        run, moments = Run(), []
+        for step in (1, 2, 9):
+            run.train([step])
+            save_checkpoint(run.accelerator, folder, step, total_limit=None)
+
+        def dying(original):
+            def call(*arguments, **options):
+                for _ in "before", "after":
+                    moments.append(original)
+                    if len(moments) == moment:
+                        raise Killed
+                    result = original(*arguments, **options) if len(moments) % 2 else result  # noqa: F821
+                return result
+
+            return call
+
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "rmtree", dying(shutil.rmtree))
+            patch.setattr(Path, "rename", dying(Path.rename))
+            patch.setattr(run.accelerator, "save_state", dying(run.accelerator.save_state))
+            try:
+                save_checkpoint(run.accelerator, folder, 3, total_limit=1)
+            except Killed:
+                return True
+        return False
+
+    moment = 1
+    while save_and_die(folder := tmp_path / str(moment), moment):
+        step = load_checkpoint(Run().accelerator, folder, "latest")
+        assert step in (2, 3, 9)
+        for path in list_checkpoints(folder):  # every one of them, not the latest alone
+            assert load_checkpoint(Run().accelerator, folder, path.name) == int(path.name.split("-")[1])
+        moment += 1
+    assert moment > 12 and [path.name for path in list_checkpoints(folder)] == ["checkpoint-3"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("file write\nfailed")])
+def test_a_full_disk_is_one_line_and_leaves_no_half_checkpoint(tmp_path, monkeypatch, error):
+    run = Run()
+    save_checkpoint(run.accelerator, tmp_path, 1, total_limit=1)
+
+    def fill(path):
+        (tmp_path / "checkpoint-2.partial" / "half").write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(run.accelerator, "save_state", fill)
+    with pytest.raises(CheckpointError, match="go on from checkpoint-1 with --resume_from_checkpoint latest") as e:
+        save_checkpoint(run.accelerator, tmp_path, 2, total_limit=1)
+    assert "\n" not in str(e.value) and names(tmp_path) == ["checkpoint-1"]
+
+
+def test_the_scaler_of_fp16_is_in_the_checkpoint(tmp_path):
+    run = Run()
+    run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**7)
+    run.accelerator.scaler._lazy_init_scale_growth_tracker("cpu")
+    save_checkpoint(run.accelerator, tmp_path, 1, total_limit=1)
+    resumed = Run()
+    resumed.accelerator.scaler = torch.amp.GradScaler("cpu")
+    load_checkpoint(resumed.accelerator, tmp_path, "latest")
+    assert resumed.accelerator.scaler.get_scale() == 2.0**7

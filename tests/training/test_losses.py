@@ -145,3 +145,20 @@ def test_unknown_choices_are_named():
     scheduler.register_to_config(prediction_type="flow")
     with pytest.raises(ValueError, match="got 'flow'"):
         diffusion_loss(FixedUNet(noise), scheduler, latents, noise, timesteps)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_min_snr_gives_the_clean_sample_the_weight_min_of_snr_and_gamma(prediction_type):
+    """The network's error, turned into that of the sample it implies, has the same weight whatever it predicts."""
+    scheduler, latents, noise, timesteps = make_batch(prediction_type)
+    signal, spread = alphas(scheduler, timesteps)
+    target = {"epsilon": noise, "v_prediction": signal * noise - spread * latents, "sample": latents}[prediction_type]
+    wrong = torch.randn(SHAPE)
+    # x = (noisy - spread * noise) / signal = signal * noisy - spread * v
+    slope = {"epsilon": spread / signal, "v_prediction": spread, "sample": torch.ones_like(spread)}[prediction_type]
+    snr = (signal / spread).square().flatten()
+    expected = (snr.clamp(max=5) * (wrong * slope).square().flatten(1).mean(1)).mean()
+    loss = diffusion_loss(
+        FixedUNet(target + wrong), scheduler, latents, noise, timesteps, loss_type="l2", snr_gamma=5.0
+    )
+    torch.testing.assert_close(loss, expected, rtol=1e-3, atol=0)

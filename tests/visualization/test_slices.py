@@ -1,4 +1,3 @@
-import importlib
 import sys
 
 import numpy as np
@@ -8,6 +7,8 @@ from matplotlib.image import imread
 
 from diffusers_byoc.visualization import (
     CHANNEL_COLORS,
+    PLANE_COLORS,
+    compare_pairs,
     compare_volumes,
     composite_channels,
     orthogonal_slices,
@@ -109,12 +110,15 @@ def test_write_png_makes_folders_and_keeps_the_black_background(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"volumes": np.zeros((2, 8, 8, 8))}, r"\(B, M, D, H, W\).*\(2, 8, 8, 8\).*volume\[None\]"),
+        ({"volumes": np.zeros((8, 8, 8))}, r"\(M, D, H, W\), or \(B, M, D, H, W\).*\(8, 8, 8\)"),
+        ({"volumes": np.zeros((8, 8, 8, 8))}, "8 channels.*one name per channel"),
+        ({"volumes": np.zeros((1, 2, 8, 8, 8)), "channel_names": "ab"}, "got the text 'ab'"),
         ({"volumes": np.zeros((0, 2, 8, 8, 8))}, "at least one cell"),
         ({"volumes": np.zeros((1, 3, 8, 8, 8))}, "3 channels.*holds 2"),
         ({"volumes": np.full((1, 2, 8, 8, 8), -1.0)}, r"\[0, 1\], got \[-1, -1\].*\+ 1\) / 2"),
         ({"volumes": np.full((1, 2, 8, 8, 8), np.nan)}, "got .nan"),
         ({"volumes": np.zeros((1, 2, 8, 8, 8)), "titles": ["a", "b"]}, "expected 1, got 2"),
+        ({"volumes": np.zeros((1, 2, 8, 8, 8)), "titles": "a"}, "expected 1, got 'a'"),
         ({"volumes": np.zeros((1, 2, 8, 8, 8)), "voxel_size_um": 0}, "voxel_size_um"),
         ({"volumes": np.zeros((1, 2, 8, 8, 8)), "voxel_size_um": (1, 2)}, "voxel_size_um"),
         ({"volumes": np.zeros((1, 2, 8, 8, 8)), "display_range": (1, 0)}, "low < high"),
@@ -139,7 +143,60 @@ def test_a_bad_entry_is_named():
 def test_a_missing_matplotlib_names_the_extra(monkeypatch):
     for name in ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg"):
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, "diffusers_byoc.visualization.slices")
-    slices = importlib.import_module("diffusers_byoc.visualization.slices")
     with pytest.raises(ImportError, match=r"diffusers_byoc\[viz\]"):
-        slices.orthogonal_slices(box_cells())
+        orthogonal_slices(box_cells())
+
+
+def test_one_cell_needs_no_batch_axis():
+    one, batch = orthogonal_slices(box_cells()[0]), orthogonal_slices(box_cells(1))
+    for a, b in zip(drawn_slices(one), drawn_slices(batch), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("voxel_size_um", [1.0, (2.0, 0.5, 0.25)])
+def test_lines_show_where_the_planes_meet(voxel_size_um):
+    figure = compare_volumes({"real": box_cells(1)}, voxel_size_um=voxel_size_um, show_planes=True)
+    axes = figure.axes[0]
+    z, y, x = (
+        position * step for position, step in zip((4.5, 10.5, 14.5), np.broadcast_to(voxel_size_um, 3), strict=True)
+    )
+    lines = [line for line in axes.lines if line.get_color() in PLANE_COLORS.values()]
+    corners = [(image.get_extent()[0], image.get_extent()[3]) for image in axes.get_images()]  # XY, XZ, YZ
+    # (plane that is cut, the plane that cuts it, vertical?, position from the cut plane's corner)
+    expected = [(0, "YZ", True, x), (0, "XZ", False, y), (1, "YZ", True, x), (1, "XY", False, z)]
+    expected += [(2, "XY", True, z), (2, "XZ", False, y)]
+    assert len(lines) == len(expected)
+    for line, (cut, plane, vertical, position) in zip(lines, expected, strict=True):
+        assert line.get_color() == PLANE_COLORS[plane]
+        along = line.get_xdata() if vertical else line.get_ydata()
+        assert along[0] == along[1] == pytest.approx(corners[cut][0 if vertical else 1] + position)
+
+
+def test_pairs_are_cut_where_the_sample_is_and_wrap():
+    samples = box_cells(5)
+    partners = np.roll(samples, (3, 2, 1), axis=(2, 3, 4))
+    figure = compare_pairs(samples, partners, titles=[f"d = {index}" for index in range(5)], num_columns=3)
+    images = drawn_slices(figure)
+    assert len(images) == 3 * 10
+    for start, count in ((0, 3), (18, 2)):
+        for cell in range(count):
+            upper, lower = images[start + 3 * cell], images[start + 3 * (count + cell)]
+            np.testing.assert_allclose(upper, composite_channels(samples[0, :, 4]))
+            np.testing.assert_allclose(lower, composite_channels(partners[0, :, 4]))
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert [text for text in texts if text.startswith("d =")] == [f"d = {index}" for index in range(5)]
+    assert texts.count("nearest training cell") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"partners": box_cells(3)}, "one partner per sample"),
+        ({"headings": ("same", "same")}, "two different texts"),
+        ({"titles": ["a"]}, "expected 2, got 1"),
+        ({"num_columns": 0}, "at least 1"),
+    ],
+)
+def test_unmatched_pairs_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        compare_pairs(**{"samples": box_cells(2), "partners": box_cells(2)} | arguments)

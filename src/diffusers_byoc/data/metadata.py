@@ -4,12 +4,12 @@ import csv
 from pathlib import Path
 
 
-def read_metadata(path: Path, label_column: str | None = None) -> list[tuple[int, dict[str, str]]]:
+def read_metadata(path: Path, *required: str) -> list[tuple[int, dict[str, str]]]:
     """The rows of a metadata table.
 
     Args:
         path: a CSV file in UTF-8, with or without byte-order mark, with any line ends.
-        label_column: a column that must be there.
+        required: columns that must be there, besides `file_name`.
 
     Returns:
         For each row the number of its line and what stands in its columns, `file_name` among them.
@@ -25,8 +25,8 @@ def read_metadata(path: Path, label_column: str | None = None) -> list[tuple[int
             rows = [(reader.line_num, row) for row in reader]
     except (UnicodeDecodeError, csv.Error) as err:
         raise ValueError(f"{path}: not a readable CSV file ({err}); save it as CSV in UTF-8") from err
-    for column in ("file_name", label_column):
-        if column is not None and column not in columns:
+    for column in ("file_name", *required):
+        if column not in columns:
             raise ValueError(
                 f"{path}: expected a column {column}, got the columns {columns}; rename one, and separate columns by"
                 " commas"

@@ -1,12 +1,39 @@
 """From raw crops of single cells to the network's input, and back."""
 
+import math
+from dataclasses import dataclass
+
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import Tensor
 
 from .files import voxel_size_triple
+from .resampling import sample_grid
+
+
+SAME_SIZE = 1e-3  # voxel sizes that differ by less are equal: 64 voxels are then not a tenth of a voxel off
+
+
+@dataclass(frozen=True)
+class PreprocessingRecord:
+    """What `VolumeProcessor` did to one crop; all that `restore` needs. JSON takes it as `dataclasses.asdict`.
+
+    Args:
+        shape: (d, h, w) of the crop.
+        dtype: of the crop.
+        intensity_ranges: M times (low, high), the crop's intensities that went to -1 and 1.
+        start: (z, y, x) position of the cube's first voxel in the crop, in the crop's voxels; may lie outside.
+        step: (z, y, x) voxels of the crop from one voxel of the cube to the next; 1 where nothing was resampled.
+        voxel_size_um: (z, y, x) edge of the cube's voxels in µm, shrinking included; None if the crop's is unknown.
+    """
+
+    shape: tuple[int, int, int]
+    dtype: str
+    intensity_ranges: tuple[tuple[float, float], ...]
+    start: tuple[float, float, float]
+    step: tuple[float, float, float]
+    voxel_size_um: tuple[float, float, float] | None
 
 
 class VolumeProcessor(ConfigMixin):
@@ -15,14 +42,18 @@ class VolumeProcessor(ConfigMixin):
     The same object serves training, sampling and evaluation, and is saved beside the pipeline:
     ``processor.save_config(folder)``, ``VolumeProcessor.from_config(VolumeProcessor.load_config(folder))``.
 
-    A crop goes through four steps:
+    A crop goes through three steps:
 
     1. Intensities, channel by channel: the range [low, high] goes to [-1, 1], values outside it are clipped.
        A channel's background is its lowest value (0 in masked crops) and goes to -1 exactly.
-    2. The bounding box of all that is above background in any channel, which is the cell, is cut out: an empty margin
-       neither moves the cell nor makes it too large.
-    3. A cell larger than the cube is refused, shrunk or cut, as `oversize` says.
-    4. The box is put into the middle of the cube and padded with background (-1).
+    2. The bounding box of all that is above background in any channel, which is the cell, is found: an empty margin
+       neither moves the cell nor makes it too large. A cell larger than the cube is refused, shrunk or cut, as
+       `oversize` says.
+    3. The cube is laid with its middle on the box's middle and its voxels `voxel_size_um` apart. Outside the crop is
+       background (-1). If the voxel size is that of the crop, voxels are copied; otherwise they are interpolated
+       linearly, and smoothed first where they grow (see `resample_volume`).
+
+    What was done to a crop is its `PreprocessingRecord` (`preprocess_with_record`), and `restore` is the way back.
 
     Args:
         sample_size: edge S of the cube in voxels.
@@ -33,11 +64,14 @@ class VolumeProcessor(ConfigMixin):
         percentiles: (low, high) in [0, 100] for "percentile". Low is taken over the whole channel, high over the
             voxels above background, so that the amount of background around a cell does not change its brightness.
         intensity_range: for "fixed", one (low, high) for all channels or M of them, in the units of the files.
-        voxel_size_um: edge of a voxel in µm, one number or three (z, y, x). Recorded, for pictures and export; crops
-            are not resampled to it.
+        voxel_size_um: edge of the cube's voxels in µm, one number or three (z, y, x); crops of another voxel size are
+            resampled to it. None takes every crop as it is, if its voxels are cubic or their size is unknown.
         oversize: what happens to a cell larger than the cube. "error": it is refused; "rescale": it is shrunk by the
-            same factor in z, y and x until it fits (its voxels are then larger than `voxel_size_um`); "crop": the
+            same factor in z, y and x until it fits (its voxels are then larger, as its record says); "crop": the
             middle is kept.
+
+    Attributes:
+        voxel_size_um: (z, y, x), or None.
 
     Raises:
         ValueError: if the arguments contradict each other or are out of range.
@@ -54,7 +88,7 @@ class VolumeProcessor(ConfigMixin):
         normalization: str = "percentile",
         percentiles: tuple[float, float] = (0.0, 99.9),
         intensity_range: tuple | None = None,
-        voxel_size_um: float | tuple[float, float, float] = 1.0,
+        voxel_size_um: float | tuple[float, float, float] | None = None,
         oversize: str = "error",
     ):
         if sample_size < 1:
@@ -85,54 +119,120 @@ class VolumeProcessor(ConfigMixin):
             spans = np.diff(self.intensity_ranges)
             if not (np.isfinite(spans) & (spans > 0)).all():
                 raise ValueError(f"`intensity_range` must satisfy low < high, got {intensity_range}")
-        self.voxel_size_um = voxel_size_triple(voxel_size_um)
+        self.voxel_size_um = None if voxel_size_um is None else voxel_size_triple(voxel_size_um)
 
-    def preprocess(self, volume: np.ndarray | Tensor) -> Tensor:
+    def preprocess(
+        self, volume: np.ndarray | Tensor, voxel_size_um: float | tuple[float, float, float] | None = None
+    ) -> Tensor:
         """One raw crop as network input.
 
         Args:
             volume: (M, d, h, w) finite intensities of any size and any real number type.
+            voxel_size_um: edge of the crop's voxels in µm, one number or three (z, y, x); None if unknown, which only
+                a processor without `voxel_size_um` of its own accepts.
 
         Returns:
             (M, S, S, S) float32 on the CPU, in [-1, 1], background -1.
 
         Raises:
             ValueError: if the crop is not a volume of M channels and finite real numbers, if a channel holds nothing
-                but background, or if the cell is larger than the cube and `oversize` is "error".
+                but background, if the crop's voxel size is needed and unknown or not cubic and to be taken as it is,
+                or if the cell is larger than the cube and `oversize` is "error".
+            ImportError: if the crop must be resampled and scipy is not installed.
         """
+        return self.preprocess_with_record(volume, voxel_size_um)[0]
+
+    def preprocess_with_record(
+        self, volume: np.ndarray | Tensor, voxel_size_um: float | tuple[float, float, float] | None = None
+    ) -> tuple[Tensor, PreprocessingRecord]:
+        """`preprocess`, and what it did; arguments and errors are the same."""
         size = self.config.sample_size
+        volume = volume if isinstance(volume, Tensor) else np.asarray(volume)
+        dtype = str(volume.dtype).removeprefix("torch.") if isinstance(volume, Tensor) else volume.dtype.name
         intensities = self._intensities(volume)
+        step = self._step(voxel_size_um)
 
         # 1. normalise                                                                          # (M, d, h, w), [0, 1]
-        intensities = np.stack([self._normalize(channel, index) for index, channel in enumerate(intensities)])
+        ranges = tuple(self._intensity_range(channel, index) for index, channel in enumerate(intensities))
+        channels = zip(intensities, ranges, strict=True)
+        intensities = np.stack(
+            [self._normalize(channel, *pair, index) for index, (channel, pair) in enumerate(channels)]
+        )
 
-        # 2. cut out the cell
+        # 2. find the cell
         is_cell = intensities.any(axis=0)
         box = []
         for other_axes in ((1, 2), (0, 2), (0, 1)):
             occupied = np.flatnonzero(is_cell.any(axis=other_axes))
-            box.append(slice(occupied[0], occupied[-1] + 1))
-        cell = torch.from_numpy(intensities[(slice(None), *box)])
-
-        # 3. make it fit
-        largest = max(cell.shape[1:])
-        if largest > size and self.config.oversize == "error":
+            box.append(slice(int(occupied[0]), int(occupied[-1]) + 1))
+        lengths = [(side.stop - side.start) / stride for side, stride in zip(box, step, strict=True)]
+        longest, shrinking = max(lengths), 1.0
+        if round(longest) > size and self.config.oversize == "error":
             raise ValueError(
-                f"a cell of {tuple(cell.shape[1:])} voxels (z, y, x) is larger than the cube of {size}³; choose"
-                f" oversize='rescale' to shrink it, oversize='crop' to cut it, or sample_size >= {largest}"
+                f"a cell of {tuple(round(length) for length in lengths)} voxels (z, y, x) is larger than the cube of"
+                f" {size}³; choose oversize='rescale' to shrink it, oversize='crop' to cut it, or sample_size >="
+                f" {round(longest)}"
             )
-        if largest > size and self.config.oversize == "rescale":
-            shrunk = [max(1, round(length * size / largest)) for length in cell.shape[1:]]
-            cell = F.interpolate(cell.unsqueeze(0), shrunk, mode="area").squeeze(0)
-        for axis in (1, 2, 3):
-            kept = min(cell.shape[axis], size)
-            cell = cell.narrow(axis, (cell.shape[axis] - kept) // 2, kept)
+        if longest < 1:
+            raise ValueError(
+                f"a cell of {is_cell.shape} voxels of {voxel_size_um} µm is smaller than one voxel of"
+                f" {self.voxel_size_um} µm; check the units of both"
+            )
+        if round(longest) > size and self.config.oversize == "rescale":
+            shrinking = longest / size
+            step = tuple(stride * shrinking for stride in step)
 
-        # 4. centre and pad                                                                     # (M, S, S, S), [-1, 1]
-        cube = torch.full((len(cell), size, size, size), -1.0)
-        center = [slice((size - length) // 2, (size - length) // 2 + length) for length in cell.shape[1:]]
-        cube[(slice(None), *center)] = cell * 2 - 1
-        return cube
+        # 3. lay the cube on its middle                                                         # (M, S, S, S), [-1, 1]
+        start = tuple(
+            # where voxels are copied, the middle is a whole number of voxels
+            float(side.start - (size - (side.stop - side.start)) // 2)
+            if step == (1.0, 1.0, 1.0)
+            else (side.start + side.stop - 1) / 2 - stride * (size - 1) / 2
+            for side, stride in zip(box, step, strict=True)
+        )
+        cell = intensities[(slice(None), *box)]
+        offset = [first - side.start for first, side in zip(start, box, strict=True)]
+        cube = torch.from_numpy(_sample_on_background(cell, offset, step, (size,) * 3)) * 2 - 1
+        cube_um = self.voxel_size_um
+        if cube_um is None and voxel_size_um is not None:
+            cube_um = voxel_size_triple(voxel_size_um)
+        cube_um = cube_um and tuple(edge * shrinking for edge in cube_um)
+        return cube, PreprocessingRecord(is_cell.shape, dtype, ranges, start, step, cube_um)
+
+    def restore(self, volume: np.ndarray | Tensor, record: PreprocessingRecord) -> np.ndarray:
+        """The crop that a cube came from, or would have come from: `preprocess` undone.
+
+        Integers come back exactly where nothing was clipped, cut or resampled and high - low is below 2**22, as
+        float32 has no more digits. Where a crop was resampled, so is its restoration: smoother, in the same place.
+
+        Args:
+            volume: (M, S, S, S) in [-1, 1]; what lies outside is clipped.
+            record: from `preprocess_with_record`.
+
+        Returns:
+            (M, d, h, w) in the crop's number type; what the cube does not cover is the `low` of its channel.
+
+        Raises:
+            ValueError: if the volume has another shape or holds NaN or infinity.
+            ImportError: if the crop was resampled and scipy is not installed.
+        """
+        shape = (self.config.num_channels, *(self.config.sample_size,) * 3)
+        if tuple(volume.shape) != shape:
+            raise ValueError(
+                f"`volume` must have shape (M, S, S, S) = {shape}, got {tuple(volume.shape)}; restore cells singly"
+            )
+        volume = self.postprocess(torch.as_tensor(volume)[None])[0]  # (M, S, S, S), [0, 1]
+        start = [-first / stride for first, stride in zip(record.start, record.step, strict=True)]
+        step = [1 / stride for stride in record.step]
+        crop = _sample_on_background(volume, start, step, record.shape)  # (M, d, h, w), [0, 1]
+        low, high = np.array(record.intensity_ranges).T.reshape(2, -1, 1, 1, 1)
+        crop = low + crop * (high - low)
+        if record.dtype == "bool":
+            return crop >= 0.5
+        if "int" in record.dtype:
+            limits = np.iinfo(record.dtype)
+            crop = np.rint(crop).clip(limits.min, limits.max)
+        return crop.astype("float32" if record.dtype == "bfloat16" else record.dtype)
 
     def postprocess(self, volumes: Tensor, output_type: str = "np") -> np.ndarray | Tensor:
         """Network output as intensities for viewing and measuring.
@@ -183,8 +283,30 @@ class VolumeProcessor(ConfigMixin):
             raise ValueError("expected finite intensities, got NaN or infinity; replace them (by 0) first")
         return intensities
 
-    def _normalize(self, channel: np.ndarray, index: int) -> np.ndarray:
-        """(d, h, w) intensities of one channel -> float32 in [0, 1]."""
+    def _step(self, voxel_size_um) -> tuple[float, float, float]:
+        """Voxels of a crop of this voxel size from one voxel of the cube to the next."""
+        if voxel_size_um is None:
+            if self.voxel_size_um is None:
+                return (1.0, 1.0, 1.0)
+            raise ValueError(
+                f"expected a crop of known voxel size, to bring it to {self.voxel_size_um} µm, got None; give"
+                " `voxel_size_um`, save the file with its voxel size (diffusers_byoc.data.write_volume), or set the"
+                " processor's `voxel_size_um` to None to take all crops as they are"
+            )
+        source = voxel_size_triple(voxel_size_um)
+        if self.voxel_size_um is None:
+            if max(source) / min(source) - 1 > SAME_SIZE:
+                raise ValueError(
+                    f"expected cubic voxels, got {source} µm (z, y, x); set the processor's `voxel_size_um` to the"
+                    f" size that all crops shall be resampled to, for example {max(source)}"
+                )
+            return (1.0, 1.0, 1.0)
+        steps = [target / size for target, size in zip(self.voxel_size_um, source, strict=True)]
+        # all or none: voxels are copied along every axis, or interpolated
+        return (1.0, 1.0, 1.0) if all(abs(step - 1) <= SAME_SIZE for step in steps) else tuple(steps)
+
+    def _intensity_range(self, channel: np.ndarray, index: int) -> tuple[float, float]:
+        """The (low, high) of one channel (d, h, w) that go to -1 and 1."""
         name = self.config.channel_names[index]
         background = channel.min()
         if background == channel.max():
@@ -201,15 +323,26 @@ class VolumeProcessor(ConfigMixin):
         else:
             low, high = self.intensity_ranges[index]
         with np.errstate(over="ignore"):
-            span = np.subtract(high, low, dtype=np.float64)
-            if not 0 < span < np.finfo(channel.dtype).max:
+            if not 0 < np.subtract(high, low, dtype=np.float64) < np.finfo(channel.dtype).max:
                 raise ValueError(
                     f"channel {index} ({name}) has no contrast: low {low:g}, high {high:g}; widen `percentiles`"
                 )
-            normalized = np.clip((channel - low) / span, 0, 1).astype(np.float32)
+        return float(low), float(high)
+
+    def _normalize(self, channel: np.ndarray, low: float, high: float, index: int) -> np.ndarray:
+        """(d, h, w) intensities of one channel -> float32 in [0, 1]."""
+        with np.errstate(over="ignore"):
+            normalized = np.clip((channel - low) / (high - low), 0, 1).astype(np.float32)
         if not normalized.any():
             raise ValueError(
-                f"channel {index} ({name}) is all background: nothing is above {low:g} (it reaches {channel.max():g});"
-                " lower `intensity_range`, or leave the cell out"
+                f"channel {index} ({self.config.channel_names[index]}) is all background: nothing is above {low:g} (it"
+                f" reaches {channel.max():g}); lower `intensity_range`, or leave the cell out"
             )
         return normalized
+
+
+def _sample_on_background(volume: np.ndarray, start, step, shape) -> np.ndarray:
+    """`sample_grid` of a volume (M, d, h, w) that lies in an endless background of 0."""
+    margin = [math.ceil(stride) + 1 for stride in step]  # as far as a smoothed edge reaches
+    padded = np.pad(volume, [(0, 0), *((length, length) for length in margin)])
+    return sample_grid(padded, [first + length for first, length in zip(start, margin, strict=True)], step, shape)

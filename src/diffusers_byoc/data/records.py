@@ -43,10 +43,14 @@ def decode_volume(row: Mapping, column: str = "volume") -> Volume:
     missing = {column, "shape", "dtype"} - set(row)
     if missing:
         raise VolumeFileError(f"expected the columns {column}, shape and dtype, got none named {sorted(missing)}")
-    shape, dtype = tuple(row["shape"]), _dtype(row["dtype"])
+    shape, dtype = tuple(row["shape"] or ()), _dtype(row["dtype"])
+    if len(shape) != 4 or not all(isinstance(length, int) and length > 0 for length in shape):
+        raise VolumeFileError(f"expected shape (C, Z, Y, X), got {shape}; write the data set again")
     expected = math.prod(shape) * dtype.itemsize
-    if len(shape) != 4 or min(shape) < 1 or expected > MAX_VOLUME_BYTES:
+    if expected > MAX_VOLUME_BYTES:
         raise VolumeFileError(f"expected shape (C, Z, Y, X) of at most {MAX_VOLUME_BYTES} bytes, got {shape}")
+    if not isinstance(row[column], bytes):
+        raise VolumeFileError(f"expected bytes in the column {column}, got {type(row[column]).__name__}")
     inflate = zlib.decompressobj()
     try:
         unpacked = inflate.decompress(row[column], max_length=expected + 1)  # + 1, so that too much is seen
@@ -65,7 +69,7 @@ def decode_volume(row: Mapping, column: str = "volume") -> Volume:
 
 def _dtype(name: str) -> np.dtype:
     try:
-        dtype = np.dtype(name).newbyteorder("<")
+        dtype = np.dtype(str(name)).newbyteorder("<")  # of None, NumPy would make float64
     except TypeError as err:
         raise VolumeFileError(f"expected a number type, got dtype {name!r}") from err
     if dtype.kind not in "buif":

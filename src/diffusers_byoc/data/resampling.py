@@ -1,6 +1,7 @@
 """From one voxel size to another, with every point of the cell where it was."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -52,21 +53,36 @@ def resample_volume(
     starts = [
         (old - 1) / 2 - grown * (new - 1) / 2 for old, new, grown in zip(data.shape[1:], lengths, growth, strict=True)
     ]
+    if order == 1:
+        return sample_grid(data.astype(dtype), starts, growth, lengths)
+    nearest = [
+        np.floor(start + grown * np.arange(new) + 0.5 + 1e-9).astype(int)
+        for start, grown, new in zip(starts, growth, lengths, strict=True)
+    ]
+    return _take(data, nearest)
 
-    if order == 0:
-        nearest = [
-            np.clip(np.floor(start + grown * np.arange(new) + 0.5 + 1e-9).astype(int), 0, old - 1)
-            for start, grown, new, old in zip(starts, growth, lengths, data.shape[1:], strict=True)
-        ]
-        return data[np.ix_(range(len(data)), *nearest)]
 
+def sample_grid(data: np.ndarray, starts: Sequence[float], steps: Sequence[float], shape: Sequence[int]) -> np.ndarray:
+    """(C, *shape) values of float `data` (C, Z, Y, X) at `starts + steps * index`, both in its voxels.
+
+    Linear, smoothed first where a step is longer than a voxel, as in `resample_volume`; where the grid lies on voxels,
+    exactly these (and no scipy is needed). Outside, the outermost voxels go on.
+    """
+    if all(step == 1 for step in steps) and all(float(start).is_integer() for start in starts):
+        indices = [int(start) + np.arange(length) for start, length in zip(starts, shape, strict=True)]
+        return _take(data, indices)
     ndimage = _ndimage()
-    resampled = np.empty((len(data), *lengths), dtype)
-    sigma = [max(0.0, (grown - 1) / 2) for grown in growth]
-    for channel, output in zip(data.astype(dtype), resampled, strict=True):
+    sampled = np.empty((len(data), *shape), data.dtype)
+    sigma = [max(0.0, (step - 1) / 2) for step in steps]
+    for channel, output in zip(data, sampled, strict=True):
         smoothed = ndimage.gaussian_filter(channel, sigma, mode="nearest", truncate=2.0)
-        ndimage.affine_transform(smoothed, growth, starts, output=output, order=1, mode="nearest")
-    return resampled
+        ndimage.affine_transform(smoothed, steps, starts, output=output, order=1, mode="nearest")
+    return sampled
+
+
+def _take(data: np.ndarray, indices: Sequence[np.ndarray]) -> np.ndarray:
+    inside = [np.clip(index, 0, length - 1) for index, length in zip(indices, data.shape[1:], strict=True)]
+    return data[np.ix_(range(len(data)), *inside)]
 
 
 def _ndimage():

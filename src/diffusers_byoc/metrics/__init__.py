@@ -1,6 +1,61 @@
-"""Measurements of generated and real cells. Needs ``pip install "diffusers_byoc[metrics]"``."""
+"""How good are generated cells? Volumes → features; (features, features) → number.
 
-from .morphology import CellMorphology, measure_cell, measure_cells
+Needs ``pip install "diffusers_byoc[metrics]"``, and for the features of Med3D ``"diffusers_byoc[med3d]"``.
+"""
+
+from .consistency import ChannelConsistency, channel_consistency
+from .features import standardize_features
+from .frechet import frechet_distance
+from .mmd import median_distance, mmd_linear, mmd_rbf
+from .morphology import MORPHOLOGY_NAMES, CellMorphology, measure_cell, measure_cells, morphology_features
+from .neighbours import Memorisation, NeighbourMetrics, memorisation, neighbour_metrics
+from .reconstruction import CodebookUsage, ReconstructionQuality, codebook_usage, reconstruction_quality
+from .segmentation import Segmentation, segment_channel
+from .two_sample import ClassifierTest, FeatureComparison, classifier_test, compare_features
+from .volume_classifier import volume_classifier_test
 
 
-__all__ = ["CellMorphology", "measure_cell", "measure_cells"]
+__all__ = [
+    "MORPHOLOGY_NAMES",
+    "CellMorphology",
+    "ChannelConsistency",
+    "ClassifierTest",
+    "CodebookUsage",
+    "FeatureComparison",
+    "Med3DConfig",
+    "Med3DModel",
+    "Memorisation",
+    "NeighbourMetrics",
+    "ReconstructionQuality",
+    "Segmentation",
+    "channel_consistency",
+    "classifier_test",
+    "codebook_usage",
+    "compare_features",
+    "convert_med3d_checkpoint",
+    "frechet_distance",
+    "load_med3d",
+    "measure_cell",
+    "measure_cells",
+    "median_distance",
+    "memorisation",
+    "mmd_linear",
+    "mmd_rbf",
+    "morphology_features",
+    "neighbour_metrics",
+    "reconstruction_quality",
+    "segment_channel",
+    "standardize_features",
+    "volume_classifier_test",
+]
+
+_MED3D_NAMES = ("Med3DConfig", "Med3DModel", "convert_med3d_checkpoint", "load_med3d")
+
+
+def __getattr__(name: str):
+    # Med3D is a class of transformers over one of MONAI, an extra; everything else here does without
+    if name not in _MED3D_NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import med3d
+
+    return getattr(med3d, name)

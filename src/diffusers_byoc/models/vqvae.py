@@ -142,7 +142,11 @@ class MultiCodebookVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         )
         self.decoder = Decoder3D(num_channels, num_channels * latent_channels, *shape)
         self.apply(initialize_convolution)
-        nn.init.constant_(self.decoder.conv_out.bias, -1.0)  # start from background, which is most of a cell's cube
+        # Start from background, which is most of a cell's cube, and from little else: unlearning a random volume costs
+        # the first steps the very features that should carry the cell, and training stays at the constant -1.
+        nn.init.constant_(self.decoder.conv_out.bias, -1.0)
+        with torch.no_grad():
+            self.decoder.conv_out.weight.mul_(0.05)
 
         self.use_slicing = False
         self.use_tiling = False

@@ -9,6 +9,7 @@ from diffusers import DDPMScheduler, DiffusionPipeline
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..data import VolumeProcessor
 from ..models import DualChannelUNet3D, MultiCodebookVQModel
 from .schedulers import check_scheduler
 
@@ -30,7 +31,8 @@ class BYOCPipeline(DiffusionPipeline):
         default_num_inference_steps: denoising steps where a call names none; saved with the pipeline.
         prediction_type: what `unet` was trained to predict; `None` takes the scheduler's word for it.
         label2id: names of the classes (drugs), for `class_labels`; `None` for a model without names.
-        volume_processor_config: configuration of the `VolumeProcessor` the training volumes went through.
+        volume_processor_config: configuration of the `VolumeProcessor` the training volumes went through, with the
+            voxel size that they had; see `volume_processor`.
 
     Source: BYOC, section 3.2.
     """
@@ -56,8 +58,22 @@ class BYOCPipeline(DiffusionPipeline):
             default_num_inference_steps=default_num_inference_steps,
             prediction_type=prediction_type,
             label2id=label2id,
-            volume_processor_config=volume_processor_config,
+            # without its private keys: "_use_default_values" makes `from_config` forget what was changed since
+            volume_processor_config=volume_processor_config
+            and {key: value for key, value in volume_processor_config.items() if not key.startswith("_")},
         )
+
+    @property
+    def volume_processor(self) -> VolumeProcessor:
+        """What the training volumes went through, and generated ones come out of.
+
+        `volume_processor.voxel_size_um` is the (z, y, x) edge of a generated voxel in µm, None if it was never known;
+        `volume_processor.preprocess` makes real crops comparable with generated cells.
+        """
+        if self.config.volume_processor_config is not None:
+            return VolumeProcessor.from_config(dict(self.config.volume_processor_config))
+        config = self.vqvae.config
+        return VolumeProcessor(config.sample_size, config.num_channels, tuple(config.channel_names))
 
     @property
     def num_timesteps(self) -> int:
@@ -106,12 +122,12 @@ class BYOCPipeline(DiffusionPipeline):
             num_samples = len(class_labels) if num_samples == 1 else num_samples
         callback_on_step_end_tensor_inputs = callback_on_step_end_tensor_inputs or ["latents"]
         self.check_inputs(num_samples, num_inference_steps, output_type, callback_on_step_end_tensor_inputs)
-        check_scheduler(self.scheduler, self.config.prediction_type)
+        steps = self.config.default_num_inference_steps if num_inference_steps is None else num_inference_steps
+        check_scheduler(self.scheduler, self.config.prediction_type, steps)
         device = self._execution_device
         class_labels = self._prepare_class_labels(class_labels, num_samples, device)
 
         # 2. noise, and the scheduler's steps
-        steps = self.config.default_num_inference_steps if num_inference_steps is None else num_inference_steps
         self.scheduler.set_timesteps(steps, device=device)
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)

@@ -23,8 +23,8 @@ USABLE_SCHEDULERS = (
 _NEEDS_LEADING_SPACING = ("HeunDiscreteScheduler", "PNDMScheduler")
 
 
-def check_scheduler(scheduler, prediction_type: str) -> None:
-    """Refuse a scheduler that would sample wrongly from a model trained to predict `prediction_type`.
+def check_scheduler(scheduler, prediction_type: str, num_inference_steps: int) -> None:
+    """Refuse a scheduler that would sample wrongly from a model trained to predict `prediction_type`, or not at all.
 
     Raises:
         ValueError: naming the scheduler, what is wrong, and what works.
@@ -46,4 +46,9 @@ def check_scheduler(scheduler, prediction_type: str) -> None:
         raise ValueError(
             f"Expected {name} with timestep_spacing='leading', got {spacing!r}, with which it samples wrongly. "
             f"Make it with {name}.from_config(pipe.scheduler.config, timestep_spacing='leading')."
+        )
+    if name == "PNDMScheduler" and not scheduler.config.skip_prk_steps and num_inference_steps < 4:
+        raise ValueError(
+            f"Expected at least 4 num_inference_steps for the Runge-Kutta start of {name}, got {num_inference_steps}. "
+            f"Raise it, or use {name}.from_config(pipe.scheduler.config, skip_prk_steps=True)."
         )

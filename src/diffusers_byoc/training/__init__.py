@@ -1,28 +1,46 @@
-from .checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
-from .latents import encode_batches, latent_statistics
-from .losses import adaptive_weight, adversarial_loss, diffusion_loss, discriminator_loss, reconstruction_loss
+from .checkpoints import CheckpointError, list_checkpoints, load_checkpoint, save_checkpoint
+from .interruptions import Termination, ignore_termination, lock_folder
+from .latents import CachedLatents, cache_latents, encode_batches, latent_statistics
+from .losses import (
+    adaptive_weight,
+    adversarial_loss,
+    diffusion_loss,
+    discriminator_loss,
+    min_snr_weights,
+    reconstruction_loss,
+)
 from .processes import check_finite, fair_num_threads, fastest_precision, is_cpu_training, mean_losses
 from .randomness import StepBatches, batch_indices, process_share, step_generator
+from .validation import validate_autoencoder, validate_diffusion
 
 
 __all__ = [
+    "CachedLatents",
+    "CheckpointError",
     "StepBatches",
+    "Termination",
     "adaptive_weight",
     "adversarial_loss",
     "batch_indices",
+    "cache_latents",
     "check_finite",
     "diffusion_loss",
     "discriminator_loss",
     "encode_batches",
     "fair_num_threads",
     "fastest_precision",
+    "ignore_termination",
     "is_cpu_training",
     "latent_statistics",
     "list_checkpoints",
     "load_checkpoint",
+    "lock_folder",
     "mean_losses",
+    "min_snr_weights",
     "process_share",
     "reconstruction_loss",
     "save_checkpoint",
     "step_generator",
+    "validate_autoencoder",
+    "validate_diffusion",
 ]

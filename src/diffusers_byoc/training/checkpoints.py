@@ -5,9 +5,14 @@ import shutil
 from pathlib import Path
 
 from accelerate import Accelerator
+from safetensors import SafetensorError
 
 
 _NAME = re.compile(r"checkpoint-(\d+)")
+
+
+class CheckpointError(OSError):
+    """A checkpoint could not be written; those before it are whole. The message says where to go on from."""
 
 
 def list_checkpoints(directory: str | Path) -> list[Path]:
@@ -36,26 +41,49 @@ def save_checkpoint(accelerator: Accelerator, directory: str | Path, step: int, 
     resume that one.
 
     It is written under another name and renamed when complete: a run killed meanwhile leaves the earlier checkpoints
-    whole and no half one that `latest` could pick.
+    whole and no half one that `latest` could pick. What is deleted is renamed first, for the same reason.
+
+    Raises:
+        CheckpointError: if it cannot be written, for example because the disk is full.
     """
     path = Path(directory) / f"checkpoint-{step}"
     partial = path.with_name(path.name + ".partial")
-    if accelerator.is_main_process:
+    try:
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(partial))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            if path.exists():
+                _delete(path)
+            partial.rename(path)
+            checkpoints = list_checkpoints(directory)
+            position = checkpoints.index(path)
+            oldest_kept = 0 if total_limit is None else max(0, position + 1 - total_limit)
+            # later ones first: killed in between, `latest` must not find them
+            for other in checkpoints[:position:-1] + checkpoints[:oldest_kept]:
+                _delete(other)
+            for leftover in Path(directory).glob("checkpoint-*.deleted"):  # of a run killed while deleting
+                shutil.rmtree(leftover, ignore_errors=True)
+        accelerator.wait_for_everyone()
+    except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError is how torch.save says it
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        shutil.rmtree(path, ignore_errors=True)
-        partial.rename(path)
-        checkpoints = list_checkpoints(directory)
-        position = checkpoints.index(path)
-        oldest_kept = 0 if total_limit is None else max(0, position + 1 - total_limit)
-        for other in checkpoints[:oldest_kept] + checkpoints[position + 1 :]:
-            shutil.rmtree(other)
-    accelerator.wait_for_everyone()
+        whole = list_checkpoints(directory)
+        remedy = f"go on from {whole[-1].name} with --resume_from_checkpoint latest" if whole else "begin anew"
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(
+            f"{path} could not be written ({reason}). Make room there, or make it writable, and {remedy}."
+        ) from error
     return path
+
+
+def _delete(path: Path) -> None:
+    deleted = path.with_name(path.name + ".deleted")
+    shutil.rmtree(deleted, ignore_errors=True)
+    path.rename(deleted)
+    shutil.rmtree(deleted, ignore_errors=True)
 
 
 def load_checkpoint(accelerator: Accelerator, directory: str | Path, name: str | None) -> int:

@@ -1,9 +1,17 @@
-"""Stage two trains on latents: encode the data set once, and say how the latents lie in the codebooks' ranges."""
+"""Stage two trains on latents: encode each cell once, keep the latents on disk, say how they lie for the diffusion."""
 
-from collections.abc import Iterable
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import torch
+from accelerate import Accelerator
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..models import MultiCodebookVQModel
 
@@ -15,20 +23,141 @@ def encode_batches(vqvae: MultiCodebookVQModel, batches: Iterable[Tensor]) -> Te
     return torch.cat([vqvae.encode(volumes.to(vqvae.device)).latents.float().cpu() for volumes in batches])
 
 
+class CachedLatents:
+    """Unquantised latents of a data set, in safetensors files that are mapped into memory and read as needed.
+
+    Args:
+        paths: the files, in the order of the cells; all but the last hold as many.
+    """
+
+    def __init__(self, paths: Iterable[Path]):
+        self._shards = [load_file(path)["latents"] for path in paths]
+        self._shard_size = len(self._shards[0])
+
+    def __len__(self) -> int:
+        return sum(map(len, self._shards))
+
+    def __getitem__(self, indices: list[int]) -> Tensor:
+        """Latents (B, M*n, d, h, w) float32 of these cells."""
+        return torch.stack([self._shards[i // self._shard_size][i % self._shard_size] for i in indices])
+
+    def chunks(self) -> Iterator[Tensor]:
+        """All latents in order, some at a time, (B, M*n, d, h, w) each."""
+        for shard in self._shards:
+            yield from shard.split(64)
+
+    def mean_and_std(self) -> tuple[Tensor, Tensor]:
+        """Of every feature, (M*n,) float32 each."""
+        return _mean_and_std(chunk.double().movedim(1, 0).flatten(1) for chunk in self.chunks())
+
+
+def cache_latents(
+    vqvae: MultiCodebookVQModel,
+    cells: Dataset,
+    directory: str | Path,
+    accelerator: Accelerator,
+    shard_size: int = 256,
+    num_workers: int = 0,
+) -> CachedLatents:
+    """The latents of all `cells` from `directory`, after encoding what is not there yet.
+
+    A file is used if its fingerprint is that of the weights, the arithmetic and the preprocessed volumes of its cells
+    (so of the files, the processor and any augmentation behind them); otherwise it is encoded again. The processes
+    share the files out, and a file is whole or absent: a run killed while encoding goes on where it was.
+
+    Args:
+        vqvae: trained, on the device to encode on.
+        cells: items ``{"volumes": (M, D, H, W)}`` in [-1, 1], the same at every access.
+        directory: one for each data set; made if missing. Latents of a data set of another length are deleted.
+        accelerator: gives autocast and the processes.
+        shard_size: cells a file.
+        num_workers: processes that load the cells.
+    """
+    directory = Path(directory)
+    num_shards = -(-len(cells) // shard_size)
+    paths = [directory / f"latents-{shard:05}-of-{num_shards:05}.safetensors" for shard in range(num_shards)]
+    if accelerator.is_main_process:
+        directory.mkdir(parents=True, exist_ok=True)
+        for path in set(directory.glob("latents-*")) - set(paths):
+            path.unlink()
+    accelerator.wait_for_everyone()
+
+    weights = _fingerprint_weights(vqvae, accelerator.mixed_precision)
+    for shard in range(accelerator.process_index, num_shards, accelerator.num_processes):
+        rows = range(shard * shard_size, min((shard + 1) * shard_size, len(cells)))
+        loader = DataLoader(Subset(cells, rows), batch_size=8, num_workers=num_workers)
+        fingerprint = hashlib.sha256(weights)
+        for batch in loader:
+            fingerprint.update(batch["volumes"].numpy())
+        fingerprint = fingerprint.hexdigest()
+        if _read_fingerprint(paths[shard]) == fingerprint:
+            continue
+        with accelerator.autocast():
+            latents = encode_batches(vqvae, (batch["volumes"] for batch in loader))
+        partial = paths[shard].with_suffix(".partial")
+        save_file({"latents": latents.contiguous()}, partial, metadata={"fingerprint": fingerprint})
+        os.replace(partial, paths[shard])
+    accelerator.wait_for_everyone()
+    return CachedLatents(paths)
+
+
+def _fingerprint_weights(vqvae: MultiCodebookVQModel, precision: str) -> bytes:
+    # how latents are scaled for the diffusion comes after encoding
+    config = {key: value for key, value in vqvae.config.items() if not key.startswith(("latents_", "_", "latent_sc"))}
+    fingerprint = hashlib.sha256(json.dumps([config, precision], sort_keys=True, default=str).encode())
+    for name, weight in sorted(vqvae.encoders.state_dict().items()):
+        fingerprint.update(f"{name} {weight.dtype}".encode())
+        fingerprint.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return fingerprint.digest()
+
+
+def _read_fingerprint(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    with safe_open(path, framework="pt") as file:
+        return (file.metadata() or {}).get("fingerprint")
+
+
 @torch.no_grad()
-def latent_statistics(vqvae: MultiCodebookVQModel, latents: Tensor) -> dict[str, float]:
-    """How `latents` (N, M*n, d, h, w), unquantised, look to the diffusion.
+def latent_statistics(vqvae: MultiCodebookVQModel, chunks: Iterable[Tensor]) -> dict[str, float]:
+    """How latents, unquantised, look to the diffusion.
+
+    Args:
+        vqvae: normalises them.
+        chunks: latents (B, M*n, d, h, w), some at a time.
 
     Returns:
         For each channel NAME: `latent_std/NAME`, the standard deviation after `normalize_latents` (far below 1 means
         that the noise schedule's signal-to-noise ratios are shifted), and `latent_outside/NAME`, the share of numbers
         outside [-1, 1] (which clipping a predicted sample would distort).
     """
+    names = vqvae.config.channel_names
+    outside, count = torch.zeros(len(names), dtype=torch.float64), 0
+
+    def channels_of_chunks():
+        nonlocal outside, count
+        for chunk in chunks:
+            normalized = vqvae.normalize_latents(chunk.to(vqvae.device)).cpu()
+            channels = normalized.movedim(1, 0).reshape(len(names), -1).double()  # (M, numbers)
+            outside += (channels.abs() > 1).sum(1)
+            count += channels.shape[1]
+            yield channels
+
+    _, std = _mean_and_std(channels_of_chunks())
     statistics = {}
-    normalized = torch.cat([vqvae.normalize_latents(chunk.to(vqvae.device)).cpu() for chunk in latents.split(64)])
-    for name, channel in zip(
-        vqvae.config.channel_names, normalized.split(vqvae.config.latent_channels, dim=1), strict=True
-    ):
-        statistics[f"latent_std/{name}"] = channel.std().item()
-        statistics[f"latent_outside/{name}"] = (channel.abs() > 1).float().mean().item()
+    for name, channel_std, channel_outside in zip(names, std, outside, strict=True):
+        statistics[f"latent_std/{name}"] = channel_std.item()
+        statistics[f"latent_outside/{name}"] = channel_outside.item() / count
     return statistics
+
+
+def _mean_and_std(chunks: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Of each row of chunks (rows, numbers), merged as in Chan et al. (1979), which does not cancel; float32."""
+    count, mean, squares = 0, 0.0, 0.0
+    for chunk in chunks:
+        size = chunk.shape[1]
+        difference = chunk.mean(1) - mean
+        squares = squares + (chunk.var(1, correction=0) + difference**2 * (count / (count + size))) * size
+        mean = mean + difference * (size / (count + size))
+        count += size
+    return mean.float(), (squares / max(count - 1, 1)).sqrt().float()

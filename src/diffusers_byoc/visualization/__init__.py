@@ -1,6 +1,30 @@
-"""Pictures of multichannel volumes. Needs matplotlib: ``pip install "diffusers_byoc[viz]"``."""
+"""Figures of volumes and of what is measured on them. Needs matplotlib: ``pip install "diffusers_byoc[viz]"``.
 
-from .slices import CHANNEL_COLORS, compare_volumes, composite_channels, orthogonal_slices, write_png
+Every function returns a matplotlib figure that belongs to no window; `write_png` writes it.
+"""
+
+from .canvas import CHANNEL_COLORS, composite_channels, write_png
+from .charts import SERIES_COLORS, degradation_curves, feature_distributions, metric_bars
+from .library import depth_planes, sample_library
+from .slices import PLANE_COLORS, compare_pairs, compare_volumes, orthogonal_slices
+from .surfaces import render_surfaces, surface_library, surface_views
 
 
-__all__ = ["CHANNEL_COLORS", "compare_volumes", "composite_channels", "orthogonal_slices", "write_png"]
+__all__ = [
+    "CHANNEL_COLORS",
+    "PLANE_COLORS",
+    "SERIES_COLORS",
+    "compare_pairs",
+    "compare_volumes",
+    "composite_channels",
+    "degradation_curves",
+    "depth_planes",
+    "feature_distributions",
+    "metric_bars",
+    "orthogonal_slices",
+    "render_surfaces",
+    "sample_library",
+    "surface_library",
+    "surface_views",
+    "write_png",
+]

@@ -1,17 +1,27 @@
-"""Orthogonal slices through cells, one colour a channel, on black.
-
-Every figure is one set of axes whose unit is the µm, so that slices of any size and voxel spacing share one scale and
-one scale bar.
-"""
+"""Orthogonal slices through cells, one colour a channel, on black (BYOC, Figure 4)."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from .canvas import (
+    FAINT_COLOR,
+    FRAME_COLOR,
+    TEXT_COLOR,
+    black_canvas,
+    check_columns,
+    check_texts,
+    check_volumes,
+    check_voxel_size,
+    composite_channels,
+    draw_legend,
+    draw_plane,
+    draw_scale_bar,
+    legend_line,
+)
 
 
 if TYPE_CHECKING:
@@ -20,38 +30,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-#: Red, green, blue in [0, 1] of each channel; a further channel starts again at the first. The first two, cell and
-#: nucleus, are complementary: they add up to white, and colour-blind readers can tell them apart.
-CHANNEL_COLORS = (
-    (0.00, 0.85, 0.60),  # cell: green-cyan
-    (1.00, 0.15, 0.85),  # nucleus: magenta
-    (1.00, 0.75, 0.10),  # amber
-    (0.25, 0.50, 1.00),  # blue
-    (1.00, 0.30, 0.20),  # red
-)
-
-_TEXT_COLOR = "#e6e6e6"
-_FAINT_COLOR = "#8c8c8c"
-_FRAME_COLOR = "#2b2b2b"
-_DPI = 150
-
-
-def composite_channels(image: np.ndarray, display_range: tuple[float, float] = (0.0, 1.0)) -> np.ndarray:
-    """Add the channels of an image up, each in its colour of `CHANNEL_COLORS`.
-
-    Args:
-        image: (M, H, W).
-        display_range: the intensities shown as black and as the full colour; what lies outside is clipped.
-
-    Returns:
-        (H, W, 3) red, green, blue in [0, 1].
-    """
-    low, high = display_range
-    if not low < high:
-        raise ValueError(f"display_range must be (low, high) with low < high, got {display_range}.")
-    intensity = np.clip((np.asarray(image, dtype=np.float32) - low) / (high - low), 0.0, 1.0)
-    colors = np.asarray([CHANNEL_COLORS[index % len(CHANNEL_COLORS)] for index in range(len(intensity))], np.float32)
-    return np.clip(np.einsum("mhw,mc->hwc", intensity, colors), 0.0, 1.0)
+#: The colour of each slice: of its frame, and of the line where it cuts the other two. As in BYOC, Figure 4: the plane
+#: across x yellow, across y red, across z blue, in tones that colour-blind readers can tell apart.
+PLANE_COLORS = {"XY": "#4d9dff", "XZ": "#ff5533", "YZ": "#ffe14d"}
 
 
 def orthogonal_slices(
@@ -60,30 +41,31 @@ def orthogonal_slices(
     titles: Sequence[str] | None = None,
     voxel_size_um: float | Sequence[float] = 1.0,
     display_range: tuple[float, float] = (0.0, 1.0),
+    show_planes: bool = False,
 ) -> Figure:
     """The XY, XZ and YZ slice through each cell, a column a cell and a row a plane.
 
     The planes meet in the intensity centre of the first channel; the ticks at a slice's edges show where the other two
-    cut it.
+    cut it, each in the colour of its plane (`PLANE_COLORS`).
 
     Args:
-        volumes: (B, M, D, H, W) in [0, 1], D = z.
+        volumes: (M, D, H, W) or (B, M, D, H, W) in [0, 1], D = z.
         channel_names: M names, for the legend.
         titles: B texts, one above each cell.
         voxel_size_um: voxel edge in µm, one number or (z, y, x).
         display_range: the intensities shown as black and as the full colour.
+        show_planes: draw the ticks as lines through the whole slice.
 
     Returns:
         A figure on a black background, for `write_png` or for any matplotlib canvas.
 
     Raises:
-        ValueError: if the volumes are not (B, M, D, H, W) in [0, 1], or the names or titles do not match them.
+        ValueError: if the volumes are of another shape or range, or the names or titles do not match them.
         ImportError: if matplotlib is missing.
     """
-    volumes = _check_volumes(volumes, "volumes", channel_names)
-    if titles is not None and len(titles) != len(volumes):
-        raise ValueError(f"titles must hold one text per cell: expected {len(volumes)}, got {len(titles)}.")
-    spacing = _check_voxel_size(voxel_size_um)
+    volumes = check_volumes(volumes, "volumes", channel_names)
+    check_texts(titles, "titles", len(volumes))
+    spacing = check_voxel_size(voxel_size_um)
     depth, height, width = (size * step for size, step in zip(volumes.shape[2:], spacing, strict=True))
 
     # 1. canvas: one column a cell, wide enough for the widest plane
@@ -95,7 +77,9 @@ def orthogonal_slices(
     if titles is None:
         margins["top"] = 0.20 * extent
     canvas = (len(volumes) * column - gutter, tops[-1] + depth)
-    figure, axes, points = _black_canvas(canvas, margins, inches_per_um=1.6 / extent)
+    figure, axes, points = black_canvas(
+        canvas, margins, inches_per_um=1.6 / extent, lines=[(legend_line(channel_names), 0.085 * extent)]
+    )
 
     # 2. slices
     for index, volume in enumerate(volumes):
@@ -103,18 +87,19 @@ def orthogonal_slices(
         z, y, x = ((position + 0.5) * step for position, step in zip(center, spacing, strict=True))
         planes = _orthogonal_planes(volume, center)
         sizes = {"XY": (width, height), "XZ": (width, depth), "YZ": (height, depth)}
-        cuts = {"XY": (x, y), "XZ": (x, z), "YZ": (y, z)}
+        cuts = {"XY": {"YZ": x, "XZ": y}, "XZ": {"YZ": x, "XY": z}, "YZ": {"XZ": y, "XY": z}}
         planes["YZ"] = planes["YZ"].swapaxes(1, 2)  # (M, D, H): here every plane but XY has z downwards
         for (name, plane), top in zip(planes.items(), tops, strict=True):
             left = index * column
-            _draw_plane(axes, composite_channels(plane, display_range), left, top, sizes[name])
-            _draw_cuts(axes, left, top, sizes[name], cuts[name], 0.05 * extent)
+            frame = PLANE_COLORS[name] if show_planes else FRAME_COLOR
+            draw_plane(axes, composite_channels(plane, display_range), left, top, sizes[name], frame)
+            _draw_cuts(axes, left, top, sizes[name], cuts[name], None if show_planes else 0.05 * extent)
             if index == 0:
                 axes.text(
                     -0.07 * extent,
                     top + sizes[name][1] / 2,
                     name,
-                    color=_FAINT_COLOR,
+                    color=PLANE_COLORS[name],
                     size=points(0.085 * extent),
                     ha="right",
                     va="center",
@@ -124,15 +109,15 @@ def orthogonal_slices(
                 index * column + width / 2,
                 -0.06 * extent,
                 titles[index],
-                color=_TEXT_COLOR,
+                color=TEXT_COLOR,
                 size=points(0.085 * extent),
                 ha="center",
                 va="bottom",
             )
 
     # 3. legend and scale
-    _draw_legend(axes, channel_names, 0.0, -margins["top"] + 0.10 * extent, points(0.085 * extent))
-    _draw_scale_bar(axes, width - 0.06 * extent, height - 0.07 * extent, extent / 3, points(0.07 * extent))
+    draw_legend(axes, channel_names, 0.0, -margins["top"] + 0.10 * extent, points(0.085 * extent))
+    draw_scale_bar(axes, width - 0.06 * extent, height - 0.07 * extent, extent / 3, points(0.07 * extent))
     return figure
 
 
@@ -141,128 +126,231 @@ def compare_volumes(
     channel_names: Sequence[str] = ("cell", "nucleus"),
     voxel_size_um: float | Sequence[float] = 1.0,
     display_range: tuple[float, float] = (0.0, 1.0),
+    show_planes: bool = False,
 ) -> Figure:
     """Sets of cells under one another, each cell as a mosaic of its XY slice, its XZ slice below and its YZ beside it.
 
     All sets share the display range and the scale, so that a difference in the picture is one in the data.
 
     Args:
-        volumes: heading -> (B, M, D, H, W) in [0, 1], one row per entry; B and (D, H, W) may differ between entries.
+        volumes: heading -> (M, D, H, W) or (B, M, D, H, W) in [0, 1], one row per entry; B and (D, H, W) may differ
+            between entries.
         channel_names: M names, for the legend.
         voxel_size_um: voxel edge in µm, one number or (z, y, x), the same for all entries.
         display_range: the intensities shown as black and as the full colour.
+        show_planes: frame each slice in the colour of its plane and draw, in the same colour, the lines where it cuts
+            the two others (BYOC, Figure 4B).
 
     Returns:
         A figure on a black background, for `write_png` or for any matplotlib canvas.
 
     Raises:
-        ValueError: if there is no entry, or one is not (B, M, D, H, W) in [0, 1] or does not match the names.
+        ValueError: if there is no entry, or one is of another shape or range or does not match the names.
         ImportError: if matplotlib is missing.
     """
     if not isinstance(volumes, Mapping) or not volumes:
         got = "no entry" if isinstance(volumes, Mapping) else type(volumes).__name__
         raise ValueError(f'volumes must map headings to volumes, got {got}; pass {{"generated": volumes}}.')
-    sets = {name: _check_volumes(batch, f"volumes[{name!r}]", channel_names) for name, batch in volumes.items()}
-    spacing = _check_voxel_size(voxel_size_um)
+    sets = {name: check_volumes(batch, f"volumes[{name!r}]", channel_names) for name, batch in volumes.items()}
+    centers = {name: [_intensity_center(volume[0]) for volume in batch] for name, batch in sets.items()}
+    return _draw_mosaics([sets], [centers], None, channel_names, voxel_size_um, display_range, show_planes)
+
+
+def compare_pairs(
+    samples: np.ndarray | torch.Tensor,
+    partners: np.ndarray | torch.Tensor,
+    titles: Sequence[str] | None = None,
+    headings: tuple[str, str] = ("generated", "nearest training cell"),
+    channel_names: Sequence[str] = ("cell", "nucleus"),
+    voxel_size_um: float | Sequence[float] = 1.0,
+    display_range: tuple[float, float] = (0.0, 1.0),
+    num_columns: int | None = None,
+) -> Figure:
+    """Each sample above its partner, cut at the same planes: does the generator repeat its training cells?
+
+    The planes are those through the sample's intensity centre, for the partner as well: a memorised cell looks the
+    same in all three.
+
+    Args:
+        samples: (M, D, H, W) or (B, M, D, H, W) in [0, 1].
+        partners: the same shape; the i-th belongs to the i-th sample.
+        titles: B texts, one above each sample, such as the distance to its partner.
+        headings: of the samples' rows and of the partners' rows.
+        channel_names: M names, for the legend.
+        voxel_size_um: voxel edge in µm, one number or (z, y, x).
+        display_range: the intensities shown as black and as the full colour.
+        num_columns: pairs in a row; None takes up to 8.
+
+    Returns:
+        A figure on a black background, for `write_png` or for any matplotlib canvas.
+
+    Raises:
+        ValueError: if the two differ in shape, or are of another shape or range, or the texts do not match them.
+        ImportError: if matplotlib is missing.
+    """
+    samples = check_volumes(samples, "samples", channel_names)
+    partners = check_volumes(partners, "partners", channel_names)
+    if samples.shape != partners.shape:
+        raise ValueError(
+            f"expected one partner per sample and of its shape, got samples {samples.shape} and partners "
+            f"{partners.shape}; pass training_cells[indices_of_the_nearest]."
+        )
+    check_texts(titles, "titles", len(samples))
+    check_columns(num_columns)
+    if isinstance(headings, str) or len(headings) != 2 or headings[0] == headings[1]:
+        raise ValueError(f"headings must be two different texts, got {headings!r}.")
+
+    columns = num_columns or min(8, len(samples))
+    groups, centers, texts = [], [], []
+    for start in range(0, len(samples), columns):
+        part = slice(start, start + columns)
+        groups.append(dict(zip(headings, (samples[part], partners[part]), strict=True)))
+        centers.append(dict.fromkeys(headings, [_intensity_center(volume[0]) for volume in samples[part]]))
+        texts.append(None if titles is None else titles[part])
+    return _draw_mosaics(groups, centers, texts, channel_names, voxel_size_um, display_range, False)
+
+
+def _draw_mosaics(
+    groups: Sequence[Mapping[str, np.ndarray]],
+    centers: Sequence[Mapping[str, Sequence[tuple[int, int, int]]]],
+    titles: Sequence[Sequence[str] | None] | None,
+    channel_names: Sequence[str],
+    voxel_size_um: float | Sequence[float],
+    display_range: tuple[float, float],
+    show_planes: bool,
+) -> Figure:
+    """Groups of rows, a row a heading, each cell cut at its centre; titles stand above a group's first row."""
+    spacing = check_voxel_size(voxel_size_um)
+    batches = [batch for group in groups for batch in group.values()]
     depth, height, width = (
-        max(batch.shape[axis] for batch in sets.values()) * step for axis, step in zip((2, 3, 4), spacing, strict=True)
+        max(batch.shape[axis] for batch in batches) * step for axis, step in zip((2, 3, 4), spacing, strict=True)
     )
 
-    # 1. canvas: as many columns as the largest set has cells
+    # 1. canvas: as many columns as the largest row has cells
     extent = max(width + depth, height + depth)
     seam, gutter, heading = 0.012 * extent, 0.07 * extent, 0.17 * extent
     tile_width, tile_height = width + seam + depth, height + seam + depth
-    columns = max(len(batch) for batch in sets.values())
+    columns = max(len(batch) for batch in batches)
     row = heading + tile_height + gutter
-    canvas = (columns * (tile_width + gutter) - gutter, len(sets) * row - gutter)
+    has_titles = titles is not None and titles[0] is not None
+    title_height = 0.10 * extent if has_titles else 0.0
+    canvas = (
+        columns * (tile_width + gutter) - gutter,
+        len(batches) * row - gutter + len(groups) * title_height,
+    )
     margins = dict.fromkeys(("left", "right", "bottom"), 0.06 * extent) | {"top": 0.15 * extent}
-    figure, axes, points = _black_canvas(canvas, margins, inches_per_um=2.2 / extent)
+    lines = [(legend_line(channel_names), 0.07 * extent), *((name, 0.085 * extent) for name in groups[0])]
+    figure, axes, points = black_canvas(canvas, margins, inches_per_um=2.2 / extent, lines=lines)
 
     # 2. mosaics
-    for row_index, (name, batch) in enumerate(sets.items()):
-        top = row_index * row + heading
-        axes.text(0.0, top - 0.05 * extent, name, color=_TEXT_COLOR, size=points(0.085 * extent), va="bottom")
-        for index, volume in enumerate(batch):
-            left = index * (tile_width + gutter)
-            d, h, w = (size * step for size, step in zip(volume.shape[1:], spacing, strict=True))
-            planes = _orthogonal_planes(volume, _intensity_center(volume[0]))
-            corners = {"XY": (left, top), "XZ": (left, top + h + seam), "YZ": (left + w + seam, top)}
-            sizes = {"XY": (w, h), "XZ": (w, d), "YZ": (d, h)}
-            for plane_name, plane in planes.items():
-                _draw_plane(axes, composite_channels(plane, display_range), *corners[plane_name], sizes[plane_name])
-                if index == 0:
-                    x, y = corners[plane_name]
+    top = 0.0
+    for group_index, group in enumerate(groups):
+        for row_index, (name, batch) in enumerate(group.items()):
+            axes.text(
+                0.0,
+                top + heading - 0.05 * extent,
+                name,
+                color=TEXT_COLOR,
+                size=points(0.085 * extent),
+                va="bottom",
+            )
+            top += heading
+            if row_index == 0 and has_titles:
+                top += title_height
+                for index, title in enumerate(titles[group_index]):
                     axes.text(
-                        x + 0.02 * extent,
-                        y + 0.02 * extent,
-                        plane_name,
-                        color=_FAINT_COLOR,
-                        size=points(0.05 * extent),
-                        ha="left",
-                        va="top",
+                        index * (tile_width + gutter),
+                        top - 0.035 * extent,
+                        title,
+                        color=FAINT_COLOR,
+                        size=points(0.065 * extent),
+                        va="bottom",
                     )
+            for index, volume in enumerate(batch):
+                _draw_mosaic(
+                    axes,
+                    volume,
+                    centers[group_index][name][index],
+                    index * (tile_width + gutter),
+                    top,
+                    seam,
+                    spacing,
+                    display_range,
+                    show_planes,
+                    points(0.05 * extent) if index == 0 else None,
+                )
+            top += tile_height + gutter
 
     # 3. legend above the first heading, scale bar in the free corner of the first mosaic
-    _draw_legend(axes, channel_names, 0.0, -0.05 * extent, points(0.07 * extent))
-    _draw_scale_bar(
-        axes, tile_width - 0.05 * extent, heading + tile_height - 0.03 * extent, 0.5 * depth, points(0.06 * extent)
+    draw_legend(axes, channel_names, 0.0, -0.05 * extent, points(0.07 * extent))
+    draw_scale_bar(
+        axes,
+        tile_width - 0.05 * extent,
+        heading + title_height + tile_height - 0.03 * extent,
+        0.5 * depth,
+        points(0.06 * extent),
     )
     return figure
 
 
-def write_png(figure: Figure, path: str | Path) -> Path:
-    """Write a figure of this module as PNG; missing folders are made.
-
-    Args:
-        figure: from `orthogonal_slices` or `compare_volumes`.
-        path: ends in ``.png``.
-
-    Returns:
-        The path.
-
-    Raises:
-        ValueError: if the path has another ending.
-    """
-    path = Path(path)
-    if path.suffix.lower() != ".png":
-        raise ValueError(
-            f"expected a path that ends in .png, got {str(path)!r}; call figure.savefig for other formats."
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=figure.dpi, facecolor=figure.get_facecolor())
-    return path
-
-
-# Input
-
-
-def _check_volumes(volumes: np.ndarray | torch.Tensor, name: str, channel_names: Sequence[str]) -> np.ndarray:
-    """(B, M, D, H, W) in [0, 1] as float32 NumPy, or a ValueError."""
-    if hasattr(volumes, "detach"):
-        volumes = volumes.detach().float().cpu().numpy()
-    volumes = np.asarray(volumes, dtype=np.float32)
-    if volumes.ndim != 5 or 0 in volumes.shape:
-        hint = "; add the batch axis with volume[None]" if volumes.ndim == 4 else ""
-        raise ValueError(f"{name} must be (B, M, D, H, W) with at least one cell, got shape {volumes.shape}{hint}.")
-    if volumes.shape[1] != len(channel_names):
-        raise ValueError(
-            f"{name} has {volumes.shape[1]} channels, but channel_names holds {len(channel_names)}: "
-            f"{tuple(channel_names)}; pass one name per channel."
-        )
-    low, high = volumes.min(), volumes.max()
-    if not (low >= -1e-3 and high <= 1 + 1e-3):  # also catches NaN
-        raise ValueError(
-            f"{name} must lie in [0, 1], got [{low:g}, {high:g}]; map volumes in [-1, 1] with (volumes + 1) / 2."
-        )
-    return volumes
+def _draw_mosaic(
+    axes: Axes,
+    volume: np.ndarray,
+    center: tuple[int, int, int],
+    left: float,
+    top: float,
+    seam: float,
+    spacing: tuple[float, float, float],
+    display_range: tuple[float, float],
+    show_planes: bool,
+    name_size: float | None,
+) -> None:
+    """XY, XZ below it, YZ beside it; the planes' names in the corners where they have a size."""
+    depth, height, width = (size * step for size, step in zip(volume.shape[1:], spacing, strict=True))
+    z, y, x = ((position + 0.5) * step for position, step in zip(center, spacing, strict=True))
+    corners = {"XY": (left, top), "XZ": (left, top + height + seam), "YZ": (left + width + seam, top)}
+    sizes = {"XY": (width, height), "XZ": (width, depth), "YZ": (depth, height)}
+    cuts = {"XY": {"YZ": x, "XZ": y}, "XZ": {"YZ": x, "XY": z}, "YZ": {"XY": z, "XZ": y}}
+    for name, plane in _orthogonal_planes(volume, center).items():
+        frame = PLANE_COLORS[name] if show_planes else FRAME_COLOR
+        draw_plane(axes, composite_channels(plane, display_range), *corners[name], sizes[name], frame)
+        if show_planes:
+            _draw_cuts(axes, *corners[name], sizes[name], cuts[name])
+        if name_size is not None:
+            axes.text(
+                corners[name][0] + 0.02 * (width + depth),
+                corners[name][1] + 0.02 * (width + depth),
+                name,
+                color=PLANE_COLORS[name] if show_planes else FAINT_COLOR,
+                size=name_size,
+                ha="left",
+                va="top",
+            )
 
 
-def _check_voxel_size(voxel_size_um: float | Sequence[float]) -> tuple[float, float, float]:
-    """(z, y, x) voxel edges in µm, or a ValueError."""
-    spacing = np.atleast_1d(np.asarray(voxel_size_um, dtype=float))
-    if spacing.shape not in ((1,), (3,)) or not (np.isfinite(spacing).all() and (spacing > 0).all()):
-        raise ValueError(f"voxel_size_um must be one positive number or (z, y, x) of them, got {voxel_size_um!r}.")
-    return tuple(float(step) for step in np.broadcast_to(spacing, (3,)))
+def _draw_cuts(
+    axes: Axes,
+    left: float,
+    top: float,
+    size: tuple[float, float],
+    cuts: Mapping[str, float],
+    tick_length: float | None = None,
+) -> None:
+    """Where two other planes cut a slice: the first across, the second down; whole lines, or ticks on the edges."""
+    right, bottom = left + size[0], top + size[1]
+    (across, x), (down, y) = cuts.items()
+    x, y = left + x, top + y
+    if tick_length is None:
+        segments = [(across, (x, x), (top, bottom)), (down, (left, right), (y, y))]
+    else:
+        segments = [
+            (across, (x, x), (top, top + tick_length)),
+            (across, (x, x), (bottom - tick_length, bottom)),
+            (down, (left, left + tick_length), (y, y)),
+            (down, (right - tick_length, right), (y, y)),
+        ]
+    for plane, xs, ys in segments:
+        axes.plot(xs, ys, color=PLANE_COLORS[plane], linewidth=0.7, alpha=0.85, solid_capstyle="butt")
 
 
 def _intensity_center(channel: np.ndarray) -> tuple[int, int, int]:
@@ -282,95 +370,3 @@ def _orthogonal_planes(volume: np.ndarray, center: tuple[int, int, int]) -> dict
     """(M, D, H, W) -> {"XY": (M, H, W), "XZ": (M, D, W), "YZ": (M, H, D)}, cut at the voxel (z, y, x)."""
     z, y, x = center
     return {"XY": volume[:, z], "XZ": volume[:, :, y], "YZ": volume[:, :, :, x].swapaxes(1, 2)}
-
-
-# Drawing, in µm from the top left
-
-
-def _black_canvas(
-    size: tuple[float, float], margins: Mapping[str, float], inches_per_um: float
-) -> tuple[Figure, Axes, Callable[[float], float]]:
-    """A black figure, its one set of axes, and the function from a length in µm to a font size in points."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('Pictures need matplotlib; run: pip install "diffusers_byoc[viz]"') from error
-
-    width = size[0] + margins["left"] + margins["right"]
-    height = size[1] + margins["top"] + margins["bottom"]
-    # a picture of very many cells keeps to what image viewers open
-    inches_per_um = min(inches_per_um, 200 / max(width, height))
-    figure = Figure(figsize=(width * inches_per_um, height * inches_per_um), dpi=_DPI, facecolor="black")
-    FigureCanvasAgg(figure)
-    axes = figure.add_axes((0, 0, 1, 1), facecolor="black")
-    axes.set_xlim(-margins["left"], size[0] + margins["right"])
-    axes.set_ylim(size[1] + margins["bottom"], -margins["top"])
-    axes.set_aspect("auto")
-    axes.set_axis_off()
-    axes.set_autoscale_on(False)
-    return figure, axes, lambda length_um: length_um * inches_per_um * 72
-
-
-def _draw_plane(axes: Axes, colors: np.ndarray, left: float, top: float, size: tuple[float, float]) -> None:
-    from matplotlib.patches import Rectangle
-
-    extent = (left, left + size[0], top + size[1], top)
-    axes.imshow(colors, extent=extent, aspect="auto", interpolation="bilinear")
-    axes.add_patch(Rectangle((left, top), *size, fill=False, edgecolor=_FRAME_COLOR, linewidth=0.6))
-
-
-def _draw_cuts(
-    axes: Axes, left: float, top: float, size: tuple[float, float], cut: tuple[float, float], length: float
-) -> None:
-    """Ticks on the four edges of a slice, where the two other planes cut it."""
-    right, bottom = left + size[0], top + size[1]
-    x, y = left + cut[0], top + cut[1]
-    segments = [
-        ((x, x), (top, top + length)),
-        ((x, x), (bottom - length, bottom)),
-        ((left, left + length), (y, y)),
-        ((right - length, right), (y, y)),
-    ]
-    for xs, ys in segments:
-        axes.plot(xs, ys, color=_FAINT_COLOR, linewidth=0.8, solid_capstyle="butt")
-
-
-def _draw_legend(axes: Axes, channel_names: Sequence[str], left: float, middle: float, size: float) -> None:
-    """The channel names in their colours, on one line."""
-    from matplotlib.offsetbox import AnchoredOffsetbox, HPacker, TextArea
-
-    colors = [CHANNEL_COLORS[index % len(CHANNEL_COLORS)] for index in range(len(channel_names))]
-    words = [
-        TextArea(name, textprops={"color": color, "size": size, "weight": "bold"})
-        for name, color in zip(channel_names, colors, strict=True)
-    ]
-    line = HPacker(children=words, pad=0, sep=size)
-    axes.add_artist(
-        AnchoredOffsetbox(
-            loc="center left",
-            child=line,
-            pad=0,
-            borderpad=0,
-            frameon=False,
-            bbox_to_anchor=(left, middle),
-            bbox_transform=axes.transData,
-        )
-    )
-
-
-def _draw_scale_bar(axes: Axes, right: float, bottom: float, longest: float, size: float) -> None:
-    """A bar of 1, 2 or 5 times a power of ten µm, no longer than `longest`, its length above it."""
-    power = 10.0 ** math.floor(math.log10(longest))
-    length = max(factor * power for factor in (1, 2, 5) if factor * power <= longest)
-    axes.plot((right - length, right), (bottom, bottom), color="white", linewidth=2.5, solid_capstyle="butt")
-    axes.annotate(
-        f"{length:g} µm",
-        (right - length / 2, bottom),
-        xytext=(0, 4),
-        textcoords="offset points",
-        color="white",
-        size=size,
-        ha="center",
-        va="bottom",
-    )

@@ -1,0 +1,147 @@
+"""The command line of train_byoc.py: presets, arguments of both stages, and what cannot go together."""
+
+import argparse
+import json
+from pathlib import Path
+
+from data_arguments import add_data_arguments, positive
+from diffusers_byoc import USABLE_SCHEDULERS
+
+
+CONFIGS = Path(__file__).parent / "configs"
+STAGES = ("autoencoder", "diffusion")
+# one name for both stages; `--STAGE_NAME` wins over it
+COMMON = {
+    "max_train_steps": (positive, "optimizer steps"),
+    "train_batch_size": (positive, "per process"),
+    "learning_rate": (float, None),
+    "lr_scheduler": (str, "any of diffusers' schedules"),
+}
+
+
+def parse_args(description: str, argv: list[str] | None = None) -> argparse.Namespace:
+    """The arguments, after the preset; `vqvae`, `unet` and `scheduler` hold the models' overrides.
+
+    A number of steps is None where `--num_train_epochs` says it; `set_train_steps` fills it in.
+    """
+    parser = _make_parser(description)
+    preset = parser.parse_known_args(argv)[0].preset
+    path = CONFIGS / f"{preset}.json" if (CONFIGS / f"{preset}.json").is_file() else Path(preset)
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.json")))
+        parser.error(f"--preset {preset}: neither one of {known} nor a file")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        parser.error(f"{path}: not a JSON file ({error})")
+    preset_arguments = config.get("arguments", {})
+    unknown = set(preset_arguments) - set(vars(parser.parse_args([])))
+    if unknown:
+        parser.error(f"{path}: unknown arguments {sorted(unknown)}")
+    parser.set_defaults(**preset_arguments)
+    args = parser.parse_args(argv)
+
+    absent = object()
+    given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), absent)))
+    _spread_common(args, preset_arguments)
+    _spread_common(args, {name: value for name, value in vars(given).items() if value is not absent})
+    if args.stage == "all" and args.resume_from_checkpoint not in (None, "latest"):
+        parser.error(f"checkpoint {args.resume_from_checkpoint} belongs to one stage: say --stage, or 'latest'")
+    if args.push_to_hub and args.stage == "autoencoder":
+        parser.error("--push_to_hub publishes the pipeline, which --stage autoencoder does not end with")
+    args.vqvae, args.unet, args.scheduler = (dict(config.get(name, {})) for name in ("vqvae", "unet", "scheduler"))
+    if args.latent_scaling:
+        args.vqvae["latent_scaling"] = args.latent_scaling
+    if args.prediction_type:
+        args.scheduler["prediction_type"] = args.prediction_type
+    return args
+
+
+def set_train_steps(args: argparse.Namespace, num_cells: int, num_processes: int) -> None:
+    """Replace `--num_train_epochs` by each stage's number of steps."""
+    for stage in STAGES:
+        if getattr(args, f"{stage}_max_train_steps") is None:
+            step_size = getattr(args, f"{stage}_train_batch_size") * args.gradient_accumulation_steps * num_processes
+            setattr(args, f"{stage}_max_train_steps", -(-args.num_train_epochs * num_cells // step_size))
+
+
+def _spread_common(args: argparse.Namespace, given: dict) -> None:
+    """Values for both stages to each stage that was given none of its own, from one source (preset, command line)."""
+    for stage in STAGES:
+        if "num_train_epochs" in given and not {f"{stage}_max_train_steps", "max_train_steps"} & set(given):
+            setattr(args, f"{stage}_max_train_steps", None)
+        for name in COMMON:
+            own = f"{stage}_{name}"
+            if own in given:
+                setattr(args, own, given[own])
+            elif name in given:
+                setattr(args, own, given[name])
+
+
+def _make_parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    flag = {"action": argparse.BooleanOptionalAction, "default": False}
+    add("--preset", default="demo", help="demo, paper, or the path of a JSON file like those in examples/configs")
+    add("--output_dir", default="outputs/demo", help="pipeline, checkpoints, logs and report go here")
+    add("--stage", choices=["all", *STAGES], default="all")
+    add("--seed", type=int, default=0)
+    add_data_arguments(parser)
+
+    add = parser.add_argument_group("both stages").add_argument
+    for name, (kind, text) in COMMON.items():
+        add(f"--{name}", type=kind, help="; ".join(filter(None, [text, "a stage's own argument wins"])))
+    add("--num_train_epochs", type=positive, help="passes over the cells, in place of --max_train_steps")
+    add("--mixed_precision", choices=["auto", "no", "fp16", "bf16"], default="auto", help="auto: the fastest here")
+    add("--allow_tf32", **flag, help="faster float32 products on NVIDIA GPUs since Ampere, of 10 bits' precision")
+    add("--compile", **flag, help="torch.compile both networks; the first steps take minutes")
+    add("--num_cpu_threads", type=positive, help="per process, without a GPU (default: a fair share of all cores)")
+    add("--optimizer", choices=["adam", "adamw"], default="adam")
+    add("--use_8bit_adam", **flag, help="8-bit optimizer states, by bitsandbytes, on a GPU")
+    add("--adam_beta1", type=float, default=0.9)
+    add("--adam_beta2", type=float, default=0.99)
+    add("--adam_weight_decay", type=float, default=0.0)
+    add("--lr_warmup_steps", type=int, default=0)
+    add("--max_grad_norm", type=float, default=1.0, help="0 clips nothing")
+    add("--gradient_accumulation_steps", type=positive, default=1)
+    add("--gradient_checkpointing", **flag, help="less memory for more time")
+    defaults = {"max_train_steps": 100_000, "train_batch_size": 2, "lr_scheduler": "constant"}
+    for stage, learning_rate in zip(STAGES, (3e-4, 1e-4), strict=True):
+        for name, (kind, _) in COMMON.items():
+            add(f"--{stage}_{name}", type=kind, default=(defaults | {"learning_rate": learning_rate})[name])
+
+    add = parser.add_argument_group("autoencoder").add_argument
+    add("--discriminator_start", type=int, default=10_000, help="step at which the discriminator joins")
+    add("--discriminator_weight", type=float, default=0.1, help="of the adversarial gradient against reconstruction's")
+
+    add = parser.add_argument_group("diffusion").add_argument
+    add("--vqvae_path", help="trained autoencoder for --stage diffusion (default: OUTPUT_DIR/vqvae)")
+    add("--latent_scaling", choices=["codebook_range", "standardize"], help="how latents come to the noise's scale")
+    add("--class_conditional", **flag, help="give the labels to the U-Net")
+    add("--prediction_type", choices=["epsilon", "v_prediction", "sample"], help="what the U-Net predicts")
+    add("--loss_type", choices=["l1", "l2"], default="l1")
+    add("--snr_gamma", type=float, help="min-SNR weighting of the timesteps (Hang et al. 2023 advise 5)")
+    add("--use_ema", **(flag | {"default": True}), help="the model is a moving average of the trained weights")
+    add("--ema_decay", type=float, default=0.995)
+    add("--use_ema_warmup", **flag, help="the average's decay rises by a power law, up to --ema_decay")
+    add("--ema_inv_gamma", type=float, default=1.0, help="of the warm-up, 1 - (1 + step / inv_gamma) ** -power")
+    add("--ema_power", type=float, default=2 / 3)
+    add("--num_inference_steps", type=positive, default=1000, help="the saved pipeline's default")
+    add("--inference_scheduler", choices=USABLE_SCHEDULERS, default="DDPMScheduler", help="the saved pipeline's")
+
+    add = parser.add_argument_group("checkpoints, logs, samples").add_argument
+    add("--checkpointing_steps", type=positive, default=5000)
+    add("--checkpoints_total_limit", type=positive, default=2)
+    add("--resume_from_checkpoint", help='"latest", or the name of a checkpoint')
+    add("--report_to", choices=["tensorboard", "wandb", "all"], default="tensorboard", help="all: both")
+    add("--validation_steps", type=positive, default=200, help="steps between validation losses and pictures")
+    add("--num_validation_cells", type=positive, default=16, help="held-out cells in the validation losses")
+    add("--num_samples", type=positive, default=8, help="cells to generate for the report")
+    help_text = "the report's cell is brighter than this (default: Otsu's; membrane: 0.05)"
+    add("--cell_threshold", type=float, help=help_text)
+
+    add = parser.add_argument_group("publishing").add_argument
+    add("--push_to_hub", **flag, help="upload the pipeline, its card and its report")
+    add("--hub_model_id", help="NAME or ORGANISATION/NAME (default: the name of --output_dir)")
+    add("--hub_private_repo", **flag)
+    return parser

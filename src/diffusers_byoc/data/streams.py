@@ -1,0 +1,234 @@
+"""Cells read in passing, for sets larger than memory and disk: no row is kept, and nothing is downloaded whole."""
+
+import copy
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from .cells import keep_labels, preprocess
+from .processor import VolumeProcessor
+from .shards import find_shards, open_shards
+from .tables import check_cells, population_of
+
+
+class StreamedCells(IterableDataset):
+    """A table of cells that is read where it lies: Parquet or webdataset shards in a folder or on the Hub.
+
+    Iterating gives every cell once, in the order of the table, shared out among the workers of a DataLoader;
+    `batches` is for training. Labels, groups and the like are read at construction, the volumes in passing.
+
+    Args:
+        name, processor, label, config_name, volume_column, label_column, group_column: as for `CellTable`.
+
+    Attributes:
+        processor, population, class_names, labels, ids, voxel_size_um: as for `CellDataset`.
+
+    Raises:
+        OSError: if there is no such data set, or the Hub cannot be reached.
+        ValueError: if the table is empty, lacks a column, or has none of the label's cells.
+        ImportError: if 🤗 Datasets is not installed.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        processor: VolumeProcessor,
+        label: str | Sequence[str] | None = None,
+        config_name: str | None = None,
+        volume_column: str = "volume",
+        label_column: str | None = None,
+        group_column: str | None = None,
+    ):
+        self.processor = processor
+        self._shards = open_shards(find_shards(name, config_name), volume_column)
+        self.population, class_names = population_of(self._shards, name, label_column, group_column)
+        rows, names = keep_labels(self.population, label, name)
+        self.class_names = sorted(set(names)) if label else class_names
+        index_of = {name: index for index, name in enumerate(self.class_names)}
+        self._class_of = np.full(len(self.population.ids), -1, np.int32)  # -1 for a row that is not kept
+        self._class_of[rows] = [index_of[name] for name in names]
+        self.voxel_size_um = check_cells(self._shards, processor, rows)
+
+    @property
+    def labels(self) -> list[int]:
+        return self._class_of[self._class_of >= 0].tolist()
+
+    @property
+    def ids(self) -> list[str]:
+        return [self.population.ids[row] for row in np.flatnonzero(self._class_of >= 0)]
+
+    def subset(self, ids: Iterable[str]) -> "StreamedCells":
+        """The cells among `ids`; classes are shared. Other ids are ignored."""
+        wanted = set(ids)
+        is_wanted = np.array([cell in wanted for cell in self.population.ids])
+        subset = copy.copy(self)
+        subset._class_of = np.where(is_wanted, self._class_of, -1).astype(np.int32)
+        return subset
+
+    def __len__(self) -> int:
+        return int((self._class_of >= 0).sum())
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        worker = get_worker_info()
+        part, num_parts = (worker.id, worker.num_workers) if worker else (0, 1)
+        units = self._kept_units()
+        order = range(len(units))
+        start, stop = (len(self) * bound // num_parts for bound in (part, part + 1))
+        for row, content in self._read(units, order, start, stop):
+            yield self._item(row, content)
+
+    def batches(
+        self,
+        batch_size: int,
+        first_batch: int,
+        num_batches: int,
+        seed: int,
+        buffer_size: int = 1000,
+        process_index: int = 0,
+        num_processes: int = 1,
+    ) -> "StreamBatches":
+        """This process's share of an endless run of shuffled epochs; see `StreamBatches`."""
+        return StreamBatches(
+            self, batch_size, first_batch, num_batches, seed, buffer_size, process_index, num_processes
+        )
+
+    def _kept_units(self) -> list[tuple]:
+        """(unit, its rows that are kept) of all units that have any."""
+        kept = np.flatnonzero(self._class_of >= 0)
+        units = self._shards.units
+        bounds = np.searchsorted(kept, [unit.first for unit in units] + [self._shards.num_rows])
+        return [
+            (unit, kept[start:stop])
+            for unit, start, stop in zip(units, bounds[:-1], bounds[1:], strict=True)
+            if stop > start
+        ]
+
+    def _read(self, units: list[tuple], order: Iterable[int], start: int, stop: int) -> Iterator[tuple[int, Mapping]]:
+        """Rows [start, stop) of the kept ones, if the units stood in this order; other units are not opened."""
+        first = 0
+        for index in order:
+            unit, rows = units[index]
+            wanted = rows[max(start - first, 0) : max(stop - first, 0)]
+            first += len(rows)
+            if len(wanted):
+                yield from self._shards.read(unit, set(wanted.tolist()))
+            if first >= stop:
+                return
+
+    def _item(self, row: int, content: Mapping) -> dict[str, Tensor]:
+        where = self._shards.where(row)
+        try:
+            volume = self._shards.decode(content)
+        except ValueError as err:
+            raise ValueError(f"{where}: {err}") from err
+        volume = preprocess(volume, self.processor, where)[0]
+        return {"volumes": volume, "class_labels": torch.tensor(int(self._class_of[row]))}
+
+
+class StreamBatches(IterableDataset):
+    """Batches of a stream for a DataLoader with ``batch_size=None``; the counterpart of `training.StepBatches`.
+
+    Every epoch the units of the table (row groups, or runs of an archive's samples) are put into a new order, and
+    their rows dealt in runs of equal length, a cell more or less, to the workers of all processes: each cell is seen
+    once an epoch, and nobody reads what others deal with, except the unit at which two runs meet. Each worker shuffles
+    its run through a buffer. As epochs never end, all processes make the same number of steps.
+
+    What a batch holds depends on the arguments, the number of workers and its own number alone, so that a run goes on
+    at `first_batch` as the unbroken one would have; what that costs is reading one buffer. With other numbers of
+    processes or workers the order is another.
+
+    Args:
+        cells: the stream.
+        batch_size: cells of a batch of one process.
+        first_batch: where to begin.
+        num_batches: how many batches.
+        seed: of the shuffling.
+        buffer_size: rows, still compressed, from which a worker draws; it keeps up to two such buffers.
+        process_index: of this process.
+        num_processes: taking part.
+
+    Raises:
+        ValueError: if there are no cells, or `buffer_size` or `batch_size` is not positive.
+    """
+
+    def __init__(
+        self,
+        cells: StreamedCells,
+        batch_size: int,
+        first_batch: int,
+        num_batches: int,
+        seed: int,
+        buffer_size: int = 1000,
+        process_index: int = 0,
+        num_processes: int = 1,
+    ):
+        if not len(cells) or batch_size < 1 or buffer_size < 1:
+            raise ValueError(
+                f"expected cells, and positive `batch_size` and `buffer_size`, got {len(cells)} cells, {batch_size}"
+                f" and {buffer_size}"
+            )
+        self.cells, self.batch_size, self.seed, self.buffer_size = cells, batch_size, seed, buffer_size
+        self.first_batch, self.num_batches = first_batch, num_batches
+        self.process_index, self.num_processes = process_index, num_processes
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        worker = get_worker_info()
+        num_workers, worker_id = (worker.num_workers, worker.id) if worker else (1, 0)
+        # a DataLoader takes turns: its worker 0 makes the first batch, which is not batch 0 in a run that goes on
+        batch = self.first_batch + worker_id
+        consumer = self.process_index * num_workers + batch % num_workers
+        samples = self._samples(consumer, self.num_processes * num_workers, batch // num_workers * self.batch_size)
+        for _ in range(batch, self.first_batch + self.num_batches, num_workers):
+            items = list(itertools.islice(samples, self.batch_size))
+            yield {name: torch.stack([item[name] for item in items]) for name in items[0]}
+
+    def _samples(self, consumer: int, num_consumers: int, position: int) -> Iterator[dict[str, Tensor]]:
+        """The endless sequence of one consumer's items, from a position on."""
+        epoch = 0
+        while position >= (length := self._length(epoch, consumer, num_consumers)):
+            position, epoch = position - length, epoch + 1
+        buffers = self._buffers(consumer, num_consumers, epoch, position)
+        rng, skipped, size, rows = next(buffers)
+        buffer = list(itertools.islice(rows, size))
+        while True:
+            next_rng, _, next_size, next_rows = next(buffers)
+            next_buffer = []
+            for index in rng.permutation(len(buffer))[skipped:]:
+                yield self.cells._item(*buffer[index])
+                next_buffer.extend(itertools.islice(next_rows, min(1, next_size - len(next_buffer))))
+            next_buffer.extend(itertools.islice(next_rows, next_size - len(next_buffer)))
+            rng, skipped, buffer = next_rng, 0, next_buffer
+
+    def _buffers(self, consumer: int, num_consumers: int, first_epoch: int, position: int):
+        """Of each buffer: generator of its order, rows to skip, its size, and the reader of its epoch."""
+        units = self.cells._kept_units()
+        for epoch in itertools.count(first_epoch):
+            start, stop = self._run(epoch, consumer, num_consumers)
+            num_buffers = -(-(stop - start) // self.buffer_size)
+            bounds = [start + (stop - start) * index // max(num_buffers, 1) for index in range(num_buffers + 1)]
+            # the run's first buffer that has not been used up
+            first = sum(bound - start <= position for bound in bounds[1:]) if epoch == first_epoch else 0
+            if first == num_buffers:  # more consumers than cells
+                continue
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(units))
+            rows = self.cells._read(units, order, bounds[first], stop)
+            for index in range(first, num_buffers):
+                rng = np.random.default_rng([self.seed, epoch, consumer, index])
+                skipped = position - (bounds[index] - start) if (epoch, index) == (first_epoch, first) else 0
+                yield rng, skipped, bounds[index + 1] - bounds[index], rows
+
+    def _run(self, epoch: int, consumer: int, num_consumers: int) -> tuple[int, int]:
+        """Start and end of a consumer's run of an epoch; who gets a cell more changes with the epochs."""
+        place = (consumer + epoch) % num_consumers
+        return tuple(len(self.cells) * bound // num_consumers for bound in (place, place + 1))
+
+    def _length(self, epoch: int, consumer: int, num_consumers: int) -> int:
+        start, stop = self._run(epoch, consumer, num_consumers)
+        return stop - start

@@ -1,0 +1,82 @@
+"""What the metrics take: features, one row a cell; and how columns of different units become comparable."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .optional import optional
+
+
+if TYPE_CHECKING:
+    import torch
+
+    Features = np.ndarray | torch.Tensor
+
+
+def check_features(features: Features, name: str, min_cells: int = 2, allow_nan: bool = False) -> np.ndarray:
+    """(N, K) features as float64 NumPy.
+
+    Raises:
+        ValueError: if they are not (N, K) real numbers with N ≥ `min_cells`, or not finite; NaN, for what a cell does
+            not have, passes where `allow_nan` says so.
+    """
+    if hasattr(features, "detach"):
+        features = features.detach().double().cpu().numpy()
+    features = np.asarray(features)
+    if features.ndim != 2 or features.shape[1] == 0 or features.dtype.kind not in "buif":
+        raise ValueError(
+            f"{name} must be (N, K) real numbers, one row a cell, got shape {features.shape} of {features.dtype}"
+        )
+    if len(features) < min_cells:
+        raise ValueError(f"{name} must hold at least {min_cells} cells, got {len(features)}; give more cells")
+    features = features.astype(np.float64)
+    if np.isinf(features).any() or (np.isnan(features).any() and not allow_nan):
+        remedy = "look for the cells that cause it" if allow_nan else "standardize_features replaces NaN"
+        raise ValueError(f"{name} must be finite, got NaN or infinity; {remedy}")
+    return features
+
+
+def check_pair(
+    features_1: Features, features_2: Features, min_cells: int = 2, allow_nan: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Two sets of features with the same columns; see `check_features`."""
+    features_1 = check_features(features_1, "features_1", min_cells, allow_nan)
+    features_2 = check_features(features_2, "features_2", min_cells, allow_nan)
+    if features_1.shape[1] != features_2.shape[1]:
+        raise ValueError(
+            f"both sets must have the same features, got {features_1.shape[1]} and {features_2.shape[1]} columns;"
+            " extract them in the same way"
+        )
+    return features_1, features_2
+
+
+def standardize_features(features: Features, reference: Features) -> np.ndarray:
+    """Features in standard deviations of a reference set, NaN replaced by its mean.
+
+    A feature that a cell does not have (the shape of a missing nucleus) then neither adds to a distance nor takes
+    from it; that it is missing shows in the features that every cell has, as a nucleus volume of 0. A column that is
+    constant in the reference is centred and keeps its unit.
+
+    Args:
+        features: (N, K), NaN for what a cell does not have.
+        reference: (R, K), R ≥ 2, the real cells; the same for all sets that are compared.
+
+    Returns:
+        (N, K) float64, finite.
+
+    Raises:
+        ValueError: if the shapes do not fit, or a value is infinite.
+        ImportError: if scikit-learn is missing.
+    """
+    features = check_features(features, "features", min_cells=1, allow_nan=True)
+    reference = check_features(reference, "reference", allow_nan=True)
+    if features.shape[1] != reference.shape[1]:
+        raise ValueError(
+            f"expected the {reference.shape[1]} columns of the reference, got {features.shape[1]}; extract both alike"
+        )
+    preprocessing = optional("sklearn.preprocessing")
+    with np.errstate(invalid="ignore"):  # a column of nan has no mean, which is what nan_to_num answers
+        scaler = preprocessing.StandardScaler().fit(reference)
+    return np.nan_to_num(scaler.transform(features), nan=0.0)

@@ -1,0 +1,78 @@
+"""One run a folder, and a SIGTERM that ends a run after its step."""
+
+import os
+import signal
+import socket
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+
+LOCK_NAME = "run.lock"
+
+
+@contextmanager
+def lock_folder(directory: str | Path):
+    """Hold `directory`, made if missing, for this process alone; the system lets go of it however the process ends.
+
+    Raises:
+        OSError: if another process holds it, or it cannot be written to.
+    """
+    from filelock import FileLock, Timeout
+
+    directory = Path(directory)
+    path, is_new = directory / LOCK_NAME, not directory.exists()
+    lock = FileLock(path)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+        with suppress(OSError):  # Windows lets nobody write a locked file; the name is a courtesy
+            path.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+    except Timeout as error:
+        holder = path.read_text(encoding="utf-8").strip() or "another process"
+        raise OSError(
+            f"{directory}: {holder} is training into it. Wait for it to end, stop it, or give another --output_dir."
+        ) from error
+    except OSError as error:
+        raise OSError(
+            f"{directory} cannot be written to ({error.strerror or error}). Make it writable, or give another"
+            " --output_dir."
+        ) from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # before letting go, so that no other process can hold the old file
+            path.unlink()
+        lock.release()
+        if is_new and not any(directory.iterdir()):
+            directory.rmdir()
+
+
+class Termination:
+    """Notices SIGTERM, as clusters send it before they kill, in place of dying of it, from construction to `close`.
+
+    ``requested`` tells, after each step, whether any process got one, so that all stop at the same step.
+    """
+
+    def __init__(self):
+        self._is_received = False
+        self._previous = signal.signal(signal.SIGTERM, self._receive)
+
+    def close(self) -> None:
+        """Back to what SIGTERM did before."""
+        signal.signal(signal.SIGTERM, self._previous)
+
+    def _receive(self, signum, frame) -> None:
+        self._is_received = True
+
+    def requested(self, accelerator: Accelerator) -> bool:
+        """Whether a SIGTERM has come to any process; all processes must ask at the same point."""
+        flag = torch.tensor(float(self._is_received), device=accelerator.device)
+        return bool(accelerator.reduce(flag, reduction="sum") > 0)
+
+
+def ignore_termination(worker_id: int) -> None:
+    """`worker_init_fn` of a DataLoader: a SIGTERM to the whole group must not take the data from the last step."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

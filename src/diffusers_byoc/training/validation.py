@@ -1,0 +1,83 @@
+"""Losses on cells that are not trained on; the same cells, noise and timesteps every time, shared by the processes."""
+
+from collections.abc import Sequence
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from ..models import MultiCodebookVQModel
+from .latents import CachedLatents
+from .losses import diffusion_loss, reconstruction_loss
+from .randomness import step_generator
+
+
+_NUM_TIMESTEPS = 4  # a cell
+
+
+@torch.no_grad()
+def validate_autoencoder(
+    accelerator: Accelerator, vqvae: MultiCodebookVQModel, cells: Dataset, max_cells: int
+) -> dict[str, float]:
+    """`validation/reconstruction`: mean squared error of the first `max_cells` of `cells`; `vqvae` is unwrapped."""
+    was_training = vqvae.training
+    vqvae.eval()
+    rows = range(accelerator.process_index, min(len(cells), max_cells), accelerator.num_processes)
+    total = torch.zeros(2, device=accelerator.device)
+    for batch in DataLoader(Subset(cells, rows), batch_size=4):
+        volumes = batch["volumes"].to(accelerator.device)
+        with accelerator.autocast():
+            reconstruction = vqvae(volumes, return_dict=False)[0]  # autocast cannot rebuild a dataclass
+        total += len(volumes) * torch.stack([reconstruction_loss(reconstruction, volumes), torch.ones_like(total[0])])
+    vqvae.train(was_training)
+    return {"validation/reconstruction": _mean(accelerator, total)}
+
+
+@torch.no_grad()
+def validate_diffusion(
+    accelerator: Accelerator,
+    unet: nn.Module,
+    scheduler,
+    vqvae: MultiCodebookVQModel,
+    latents: CachedLatents,
+    class_labels: Sequence[int] | None,
+    seed: int,
+    loss_type: str = "l1",
+    snr_gamma: float | None = None,
+) -> dict[str, float]:
+    """`validation/diffusion`: the training loss of every cell at four timesteps, evenly apart.
+
+    Args:
+        accelerator: gives autocast and the processes.
+        unet: unwrapped, with the weights to judge.
+        scheduler: adds the noise.
+        vqvae: normalises the latents.
+        latents: of the cells held out.
+        class_labels: of the same cells; None for an unconditional model.
+        seed: of the noise.
+        loss_type: see `diffusion_loss`.
+        snr_gamma: see `diffusion_loss`.
+    """
+    was_training = unet.training
+    unet.eval()
+    num_steps = len(scheduler)
+    middles = (torch.arange(_NUM_TIMESTEPS) * 2 + 1) * num_steps // (2 * _NUM_TIMESTEPS)
+    timesteps = middles.to(accelerator.device)
+    total = torch.zeros(2, device=accelerator.device)
+    for row in range(accelerator.process_index, len(latents), accelerator.num_processes):
+        clean = vqvae.normalize_latents(latents[[row]].to(accelerator.device)).expand(_NUM_TIMESTEPS, -1, -1, -1, -1)
+        noise = torch.randn(clean.shape, generator=step_generator(seed, row, "validation")).to(accelerator.device)
+        labels = None
+        if class_labels is not None:
+            labels = torch.full((_NUM_TIMESTEPS,), class_labels[row], device=accelerator.device)
+        with accelerator.autocast():
+            loss = diffusion_loss(unet, scheduler, clean, noise, timesteps, labels, loss_type, snr_gamma)
+        total += torch.stack([loss, torch.ones_like(loss)])
+    unet.train(was_training)
+    return {"validation/diffusion": _mean(accelerator, total)}
+
+
+def _mean(accelerator: Accelerator, total: Tensor) -> float:
+    loss, count = accelerator.reduce(total, reduction="sum").tolist()
+    return loss / count

@@ -1,0 +1,138 @@
+"""The arguments that name cells, as every script takes them."""
+
+import argparse
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from diffusers_byoc.data import CellTable, StreamedCells, Volume, write_shards
+
+
+CHANNELS = ("cell", "nucleus")
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2] / "examples")
+    return importlib.import_module("data_arguments")
+
+
+@pytest.fixture
+def load(script):
+    def run(*arguments, **options):
+        parser = argparse.ArgumentParser()
+        parser.add_argument("--seed", type=int, default=0)
+        script.add_data_arguments(parser)
+        return script.load_cells(parser.parse_args(["--sample_size", "16", *map(str, arguments)]), CHANNELS, **options)
+
+    return run
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Twenty cells of two labels from ten images."""
+    root = tmp_path / "files"
+    root.mkdir()
+    rows = ["file_name,label,source,plate"]
+    for number in range(20):
+        cell = np.zeros((2, 8, 9, 10), np.uint8)
+        cell[:, 2:6, 2:7, 2:8] = np.random.default_rng(number).integers(1, 255, (2, 4, 5, 6))
+        np.save(root / f"{number}.npy", cell)
+        rows.append(f"{number}.npy,{'ab'[number % 2]},image {number // 2},plate {number // 10}")
+    (root / "metadata.csv").write_text("\n".join(rows))
+    return root
+
+
+@pytest.fixture
+def shards(folder, tmp_path):
+    cells = ((Volume(np.load(folder / f"{number}.npy")), {"label": "ab"[number % 2]}) for number in range(20))
+    write_shards(tmp_path / "shards", cells, "webdataset")
+    return tmp_path / "shards"
+
+
+def test_cells_are_split_by_source_image(load, folder):
+    train, held_out = load("--train_data_dir", folder)
+    assert (len(train), len(held_out)) == (16, 4)
+    images = [{int(Path(name).stem) // 2 for name in cells.ids} for cells in (train, held_out)]
+    assert not images[0] & images[1]
+    assert train.paths[0].name == train.ids[0]
+    index = train.population.ids.index(held_out.ids[0])
+    assert torch.equal(held_out[0]["volumes"], train.processor.preprocess(np.load(folder / f"{index}.npy")))
+
+
+def test_a_label_holds_out_the_same_cells(load, folder):
+    _, held_out = load("--train_data_dir", folder)
+    train, of_one_label = load("--train_data_dir", folder, "--label", "a")
+    assert of_one_label.ids == [name for name in held_out.ids if int(Path(name).stem) % 2 == 0]
+    assert not set(train.ids) & set(held_out.ids)
+
+
+def test_folds_by_plate(load, folder):
+    parts = [
+        load("--train_data_dir", folder, "--num_folds", 2, "--fold", fold, "--group_column", "plate")[1].ids
+        for fold in (0, 1)
+    ]
+    assert sorted(map(len, parts)) == [10, 10] and not set(parts[0]) & set(parts[1])
+    assert len({int(Path(name).stem) // 10 for name in parts[0]}) == 1
+
+
+def test_all_cells_can_be_trained_on(load, folder):
+    train, held_out = load("--train_data_dir", folder, "--held_out", 0)
+    assert len(train) == 20 and held_out is None
+
+
+def test_the_split_is_kept_with_the_run(load, folder, tmp_path):
+    run = tmp_path / "run"
+    train, _ = load("--train_data_dir", folder, "--split_seed", 1, run_dir=run)
+    assert sorted(json.loads((run / "split.json").read_text())["train"]) == sorted(train.ids)
+    again, _ = load("--train_data_dir", folder, "--split_seed", 1, run_dir=run, goes_on=True)
+    elsewhere, _ = load("--train_data_dir", folder, "--split_file", run / "split.json", "--split_seed", 2)
+    assert again.ids == elsewhere.ids == train.ids
+    with pytest.raises(ValueError, match="holds out other cells; give --split_file"):
+        load("--train_data_dir", folder, "--split_seed", 2, run_dir=run, goes_on=True)
+    (folder / "metadata.csv").write_text("file_name,label\n0.npy,a\n1.npy,b\n")
+    with pytest.raises(ValueError, match=r"split\.json: made for 20 cells"):
+        load("--train_data_dir", folder, "--split_file", run / "split.json")
+
+
+def test_phantoms_are_their_own_groups(load):
+    train, held_out = load("--num_phantoms", 10, "--sample_size", 32)
+    assert (len(train), len(held_out)) == (8, 2) and train.class_names == ["nocodazole"]
+
+
+def test_one_loader_for_every_source(script, load, folder, shards):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seed", type=int, default=0)
+    script.add_data_arguments(parser)
+    table, _ = load("--train_data_dir", shards)
+    stream, _ = load("--dataset_name", f"{shards}/*.tar", "--streaming")
+    files, _ = load("--train_data_dir", folder, "--held_out", 0)
+    assert type(table) is CellTable and type(stream) is StreamedCells and table.ids == stream.ids
+    for cells in (table, stream, files):
+        batches = list(script.batch_loader(parser.parse_args([]), cells, 3, 2, 4))
+        assert len(batches) == 4 and all(batch["volumes"].shape == (3, 2, 16, 16, 16) for batch in batches)
+        assert all(batch["class_labels"].shape == (3,) for batch in batches)
+        some = script.indexable(cells, 5, 0)
+        assert len(some) == (5 if cells is stream else len(cells)) and some[4]["volumes"].shape == (2, 16, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        (["--streaming"], ValueError, "--streaming needs a table"),
+        (["--dataset_name", "x", "--train_data_dir", "y"], ValueError, "two sources"),
+        (["--dataset_name", "no/thing/here"], OSError, "no such data set"),
+        (["--train_data_dir", "FOLDER", "--label", "c"], ValueError, "no cells with the label c"),
+        (["--train_data_dir", "FOLDER", "--label_column", "drug"], ValueError, "expected a column drug, got"),
+        (["--train_data_dir", "FOLDER", "--group_column", "dish"], ValueError, "expected a column dish, got"),
+        (["--train_data_dir", "FOLDER", "--fold", "1"], ValueError, "needs `num_folds`"),
+        (["--train_data_dir", "FOLDER", "--split_file", "gone.json"], OSError, "gone.json"),
+    ],
+)
+def test_refusals(load, folder, arguments, error, match):
+    with pytest.raises(error, match=match):
+        load(*(str(folder) if argument == "FOLDER" else argument for argument in arguments))

@@ -1,0 +1,117 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+from diffusers_byoc import BYOCPipeline, DualChannelUNet3D, MultiCodebookVQModel
+from diffusers_byoc.data import PhantomCells, VolumeProcessor, read_volume, write_ome_tiff
+
+
+REPOSITORY = Path(__file__).parents[2]
+SMALL = ["--num_phantoms", "36", "--sample_size", "32", "--num_folds", "2", "--features", "morphology"]
+SMALL += ["--no-volume_classifier", "--num_cpu_threads", "1"]
+
+
+def evaluate(*arguments, launcher=(), check=True) -> subprocess.CompletedProcess:
+    command = [sys.executable, *launcher, "examples/evaluate_byoc.py", *map(str, arguments)]
+    env = os.environ | {"PYTHONPATH": str(REPOSITORY / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True)
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory):
+    """20 files as a generator would leave them."""
+    folder = tmp_path_factory.mktemp("generated")
+    cells = PhantomCells(20, VolumeProcessor(sample_size=32), ["nocodazole"], seed=7)
+    for index in range(20):
+        write_ome_tiff(folder / f"{index:02}.ome.tif", (cells[index]["volumes"] + 1) / 2)
+    return folder
+
+
+@pytest.mark.slow
+def test_volumes_made_elsewhere_are_judged_and_the_bad_rows_are_worse(phantoms, tmp_path):
+    evaluate("--generated_dir", phantoms, "--output_dir", tmp_path, *SMALL)
+    results = json.loads((tmp_path / "metrics.json").read_text())
+    rows = results["summary"]
+    assert set(rows) == {"generated", "real", "shuffled channels", "blurred"} and len(results["folds"]) == 2
+    frechet = {name: row["morphology/frechet"]["mean"] for name, row in rows.items()}
+    assert frechet["blurred"] > 5 * max(frechet["generated"], frechet["real"])
+    folds = [fold["generated"]["morphology/frechet"] for fold in results["folds"]]
+    assert frechet["generated"] == pytest.approx(np.mean(folds))
+    assert rows["generated"]["morphology/frechet"]["std"] == pytest.approx(np.std(folds, ddof=1))
+    table = (tmp_path / "metrics.md").read_text()
+    assert "| Fréchet distance (morphology) | low |" in table
+    for name in ("cells.png", "metrics.png", "distributions.png", "nearest.png"):
+        assert (tmp_path / name).stat().st_size > 1000 and f"({name})" in table
+
+    # again, by two processes: nothing is computed twice, and nothing changes
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611")
+    evaluate("--generated_dir", phantoms, "--output_dir", tmp_path, *SMALL, launcher=launcher)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()} == kept
+    assert json.loads((tmp_path / "metrics.json").read_text())["folds"] == results["folds"]
+
+
+@pytest.mark.slow
+def test_a_pipeline_generates_each_cell_from_its_seed_and_number_alone(tmp_path):
+    pipeline = BYOCPipeline(
+        MultiCodebookVQModel(latent_channels=2, num_vq_embeddings=8, block_out_channels=(4, 8), sample_size=32),
+        DualChannelUNet3D(latent_channels=2, sample_size=16, block_out_channels=(8, 8), layers_per_block=1),
+        DDPMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=False),
+    )
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    arguments = ["--pretrained", tmp_path / "pipeline", "--num_inference_steps", "2", *SMALL]
+    evaluate(*arguments, "--output_dir", tmp_path / "a", "--num_samples", "14", "--batch_size", "4")
+    results = json.loads((tmp_path / "a" / "metrics.json").read_text())
+    assert results["num_cells"]["generated"] == 14
+    assert set(results["reconstruction"]) == {"cell", "nucleus"}
+    assert 0 < results["reconstruction"]["cell"]["codes_used"] <= 1
+    assert "Reconstruction" in (tmp_path / "a" / "metrics.md").read_text()
+
+    # more cells, in other batches, by two processes: the first ones stay what they are
+    generated = sorted((tmp_path / "a" / "generated").glob("*.tif"))
+    before = [path.read_bytes() for path in generated]
+    generated[3].unlink()
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29612")
+    more = ["--output_dir", tmp_path / "a", "--num_samples", "16", "--batch_size", "3"]
+    evaluate(*arguments, *more, launcher=launcher)
+    after = sorted((tmp_path / "a" / "generated").glob("*.tif"))
+    assert len(after) == 16
+    for path, content in zip(after, before, strict=False):
+        np.testing.assert_allclose(
+            read_volume(path).data.astype(int), read_volume_bytes(content, tmp_path).astype(int), atol=40
+        )
+
+    # other weights, the same folder
+    with torch.no_grad():
+        pipeline.unet.conv_out.bias.add_(1)
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    done = evaluate(*arguments, "--output_dir", tmp_path / "a", "--num_samples", "14", check=False)
+    assert done.returncode != 0 and "holds cells of other settings" in done.stderr
+
+
+def read_volume_bytes(content: bytes, folder: Path) -> np.ndarray:
+    (folder / "before.tif").write_bytes(content)
+    return read_volume(folder / "before.tif").data
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "either --pretrained or --generated_dir"),
+        (["--generated_dir", "nowhere"], "nowhere: no volumes"),
+        (["--generated_dir", "nowhere", "--features", "med3d"], "Download resnet_50.pth"),
+        (["--generated_dir", "nowhere", "--num_folds", "5", "--num_phantoms", "20"], "at least 10 real cells"),
+    ],
+)
+def test_what_cannot_work_is_said_before_any_work(arguments, message, tmp_path):
+    done = evaluate(*SMALL, *arguments, "--output_dir", tmp_path, check=False)
+    assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr

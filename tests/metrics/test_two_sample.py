@@ -1,0 +1,80 @@
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+
+from diffusers_byoc.metrics import classifier_test, compare_features, volume_classifier_test
+
+
+def test_a_shift_is_found_in_its_feature_and_in_no_other():
+    generator = np.random.default_rng(0)
+    real, generated = generator.normal(size=(300, 20)), generator.normal(size=(250, 20))
+    generated[:, 7] += 2.0
+    rows = compare_features(real, generated, [f"f{i}" for i in range(20)])
+    assert [row.name for row in rows if row.adjusted_p_value < 0.01] == ["f7"]
+    assert rows[7].wasserstein == pytest.approx(2.0, abs=0.25)
+    assert rows[7].effect == pytest.approx(rows[7].wasserstein / real[:, 7].std())
+    assert rows[7].p_value == scipy.stats.ks_2samp(real[:, 7], generated[:, 7]).pvalue
+
+
+def test_the_correction_keeps_false_discoveries_rare():
+    generator = np.random.default_rng(0)
+    found = corrected = 0
+    for _ in range(30):
+        rows = compare_features(*generator.normal(size=(2, 60, 30)), [str(i) for i in range(30)])
+        found += any(row.p_value < 0.05 for row in rows)
+        corrected += any(row.adjusted_p_value < 0.05 for row in rows)
+    assert found > 15 and corrected <= 5
+
+
+def test_cells_without_a_feature_are_left_out_and_counted():
+    real = np.array([[1.0, 5.0], [2.0, 5.0], [np.nan, 5.0]])
+    generated = np.array([[np.nan, np.nan], [2.0, np.nan]])
+    first, second = compare_features(real, generated, ["a", "b"])
+    assert (first.num_real, first.num_generated, first.wasserstein) == (2, 1, 0.5)
+    assert second.num_generated == 0 and np.isnan(second.adjusted_p_value) and not np.isnan(first.adjusted_p_value)
+    with pytest.raises(ValueError, match="names must name the 2 columns"):
+        compare_features(real, generated, ["a"])
+
+
+def test_equal_cells_cannot_be_told_apart_and_different_ones_can():
+    generator = np.random.default_rng(0)
+    real, generated = generator.normal(size=(200, 5)), generator.normal(size=(320, 5))
+    same = classifier_test(real, generated)
+    assert same.interval[0] < 0.5 and same.num_cells == 400 and same.p_value > 0.01
+    assert classifier_test(real, generated + 3).accuracy > 0.97
+    generated[::2, 3] = np.nan  # a missing value is information
+    assert 0.6 < classifier_test(real, generated).accuracy < 0.8
+
+
+def test_the_interval_is_wilsons():
+    generator = np.random.default_rng(0)
+    found = classifier_test(generator.normal(size=(50, 2)), generator.normal(size=(50, 2)) + 1)
+    p, n, z = found.accuracy, 100, scipy.stats.norm.ppf(0.975)
+    center, half = (p + z**2 / (2 * n)), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    assert found.interval == pytest.approx(((center - half) / (1 + z**2 / n), (center + half) / (1 + z**2 / n)))
+
+
+def test_a_structure_that_no_single_feature_shows_is_found():
+    generator = np.random.default_rng(0)
+    real = generator.normal(size=(400, 2))
+    linked = generator.multivariate_normal([0, 0], [[1, 0.95], [0.95, 1]], 400)
+    assert all(row.adjusted_p_value > 0.05 for row in compare_features(real, linked, ["a", "b"]))
+    assert classifier_test(real, linked).accuracy > 0.7
+
+
+def test_the_3d_network_finds_noise_that_real_cells_do_not_have_and_is_reproducible():
+    generator = np.random.default_rng(0)
+    smooth = np.repeat(np.repeat(np.repeat(generator.random((40, 2, 4, 4, 4)), 4, 2), 4, 3), 4, 4).astype(np.float32)
+    noisy = np.clip(smooth[20:] + 0.2 * generator.normal(size=smooth[20:].shape), 0, 1).astype(np.float32)
+    state = torch.get_rng_state()
+    told = volume_classifier_test(smooth[:20], noisy, num_folds=2, num_epochs=15, batch_size=8)
+    assert told.accuracy > 0.9
+    assert told == volume_classifier_test(smooth[:20], torch.from_numpy(noisy), 2, 15, 8)
+    assert torch.equal(state, torch.get_rng_state())
+    same = volume_classifier_test(smooth[:20], smooth[20:], num_folds=2, num_epochs=4, batch_size=8)
+    assert same.interval[0] < 0.5
+    with pytest.raises(ValueError, match="of one shape"):
+        volume_classifier_test(smooth, noisy[..., :8])
+    with pytest.raises(ValueError, match="num_folds"):
+        volume_classifier_test(smooth[:2], noisy, num_folds=3)
