@@ -21,6 +21,7 @@ from diffusers_byoc.data.stacks import (
 )
 
 
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:bioio.*")
 NAMES = ("cell", "nucleus")
 LABELS = [3, 700, 2**20 + 7, 2**32 - 1]  # with gaps, more than an int32 holds
 
