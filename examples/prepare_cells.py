@@ -25,7 +25,9 @@ from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
-from datasets import ClassLabel, Features, Sequence, Value
+from datasets import ClassLabel, DatasetInfo, Features, Sequence, SplitDict, SplitInfo, Value
+from datasets.info import DatasetInfosDict
+from datasets.utils.metadata import MetadataConfigs
 from filelock import FileLock, Timeout
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 from tqdm.auto import tqdm
@@ -86,9 +88,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max_memory_gb", type=float, default=4.0, help="per process; larger stacks are read cell by cell, slower")
     add("--strict", action="store_true", help="stop at the first stack that cannot be used")
     args = parser.parse_args(argv)
-    args.channels = dict(channel.partition("=")[::2] for channel in args.channels)
-    if not all(args.channels) or not all(args.channels.values()):
-        parser.error(f"--channels: expected NAME=CHANNEL, as in {' '.join(channels)}")
+    pairs = [channel.partition("=")[::2] for channel in args.channels]
+    args.channels = dict(pairs)
+    if len(args.channels) < len(pairs) or not all(name and channel for name, channel in pairs):
+        parser.error(f"--channels: expected NAME=CHANNEL, each name once, as in {' '.join(channels)}")
     for name in ("voxel_size_um", "source_voxel_size_um"):
         sizes = getattr(args, name)
         try:
@@ -293,8 +296,8 @@ def records_of(output_dir: Path, args: argparse.Namespace, jobs: list[dict], set
     return records
 
 
-def write_reports(output_dir: Path, records: list[dict], failed: list[dict], settings: dict) -> None:
-    """report.csv, a line a stack; dropped.csv, a line a cell; the data set's card; and the same in brief."""
+def write_reports(output_dir: Path, records: list[dict], failed: list[dict]) -> None:
+    """report.csv, a line a stack; dropped.csv, a line a cell; and the same in brief."""
     records = sorted(records + failed, key=lambda record: record["source"])
     counts, dropped = Counter(), Counter()
     with (
@@ -321,21 +324,6 @@ def write_reports(output_dir: Path, records: list[dict], failed: list[dict], set
                 ]
             )
             cells.writerows([record["source"], *cell] for cell in record.get("dropped", []))
-    with whole_or_absent(output_dir / "README.md") as temporary:
-        data_files = [{"split": "train", "path": "data/*.parquet"}]
-        card_data = DatasetCardData(
-            tags=["biology", "microscopy", "3d", "single-cell"],
-            configs=[{"config_name": "default", "data_files": data_files}],
-        )
-        text = CARD.format(
-            title=output_dir.resolve().name,
-            num_cells=counts.total(),
-            num_stacks=len(records) - len(failed),
-            counts="\n".join(f"| {name} | {counts[name]} |" for name in settings["class_names"]),
-            settings=json.dumps(settings, ensure_ascii=False, indent=1),
-        )
-        DatasetCard(f"---\n{card_data.to_yaml()}\n---\n\n{text}").save(temporary)
-
     print(f"\n{counts.total():>8} cells kept, of {len(records) - len(failed)} stacks, in {output_dir}")
     for name, number in sorted(counts.items()):
         print(f"{number:>16} {name}")
@@ -350,6 +338,30 @@ def write_reports(output_dir: Path, records: list[dict], failed: list[dict], set
         print(f"{len(failed):>8} stacks failed (report.csv):")
         for job in failed:
             print(f"         {job['error']}")
+
+
+def write_card(output_dir: Path, records: list[dict], features: Features, settings: dict) -> None:
+    """The data set's card, which tells `load_dataset` what there is, and when to forget what it read before."""
+    shards = list((output_dir / "data").glob("*.parquet"))
+    num_cells, num_bytes = sum(record["cells"] for record in records), sum(path.stat().st_size for path in shards)
+    card_data = DatasetCardData(tags=["biology", "microscopy", "3d", "single-cell"])
+    MetadataConfigs({"default": {"data_files": "data/*.parquet"}}).to_dataset_card_data(card_data)
+    # Without sizes, the cache of 🤗 Datasets would take all folders of this name and these columns for one data set.
+    splits = SplitDict({"train": SplitInfo("train", num_bytes=num_bytes, num_examples=num_cells)})
+    info = DatasetInfo(features=features, splits=splits, download_size=num_bytes, dataset_size=num_bytes)
+    DatasetInfosDict({"default": info}).to_dataset_card_data(card_data)
+    counts = Counter()
+    for record in records:
+        counts[record["label"]] += record["cells"]
+    text = CARD.format(
+        title=output_dir.resolve().name,
+        num_cells=num_cells,
+        num_stacks=len(records),
+        counts="\n".join(f"| {name} | {counts[name]} |" for name in settings["class_names"]),
+        settings=json.dumps(settings, ensure_ascii=False, indent=1),
+    )
+    with whole_or_absent(output_dir / "README.md") as temporary:
+        DatasetCard(f"---\n{card_data.to_yaml()}\n---\n\n{text}").save(temporary)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -372,6 +384,8 @@ def main(args: argparse.Namespace) -> int:
             done = {record["source"] for record in records}
             left = [job for job in jobs if job["source"] not in done]
             features = features_of(class_names, columns)
+            if left:
+                (output_dir / "README.md").unlink(missing_ok=True)  # it tells of the shards that there were
             with tqdm(total=len(jobs), initial=len(done), desc="Cutting", unit="stack") as progress:
                 for record in prepare_stacks(left, args, features):
                     (failed if "error" in record else records).append(record)
@@ -379,7 +393,8 @@ def main(args: argparse.Namespace) -> int:
                     progress.set_postfix(cells=sum(record["cells"] for record in records), failed=len(failed))
                     if failed and args.strict:
                         raise ValueError(f"{failed[0]['error']} (--strict; {len(records)} stacks are done)")
-            write_reports(output_dir, records, failed, settings)
+            write_reports(output_dir, records, failed)
+            write_card(output_dir, records, features, settings)
             if not any(record["cells"] for record in records):
                 raise ValueError("no cell was kept; see dropped.csv and report.csv")
             if args.push_to_hub:

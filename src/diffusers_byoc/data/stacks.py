@@ -207,9 +207,7 @@ def find_cells(labels) -> dict[int, tuple[slice, slice, slice]]:
     """
     ndimage = _ndimage()
     if labels.dtype.kind == "b":
-        raise ValueError(
-            "expected a label image, a number for each cell, got a mask of true and false; label it first"
-        )
+        raise ValueError("expected a label image, a number for each cell, got a binary mask; label it first")
     depths = labels.chunks[0] if hasattr(labels, "chunks") else [len(labels)]
     boxes, start = {}, 0
     for depth in depths:
