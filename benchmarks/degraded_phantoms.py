@@ -89,7 +89,7 @@ def scores(real: dict, candidate: dict, training: dict) -> dict[str, float]:
     values = {
         "Fréchet distance, morphology (low)": frechet_distance(*scaled),
         "MMD, Gaussian kernel, morphology (0)": mmd_rbf(*scaled, bandwidth),
-        "mean Wasserstein distance, σ (low)": np.nanmean(effects),
+        "median Wasserstein distance, σ (low)": np.nanmedian(effects),
         "accuracy of telling from real (0.5)": classifier_test(*raw).accuracy,
         "precision (high)": neighbours.precision,
         "recall (high)": neighbours.recall,

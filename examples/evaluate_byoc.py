@@ -154,7 +154,7 @@ def compare(args, real: np.ndarray, candidate: np.ndarray, training: np.ndarray,
     if kind == "morphology":
         rows = compare_features(real, candidate, MORPHOLOGY_NAMES)
         metrics["features_that_differ"] = np.mean([row.adjusted_p_value < 0.05 for row in rows])
-        metrics["mean_effect"] = np.nanmean([row.effect for row in rows])
+        metrics["median_effect"] = np.nanmedian([row.effect for row in rows])
         test = classifier_test(real, candidate, seed=args.seed)
         metrics |= {"classifier_accuracy": test.accuracy, "classifier_low": test.interval[0]}
         metrics["classifier_high"] = test.interval[1]

@@ -27,7 +27,7 @@ LINES = {
     "morphology/recall": ("recall (morphology)", 1, "high"),
     "morphology/density": ("density (morphology)", 1, "1"),
     "morphology/coverage": ("coverage (morphology)", 1, "high"),
-    "morphology/mean_effect": ("mean Wasserstein distance of a feature, in its σ", 1, "low"),
+    "morphology/median_effect": ("median Wasserstein distance of a feature, in its σ", 1, "low"),
     "morphology/features_that_differ": ("share of features that differ (p < 0.05, corrected)", 1, "low"),
     "morphology/classifier_accuracy": ("accuracy of telling it from real, trees on morphology", 1, "0.5"),
     "volumes/classifier_accuracy": ("accuracy of telling it from real, 3D network", 1, "0.5"),

@@ -17,6 +17,11 @@ def test_what_a_cell_does_not_have_becomes_the_references_mean_and_constants_kee
     np.testing.assert_allclose(found, [[0.0, 2.0, 0.0], [0.0, 0.0, 0.0]])
 
 
+def test_a_feature_that_hardly_varies_does_not_decide_alone():
+    reference = np.concatenate([np.ones((99, 1)), [[1 + 1e-6]]])
+    assert standardize_features([[2.0], [0.0]], reference).ravel().tolist() == [10.0, -10.0]
+
+
 def test_infinite_values_and_other_columns_are_refused():
     with pytest.raises(ValueError, match="finite"):
         standardize_features([[np.inf]], [[1.0], [2.0]])

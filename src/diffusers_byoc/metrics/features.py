@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     Features = np.ndarray | torch.Tensor
 
 
+#: A standardised feature is cut off here: far beyond what differs between real cells.
+MAX_DEVIATIONS = 10.0
+
+
 def check_features(features: Features, name: str, min_cells: int = 2, allow_nan: bool = False) -> np.ndarray:
     """(N, K) features as float64 NumPy.
 
@@ -53,11 +57,12 @@ def check_pair(
 
 
 def standardize_features(features: Features, reference: Features) -> np.ndarray:
-    """Features in standard deviations of a reference set, NaN replaced by its mean.
+    """Features in standard deviations of a reference set, at most `MAX_DEVIATIONS`, NaN replaced by its mean.
 
     A feature that a cell does not have (the shape of a missing nucleus) then neither adds to a distance nor takes
     from it; that it is missing shows in the features that every cell has, as a nucleus volume of 0. A column that is
-    constant in the reference is centred and keeps its unit.
+    constant in the reference is centred and keeps its unit. Without the limit, a feature in which hardly any real cell
+    differs from the others (the number of parts) would alone decide a distance as soon as one cell does.
 
     Args:
         features: (N, K), NaN for what a cell does not have.
@@ -79,4 +84,4 @@ def standardize_features(features: Features, reference: Features) -> np.ndarray:
     preprocessing = optional("sklearn.preprocessing")
     with np.errstate(invalid="ignore"):  # a column of nan has no mean, which is what nan_to_num answers
         scaler = preprocessing.StandardScaler().fit(reference)
-    return np.nan_to_num(scaler.transform(features), nan=0.0)
+    return np.nan_to_num(scaler.transform(features), nan=0.0).clip(-MAX_DEVIATIONS, MAX_DEVIATIONS)
