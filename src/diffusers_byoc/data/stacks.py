@@ -347,8 +347,9 @@ def mask_crop(
     """Replace what does not belong to a cell by background; the cell itself keeps every intensity.
 
     A channel's background level is the median of the crop's voxels that belong to no cell, or the cell's darkest
-    voxel if that is darker. So a camera's offset does not become the cell's edge, and nothing of the cell is darker
-    than what surrounds it, which is what `VolumeProcessor` takes for background.
+    voxel if that is darker: nothing of the cell is darker than what surrounds it, which is what `VolumeProcessor`
+    takes for background. Of a camera's offset only the noise is left as an edge, as far as the darkest voxel lies
+    below the median.
 
     Args:
         crop: (M, z, y, x) intensities.
