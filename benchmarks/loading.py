@@ -15,7 +15,15 @@ import psutil
 import torch
 from torch.utils.data import DataLoader
 
-from diffusers_byoc.data import CellTable, StreamedCells, Volume, VolumeProcessor, make_phantom, write_shards
+from diffusers_byoc.data import (
+    CellTable,
+    StreamBatches,
+    StreamedCells,
+    Volume,
+    VolumeProcessor,
+    make_phantom,
+    write_shards,
+)
 from diffusers_byoc.data.phantoms import PHENOTYPES
 from diffusers_byoc.training import StepBatches
 
@@ -52,7 +60,7 @@ def measure(folder: Path, is_streamed: bool, num_workers: int, num_batches: int,
     if num_workers:
         options["multiprocessing_context"] = multiprocessing.get_all_start_methods()[0]
     if is_streamed:
-        loader = DataLoader(cells.batches(BATCH_SIZE, 0, num_batches, 0), batch_size=None, **options)
+        loader = DataLoader(StreamBatches(cells, BATCH_SIZE, 0, num_batches, 0), batch_size=None, **options)
     else:
         batches = StepBatches(len(cells), BATCH_SIZE, 0, num_batches, 0)
         loader = DataLoader(cells, batch_sampler=batches, **options)

@@ -12,6 +12,7 @@ from diffusers_byoc.data import (
     CellFolder,
     CellTable,
     PhantomCells,
+    StreamBatches,
     StreamedCells,
     read_split,
     split_cells,
@@ -128,7 +129,9 @@ def batch_loader(
     state, num_workers = PartialState(), args.dataloader_num_workers
     place = (state.process_index, state.num_processes)
     if isinstance(cells, StreamedCells):
-        batches = cells.batches(batch_size, first_batch, num_batches, args.seed, args.shuffle_buffer_size, *place)
+        batches = StreamBatches(
+            cells, batch_size, first_batch, num_batches, args.seed, args.shuffle_buffer_size, *place
+        )
         return DataLoader(batches, batch_size=None, num_workers=num_workers, worker_init_fn=ignore_termination)
     batches = StepBatches(len(cells), batch_size, first_batch, num_batches, args.seed, *place)
     return DataLoader(cells, batch_sampler=batches, num_workers=num_workers, worker_init_fn=ignore_termination)
@@ -138,7 +141,7 @@ def indexable(cells: CellDataset | StreamedCells, num_cells: int, seed: int) -> 
     """`cells` as they are; of a stream, up to `num_cells` random ones, in memory."""
     if not isinstance(cells, StreamedCells):
         return cells
-    batches = cells.batches(1, 0, min(num_cells, len(cells)), seed)
+    batches = StreamBatches(cells, 1, 0, min(num_cells, len(cells)), seed)
     return [{name: value[0] for name, value in batch.items()} for batch in batches]
 
 

@@ -11,7 +11,15 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from diffusers_byoc.data import CellTable, StreamedCells, Volume, VolumeProcessor, encode_volume, write_shards
+from diffusers_byoc.data import (
+    CellTable,
+    StreamBatches,
+    StreamedCells,
+    Volume,
+    VolumeProcessor,
+    encode_volume,
+    write_shards,
+)
 
 
 PROCESSOR = VolumeProcessor(sample_size=8)
@@ -101,7 +109,9 @@ def test_workers_share_a_pass(shards):
 def test_every_cell_once_an_epoch(shards, num_processes, buffer_size):
     """Three files, of which five processes must share some."""
     cells = StreamedCells(str(shards), PROCESSOR)
-    streams = [numbers(cells.batches(1, 0, 24, 0, buffer_size, rank, num_processes)) for rank in range(num_processes)]
+    streams = [
+        numbers(StreamBatches(cells, 1, 0, 24, 0, buffer_size, rank, num_processes)) for rank in range(num_processes)
+    ]
     lengths = [23 * (rank + 1) // num_processes - 23 * rank // num_processes for rank in range(num_processes)]
     first_epoch = [number for stream, length in zip(streams, lengths, strict=True) for number in stream[:length]]
     assert sorted(first_epoch) == list(range(23))
@@ -118,7 +128,7 @@ def test_a_stream_goes_on_where_it_stopped(shards, num_workers):
     )
 
     def load(first):
-        stream = cells.batches(2, first, 30 - first, seed=3, buffer_size=4, process_index=1, num_processes=2)
+        stream = StreamBatches(cells, 2, first, 30 - first, seed=3, buffer_size=4, process_index=1, num_processes=2)
         return numbers(DataLoader(stream, batch_size=None, num_workers=num_workers))
 
     unbroken = load(0)
@@ -130,7 +140,7 @@ def test_a_stream_goes_on_where_it_stopped(shards, num_workers):
 def test_more_workers_than_cells(shards):
     cells = StreamedCells(str(shards), PROCESSOR)
     few = cells.subset(cells.ids[:2])
-    streams = [numbers(few.batches(1, 0, 6, 0, process_index=rank, num_processes=3)) for rank in range(3)]
+    streams = [numbers(StreamBatches(few, 1, 0, 6, 0, process_index=rank, num_processes=3)) for rank in range(3)]
     assert all(len(stream) == 6 and set(stream) == {0, 1} for stream in streams)
 
 

@@ -4,21 +4,8 @@ import subprocess
 import sys
 
 import pytest
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 
 from diffusers_byoc.training import Termination, lock_folder
-
-
-@pytest.fixture
-def accelerator():
-    def reset():
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-
-    reset()
-    yield Accelerator(cpu=True)
-    reset()
 
 
 HOLD = """

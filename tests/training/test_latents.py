@@ -2,8 +2,6 @@ import math
 
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 
 import diffusers_byoc.training.latents as latents_module
 from diffusers_byoc import MultiCodebookVQModel
@@ -80,17 +78,6 @@ class Cells(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         return {"volumes": self.volumes[index]}
-
-
-@pytest.fixture
-def accelerator():
-    def reset():
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-
-    reset()
-    yield Accelerator(cpu=True)
-    reset()
 
 
 @pytest.fixture

@@ -2,8 +2,6 @@ import os
 
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 
 from diffusers_byoc.training import (
     check_finite,
@@ -12,17 +10,6 @@ from diffusers_byoc.training import (
     is_cpu_training,
     mean_losses,
 )
-
-
-@pytest.fixture
-def accelerator(tmp_path):
-    def reset():
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-
-    reset()
-    yield Accelerator(cpu=True, project_dir=str(tmp_path))
-    reset()
 
 
 def test_finite_numbers_pass(accelerator):

@@ -19,7 +19,7 @@ class StreamedCells(IterableDataset):
     """A table of cells that is read where it lies: Parquet or webdataset shards in a folder or on the Hub.
 
     Iterating gives every cell once, in the order of the table, shared out among the workers of a DataLoader;
-    `batches` is for training. Labels, groups and the like are read at construction, the volumes in passing.
+    `StreamBatches` is for training. Labels, groups and the like are read at construction, the volumes in passing.
 
     Args:
         name, processor, label, config_name, volume_column, label_column, group_column: as for `CellTable`.
@@ -80,21 +80,6 @@ class StreamedCells(IterableDataset):
         start, stop = (len(self) * bound // num_parts for bound in (part, part + 1))
         for row, content in self._read(units, order, start, stop):
             yield self._item(row, content)
-
-    def batches(
-        self,
-        batch_size: int,
-        first_batch: int,
-        num_batches: int,
-        seed: int,
-        buffer_size: int = 1000,
-        process_index: int = 0,
-        num_processes: int = 1,
-    ) -> "StreamBatches":
-        """This process's share of an endless run of shuffled epochs; see `StreamBatches`."""
-        return StreamBatches(
-            self, batch_size, first_batch, num_batches, seed, buffer_size, process_index, num_processes
-        )
 
     def _kept_units(self) -> list[tuple]:
         """(unit, its rows that are kept) of all units that have any."""
