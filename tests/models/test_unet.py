@@ -154,7 +154,7 @@ def test_fused_projections_change_nothing():
     expected = unet(**arguments).sample
     unet.fuse_qkv_projections()
     attentions = [module for module in unet.modules() if isinstance(module, AttentionModuleMixin)]
-    assert len(attentions) == 2 * 6  # spatial and depth-wise, in two blocks down, two in the middle, two up
+    assert len(attentions) == 2 * 5  # spatial and depth-wise, at two resolutions down and up, and in the middle
     assert all(attention.fused_projections for attention in attentions)
     torch.testing.assert_close(unet(**arguments).sample, expected, atol=1e-5, rtol=1e-4)
     unet.unfuse_qkv_projections()
