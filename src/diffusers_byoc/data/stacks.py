@@ -143,7 +143,7 @@ def open_stack(path: str | os.PathLike, scene: str | None = None, max_gb: float 
                 f" {max_gb:g} GB allowed; allow more memory, or save it as OME-Zarr in smaller chunks"
             )
         if not is_tiff:
-            voxel_size_um = _voxel_size(image, is_zarr)
+            voxel_size_um = _voxel_size(image, path)
         names = tuple(str(name) for name in image.channel_names or [])
         if len(names) != len(data):
             names = tuple(f"Channel:0:{index}" for index in range(len(data)))
@@ -470,8 +470,10 @@ def _inspect_zarr(path: Path) -> None:
                 raise VolumeFileError(f"{path}: {num_chunks} chunks; save it in larger ones, at most {MAX_CHUNKS}")
 
 
-def _voxel_size(image, is_zarr: bool) -> tuple[float, float, float] | None:
+def _voxel_size(image, path: Path) -> tuple[float, float, float] | None:
     """In µm; of the readers that get here, only OME-Zarr's leaves the unit to the file."""
+    if path.suffix.lower() == ".nd2" and not _is_calibrated(path):
+        return None
     sizes, units = image.physical_pixel_sizes, image.dimension_properties
     if sizes is None:
         return None
@@ -479,11 +481,20 @@ def _voxel_size(image, is_zarr: bool) -> tuple[float, float, float] | None:
         [
             math.nan
             if getattr(sizes, axis) is None
-            else getattr(sizes, axis)
-            * (_NGFF_MICROMETRES.get(str(getattr(units, axis).unit), math.nan) if is_zarr else 1.0)
+            # the sign says which way the stage went
+            else abs(getattr(sizes, axis))
+            * (_NGFF_MICROMETRES.get(str(getattr(units, axis).unit), math.nan) if path.is_dir() else 1.0)
             for axis in "ZYX"
         ]
     )
+
+
+def _is_calibrated(path: Path) -> bool:
+    """Whether an ND2 says how large its voxels are; bioio has 1 µm where it does not."""
+    import nd2
+
+    with nd2.ND2File(path) as file:
+        return all(all(channel.volume.axesCalibrated) for channel in file.metadata.channels or [])
 
 
 def _load(array) -> np.ndarray:
