@@ -74,6 +74,15 @@ def test_boxes_by_brute_force(dtype, lazy):
         )
 
 
+def test_large_labels_stay_apart():
+    labels = np.zeros((4, 5, 6), np.uint64)
+    labels[1, 1, 1], labels[2, 2, 2] = 2**60, 2**60 + 1  # one number to a float
+    assert list(find_cells(labels)) == [2**60, 2**60 + 1]
+    labels[3] = 2**63
+    with pytest.raises(ValueError, match="labels of at most"):
+        find_cells(labels)
+
+
 def test_small_labels_take_the_short_way_to_the_same_boxes():
     labels = make_labels()
     compact = np.searchsorted([0, *LABELS], labels).astype(np.uint8)

@@ -31,6 +31,7 @@ MAX_CHUNKS = 2**20  # a stack in more pieces than that takes hours to list
 MASK_OUT = ("background", "neighbours", "none")
 
 _NGFF_MICROMETRES = {"micrometer": 1.0, "nanometer": 1e-3, "millimeter": 1e3, "angstrom": 1e-4, "picometer": 1e-6}
+_MAX_LABEL = 2**63 - 1  # what a column of a table holds
 _MAX_DENSE_LABEL = 2**20  # `scipy.ndimage.find_objects` makes a list of as many entries as the highest label
 
 
@@ -224,11 +225,13 @@ def find_cells(labels) -> dict[int, tuple[slice, slice, slice]]:
             ids = range(int(slab.max()) + 1)
             found = ndimage.find_objects(slab.astype(np.int32, copy=False))
         else:
-            ids = np.union1d([0], np.unique(slab).astype(np.uint64)).tolist()
+            ids = np.union1d(np.zeros(1, slab.dtype), np.unique(slab))
+            if ids[-1] > _MAX_LABEL:
+                raise ValueError(f"expected labels of at most {_MAX_LABEL}, got {ids[-1]}; number the cells anew")
             compact = np.empty(slab.shape, np.int32)
             for plane, output in zip(slab, compact, strict=True):  # plane by plane, because this makes 64-bit numbers
                 output[:] = np.searchsorted(ids, plane)
-            found = ndimage.find_objects(compact)
+            found, ids = ndimage.find_objects(compact), ids.tolist()
         for label_id, box in zip(ids[1:], found, strict=False):
             if box is None:
                 continue
