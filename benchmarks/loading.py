@@ -116,7 +116,7 @@ def measure(folder: Path, is_streamed: bool, num_workers: int, num_batches: int,
         batch = next(iterator)
         waited += time.perf_counter() - asked
         step(batch["volumes"])
-        if number % 8 == 0:  # looking takes longer than reading a cell
+        if number % 8 == 0 and number < num_batches - 8:  # while all workers live; looking takes as long as reading
             looked = time.perf_counter()
             peak = max(peak, megabytes_of_all_processes())
             begin += time.perf_counter() - looked
