@@ -8,6 +8,8 @@ Run it again to go on after an interruption. `docs/data.md` tells more.
 
 import argparse
 import csv
+import errno
+import glob
 import hashlib
 import json
 import logging
@@ -28,7 +30,6 @@ import pyarrow.parquet
 from datasets import ClassLabel, DatasetInfo, Features, Sequence, SplitDict, SplitInfo, Value
 from datasets.info import DatasetInfosDict
 from datasets.utils.metadata import MetadataConfigs
-from filelock import FileLock, Timeout
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 from tqdm.auto import tqdm
 
@@ -37,9 +38,12 @@ from diffusers_byoc.data.files import voxel_size_triple
 from diffusers_byoc.data.metadata import read_metadata
 from diffusers_byoc.data.pairing import find_files, pair_labels, pair_rows
 from diffusers_byoc.data.stacks import MASK_OUT, channel_indices, cut_cells, open_stack, read_channels
+from diffusers_byoc.training.interruptions import LOCK_NAME, lock_folder
 
 
 REASONS = ("touches the border", "too small", "no nucleus", "not finite")
+CUT_OPTIONS = ("voxel_size_um", "margin_um", "mask_out", "min_volume_um3", "keep_border", "min_nucleus_contrast")
+IDENTITY = ("source", "label", "columns", "state")  # of a stack: what its record must agree with
 ROWS_PER_GROUP = 32  # cells in memory before they are written, and what a reader unpacks at once
 CARD = """# {title}
 
@@ -157,8 +161,15 @@ def features_of(class_names: list[str], columns: list[str]) -> Features:
 def whole_or_absent(path: Path):
     """A name to write under; the file gets its own at the end, and not if that is never reached."""
     temporary = path.with_name(f"{path.name}.tmp")
-    yield temporary
-    os.replace(temporary, path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def is_full_disk(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def prepare_stack(job: dict, args: argparse.Namespace, features: Features) -> dict:
@@ -169,8 +180,8 @@ def prepare_stack(job: dict, args: argparse.Namespace, features: Features) -> di
     """
     shard, record_path = (Path(args.output_dir) / folder / job["name"] for folder in ("data", "stacks"))
     shard, record_path = shard.with_name(f"{shard.name}.parquet"), record_path.with_name(f"{record_path.name}.json")
-    record = {key: job[key] for key in ("source", "label", "columns", "state")}
-    record |= {"cells": 0, "dropped": [], "oversize": 0, "in_parts": 0}
+    record = {key: job[key] for key in IDENTITY}
+    record |= {"cells": 0, "num_bytes": 0, "dropped": [], "oversize": 0, "in_parts": 0}
     try:
         image, labels, nuclei = (
             path and open_stack(path, args.scene if index == 0 else None, args.max_memory_gb)
@@ -192,18 +203,8 @@ def prepare_stack(job: dict, args: argparse.Namespace, features: Features) -> di
         with whole_or_absent(shard) as temporary:
             with pyarrow.parquet.ParquetWriter(temporary, features.arrow_schema, compression="none") as writer:
                 rows = []
-                for cell in cut_cells(
-                    image,
-                    labels,
-                    tuple(args.channels),
-                    args.voxel_size_um,
-                    args.margin_um,
-                    args.mask_out,
-                    args.min_volume_um3,
-                    args.keep_border,
-                    nuclei,
-                    args.min_nucleus_contrast,
-                ):
+                options = {name: getattr(args, name) for name in CUT_OPTIONS}
+                for cell in cut_cells(image, labels, tuple(args.channels), nucleus_labels=nuclei, **options):
                     if cell.reason:
                         record["dropped"].append([cell.label_id, cell.reason])
                         continue
@@ -217,10 +218,13 @@ def prepare_stack(job: dict, args: argparse.Namespace, features: Features) -> di
                         rows = []
                 if rows:
                     writer.write_table(pyarrow.Table.from_pylist(rows, features.arrow_schema))
-        if not record["cells"]:
+        if record["cells"]:
+            record["num_bytes"] = shard.stat().st_size
+        else:
             shard.unlink()
-    except Exception as error:  # of whatever kind: one bad stack shall not stop the others
-        shard.with_name(f"{shard.name}.tmp").unlink(missing_ok=True)
+    except Exception as error:  # of whatever kind: one bad stack shall not stop the others, but a full disk does
+        if is_full_disk(error):
+            raise
         message = str(error) if isinstance(error, (ValueError, OSError, ImportError)) else repr(error)
         return job | {"error": message if job["source"] in message else f"{job['paths'][0]}: {message}"}
     with whole_or_absent(record_path) as temporary:
@@ -263,36 +267,50 @@ def prepare_stacks(jobs: list[dict], args: argparse.Namespace, features: Feature
             num_proc = 1
 
 
-def records_of(output_dir: Path, args: argparse.Namespace, jobs: list[dict], settings: dict) -> list[dict]:
-    """What earlier runs finished of the same data set; makes its folder if there is none."""
+def read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"a {type(content).__name__}")
+    except ValueError as error:
+        raise ValueError(f"{path}: expected what this script writes, got {error}; give a new --output_dir") from error
+    return content
+
+
+def records_of(output_dir: Path, jobs: list[dict], settings: dict) -> list[dict]:
+    """What earlier runs finished of the same data set; what they did not finish is removed."""
     settings_path = output_dir / "prepare_cells.json"
     if settings_path.is_file():
-        earlier = json.loads(settings_path.read_text(encoding="utf-8"))
+        earlier = read_json(settings_path)
         for name in sorted(settings.keys() | earlier.keys()):
             if settings.get(name) != earlier.get(name):
                 raise ValueError(
                     f"{output_dir} was begun with {name} = {earlier.get(name)}, this run has {settings.get(name)}; go"
                     " on with the same arguments, or give a new --output_dir"
                 )
-    elif any(path.name != ".lock" for path in output_dir.iterdir()):
+    elif any(path.name != LOCK_NAME for path in output_dir.iterdir()):
         raise ValueError(f"{output_dir}: holds other files; give a new or empty --output_dir")
     else:
         with whole_or_absent(settings_path) as temporary:
             temporary.write_text(json.dumps(settings, ensure_ascii=False, indent=1), encoding="utf-8")
-    records, by_name = [], {job["name"]: job for job in jobs}
     for folder in ("data", "stacks"):
         (output_dir / folder).mkdir(exist_ok=True)
-        for left_over in (output_dir / folder).glob("*.tmp"):
-            left_over.unlink()
+    shards = {path.stem: path for path in (output_dir / "data").glob("*.parquet")}
+    records, by_name = [], {job["name"]: job for job in jobs}
     for path in sorted((output_dir / "stacks").glob("*.json")):
-        record, job = json.loads(path.read_text(encoding="utf-8")), by_name.get(path.stem)
+        record, job = read_json(path), by_name.get(path.stem)
         if job is None:
-            raise ValueError(f"{output_dir} has cells of {record['source']}, which --images leaves out; add it again")
-        if all(record[key] == job[key] for key in ("label", "columns", "state")):
+            raise ValueError(f"{output_dir} has cells of {path.stem}, which --images leaves out; add it again")
+        num_bytes = shards[path.stem].stat().st_size if path.stem in shards else 0
+        if record.get("num_bytes") == num_bytes and all(record.get(key) == job[key] for key in IDENTITY):
             records.append(record)
+            shards.pop(path.stem, None)
         else:  # a file or its row has changed since
             path.unlink()
-            (output_dir / "data" / f"{path.stem}.parquet").unlink(missing_ok=True)
+    if foreign := sorted(path.name for name, path in shards.items() if name not in by_name):
+        raise ValueError(f"{output_dir / 'data'}: {foreign[0]} is of no stack of --images; move it away")
+    for left_over in [*shards.values(), *output_dir.rglob("*.tmp")]:
+        left_over.unlink(missing_ok=True)
     return records
 
 
@@ -369,18 +387,18 @@ def main(args: argparse.Namespace) -> int:
     output_dir = Path(args.output_dir)
     try:
         jobs, columns = plan(args)
+        if glob.has_magic(str(output_dir.resolve())):
+            raise ValueError(
+                f"{output_dir.resolve()}: 🤗 Datasets takes *, ? and [ for patterns; give another --output_dir"
+            )
         class_names = sorted({job["label"] for job in jobs})
-        settings = {"class_names": class_names, "columns": columns, "channels": args.channels, "scene": args.scene}
-        for name in ("voxel_size_um", "source_voxel_size_um"):
-            settings[name] = getattr(args, name) and list(getattr(args, name))
-        for name in ("margin_um", "mask_out", "min_volume_um3", "min_nucleus_contrast", "keep_border"):
-            settings[name] = getattr(args, name)
-        settings["nucleus_labels"] = args.nucleus_labels is not None
+        settings = {name: getattr(args, name) for name in ("channels", "scene", "source_voxel_size_um", *CUT_OPTIONS)}
+        settings |= {"class_names": class_names, "columns": columns, "nucleus_labels": args.nucleus_labels is not None}
+        settings = json.loads(json.dumps(settings))  # as they will be read again
         if args.push_to_hub:  # now, to learn of a wrong name or a missing login before the work
             HfApi().create_repo(args.push_to_hub, repo_type="dataset", private=args.private, exist_ok=True)
-        output_dir.mkdir(parents=True, exist_ok=True)
-        with FileLock(output_dir / ".lock", timeout=0):
-            records, failed = records_of(output_dir, args, jobs, settings), []
+        with lock_folder(output_dir):
+            records, failed = records_of(output_dir, jobs, settings), []
             done = {record["source"] for record in records}
             left = [job for job in jobs if job["source"] not in done]
             features = features_of(class_names, columns)
@@ -405,10 +423,10 @@ def main(args: argparse.Namespace) -> int:
                     allow_patterns=["README.md", "data/*.parquet"],
                     delete_patterns=["data/*.parquet"],  # of stacks that are no longer part of it
                 )
-    except Timeout:
-        raise SystemExit(f"prepare_cells.py: error: {output_dir}: another run is writing here; wait for it") from None
     except (OSError, ValueError) as error:  # bad input: the message says what to mend, a traceback would hide it
-        raise SystemExit(f"prepare_cells.py: error: {error}") from error
+        if is_full_disk(error):
+            error = f"{output_dir}: the disk is full; make room, and run the same command again to go on"
+        raise SystemExit(f"prepare_cells.py: error: {error}") from None
     return 1 if failed else 0
 
 

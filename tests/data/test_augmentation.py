@@ -57,9 +57,10 @@ def test_quarter_turns_are_the_eight_of_the_square_and_equally_frequent():
     assert sum(counts) == 4000 and min(counts) > 400
 
 
-def test_all_channels_of_a_cell_turn_alike_and_cells_differ():
-    volumes = noise(1, 1).expand(16, 3, -1, -1, -1)
-    turned = augment_cells(volumes, *draw(volumes))
+@pytest.mark.parametrize("rotation", ["quarter_turns", "axial", "full"])
+def test_all_channels_of_a_cell_turn_alike_and_cells_differ(rotation):
+    volumes = (noise(1, 1) if rotation == "quarter_turns" else ellipsoids(1)[:, :1]).expand(16, 3, -1, -1, -1)
+    turned = augment_cells(volumes, *draw(volumes, rotation=rotation))
     assert torch.equal(turned[:, :1].expand_as(turned), turned)
     assert len({cell.numpy().tobytes() for cell in turned}) > 4
 
@@ -101,6 +102,46 @@ def test_a_rotated_cell_is_the_same_cell(rotation):
             for v in (before, after)
         ]
         torch.testing.assert_close(moments[1], pose.T @ moments[0] @ pose, atol=0.5, rtol=0.05)
+
+
+@pytest.mark.parametrize("rotation", ["axial", "full"])
+def test_nothing_new_appears_around_a_rotated_cell(rotation):
+    volumes = ellipsoids(12)
+    poses, gammas = draw(volumes, rotation=rotation, intensity_jitter=0.5)
+    rotated = augment_cells(volumes, poses, gammas)
+    for index, (after, pose) in enumerate(zip(rotated, poses, strict=True)):
+        came_from = torch.einsum("ij,jzyx->izyx", pose, positions(32))
+        for channel, radii, shift in ((after[0], (9.0, 6.0, 12.0), 0.0), (after[1], (4.0, 3.0, 5.0), 3.0)):
+            lengths = torch.tensor(radii)[:, None, None, None] * (1 - 0.05 * index)
+            # an interpolated voxel sees its eight neighbours, which are less than two voxels away
+            is_far = (came_from - torch.tensor([0.0, 0.0, shift])[:, None, None, None]).abs() - 2
+            is_far = ((is_far.clamp(min=0) / lengths) ** 2).sum(0) > 1
+            assert is_far.any() and (channel[is_far] == -1).all()
+
+
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("rotation", ["quarter_turns", "full"])
+def test_a_device_gives_what_the_cpu_gives(rotation):
+    volumes = ellipsoids()
+    draws = draw(volumes, rotation=rotation, intensity_jitter=0.2)
+    on_device = augment_cells(volumes.to(torch.accelerator.current_accelerator()), *draws)
+    assert on_device.device.type == torch.accelerator.current_accelerator().type
+    torch.testing.assert_close(on_device.cpu(), augment_cells(volumes, *draws), atol=1e-4, rtol=0)
+
+
+def test_no_voxel_goes_through_numpy(monkeypatch):
+    """Which would bring a batch back from a GPU."""
+    volumes = ellipsoids()
+    draws = draw(volumes, rotation="full", intensity_jitter=0.2)
+    for name in ("numpy", "tolist", "__array__", "cpu"):
+        original = getattr(torch.Tensor, name)
+
+        def refuse_volumes(self, *arguments, original=original, **options):
+            assert self.numel() < 100
+            return original(self, *arguments, **options)
+
+        monkeypatch.setattr(torch.Tensor, name, refuse_volumes)
+    augment_cells(volumes, *draws)
 
 
 def test_rotations_interpolate_what_quarter_turns_move():

@@ -66,6 +66,16 @@ def test_what_does_not_pair_is_named(images, labels, message):
         pair_labels(paths(*images), paths(*labels))
 
 
+def test_folders_whose_names_look_like_patterns(tmp_path):
+    folder = tmp_path / "[2024] screen *" / "day?"
+    folder.mkdir(parents=True)
+    (folder / "A[1].tif").touch()
+    assert find_files([str(folder / "*.tif")]) == find_files([str(folder / "A[1].tif")]) == [folder / "A[1].tif"]
+    (folder / "B.tif").symlink_to("gone.tif")
+    with pytest.raises(FileNotFoundError, match=r"B\.tif: expected a file, got a link to none"):
+        find_files([str(folder / "*.tif")])
+
+
 def test_patterns(tmp_path, monkeypatch):
     for name in ("a b/x[1].tif", "a b/y.tif", "a b/c/z.tif", "._x.tif", "a b/z.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -119,7 +129,7 @@ def test_a_table_as_excel_writes_it(tmp_path):
     [
         (b"file_name;drug\na;b\n", "expected a column file_name"),
         (b"file_name,label\na,b\n", "expected a column drug"),
-        (b"file_name,drug,drug\na,b,c\n", "drug stands there more than once"),
+        (b"file_name,drug,drug\na,b,c\n", "'drug' stands there more than once"),
         (b"file_name,drug\n", "a row for each"),
         (b"file_name,drug\na,b,c\n", "line 2: expected 2 columns"),
         (b"file_name,drug\n ,b\n", "line 2: file_name is empty"),

@@ -1,4 +1,5 @@
 import math
+import struct
 
 import dask.array
 import numpy as np
@@ -71,6 +72,15 @@ def test_boxes_by_brute_force(dtype, lazy):
         assert [(edge.start, edge.stop) for edge in box] == list(
             zip(where.min(axis=0), where.max(axis=0) + 1, strict=True)
         )
+
+
+def test_large_labels_stay_apart():
+    labels = np.zeros((4, 5, 6), np.uint64)
+    labels[1, 1, 1], labels[2, 2, 2] = 2**60, 2**60 + 1  # one number to a float
+    assert list(find_cells(labels)) == [2**60, 2**60 + 1]
+    labels[3] = 2**63
+    with pytest.raises(ValueError, match="labels of at most"):
+        find_cells(labels)
 
 
 def test_small_labels_take_the_short_way_to_the_same_boxes():
@@ -340,6 +350,43 @@ def test_czi(tmp_path, data):
     stack = open_stack(path)
     assert stack.voxel_size_um == pytest.approx((1.5, 0.5, 0.25))
     assert stack.channel_names == ("membrane", "DNA")
+    np.testing.assert_array_equal(read_channels(stack).data, data)
+
+
+def write_lif(path, data, z_um):
+    """A Leica file of one image: an XML header, then its voxels; `z_um` from the first plane to the last."""
+    channels = "".join(
+        f'<ChannelDescription DataType="0" ChannelTag="0" Resolution="16" NameOfMeasuredQuantity="" Unit=""'
+        f' Min="0" Max="65535" LUTName="{name}" IsLUTInverted="0" BytesInc="{index * data[0].nbytes}" BitInc="0"/>'
+        for index, name in enumerate(("Green", "Red"))
+    )
+    strides, lengths_um = data.strides[:0:-1], (0.25 * (data.shape[3] - 1), 0.5 * (data.shape[2] - 1), z_um)
+    dimensions = "".join(
+        f'<DimensionDescription DimID="{axis + 1}" NumberOfElements="{data.shape[3 - axis]}" Origin="0.0"'
+        f' Length="{lengths_um[axis] * 1e-6}" Unit="m" BitInc="0" BytesInc="{strides[axis]}"/>'
+        for axis in range(3)
+    )
+    xml = (
+        '<LMSDataContainerHeader Version="2"><Element Name="experiment" Visibility="1" UniqueID="a"><Data/><Children>'
+        '<Element Name="Series001" Visibility="1" UniqueID="b"><Data><Image TextDescription=""><ImageDescription>'
+        f"<Channels>{channels}</Channels><Dimensions>{dimensions}</Dimensions></ImageDescription></Image></Data>"
+        f'<Memory Size="{data.nbytes}" MemoryBlockID="MemBlock_1"/></Element></Children></Element>'
+        "</LMSDataContainerHeader>"
+    ).encode("utf-16-le")
+    block = "MemBlock_1".encode("utf-16-le")
+    with open(path, "wb") as file:
+        file.write(struct.pack("<iiBi", 0x70, 5 + len(xml), 0x2A, len(xml) // 2) + xml)
+        file.write(struct.pack("<iiBqBi", 0x70, 14 + len(block), 0x2A, data.nbytes, 0x2A, len(block) // 2) + block)
+        file.write(data.tobytes())
+
+
+@pytest.mark.parametrize("direction", [1, -1])
+def test_lif(tmp_path, data, direction):
+    pytest.importorskip("liffile")
+    write_lif(tmp_path / "a.lif", data, direction * 1.5 * (data.shape[1] - 1))
+    stack = open_stack(tmp_path / "a.lif")
+    assert stack.voxel_size_um == pytest.approx((1.5, 0.5, 0.25))  # whichever way the stage went
+    assert stack.channel_names == ("Green", "Red")
     np.testing.assert_array_equal(read_channels(stack).data, data)
 
 

@@ -221,6 +221,9 @@ def test_where_there_is_no_table(tmp_path, reader):
         reader(str(tmp_path / "nowhere"), PROCESSOR)
     with pytest.raises(OSError, match="no such files"):
         reader(str(tmp_path / "*.tar"), PROCESSOR)
+    (tmp_path / "[1] cells").mkdir()
+    with pytest.raises(ValueError, match=r"\[1\] cells: .* for patterns; rename the folder"):
+        reader(str(tmp_path / "[1] cells"), PROCESSOR)
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(ValueError, match=r"broken\.parquet|not readable Parquet"):
         reader(str(tmp_path / "broken.parquet"), PROCESSOR)

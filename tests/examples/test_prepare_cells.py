@@ -1,6 +1,7 @@
 """The real script: most runs in this process, those that are killed or pushed in processes of their own."""
 
 import csv
+import errno
 import importlib
 import json
 import os
@@ -312,6 +313,45 @@ def test_a_folder_of_something_else_is_left_alone(plate, prepare):
     assert Path("cells/thesis.txt").read_text() == "2019-2026"
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("masks/p1/Zelle ä1_cp_masks.tif", "cannot be written to"), ("[1] cells", "for patterns; give another")],
+)
+def test_where_no_data_set_can_be(plate, prepare, name, message):
+    with pytest.raises(SystemExit, match=message):
+        prepare("--output_dir", name)
+    assert not Path("[1] cells").exists()
+
+
+def test_a_full_disk_ends_the_run(plate, prepare, script, monkeypatch):
+    def cut_cells(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "cut_cells", cut_cells)
+        with pytest.raises(SystemExit, match="cells: the disk is full; make room"):
+            prepare()
+    assert not list(Path("cells").rglob("*.tmp"))
+    assert prepare() == 0 and len(cells_of()) == 12
+
+
+def test_a_lost_shard_is_cut_again_and_a_foreign_one_refused(plate, prepare):
+    assert prepare() == 0
+    lost, short, _ = shards = sorted(Path("cells/data").iterdir())
+    before = [path.read_bytes() for path in shards]
+    lost.unlink()
+    short.write_bytes(before[1][:-100])
+    assert prepare() == 0
+    assert [path.read_bytes() for path in shards] == before
+    Path("cells/data/other.parquet").write_bytes(before[0])
+    with pytest.raises(SystemExit, match=r"other\.parquet is of no stack"):
+        prepare()
+    Path("cells/data/other.parquet").unlink()
+    Path("cells/prepare_cells.json").write_text("[]")
+    with pytest.raises(SystemExit, match=r"prepare_cells\.json: expected what this script writes, got a list"):
+        prepare()
+
+
 def test_a_changed_file_is_cut_again(plate, prepare):
     assert prepare() == 0
     path = Path("masks/p2/Zelle ä1_cp_masks.tif")
@@ -424,6 +464,8 @@ def test_killed_at_any_moment_it_goes_on(tmp_path):
     assert done.items() <= {path.name: path.stat().st_mtime_ns for path in records.glob("*.json")}.items()
     whole, broken = cells_of(tmp_path / "whole"), cells_of(tmp_path / "broken")
     assert len(whole) == 12 * len(KEPT) and whole.to_dict() == broken.to_dict()
+    for path in (tmp_path / "whole" / "data").iterdir():
+        assert path.read_bytes() == (tmp_path / "broken" / "data" / path.name).read_bytes()
     assert not list((tmp_path / "broken").rglob("*.tmp"))
 
 

@@ -496,7 +496,7 @@ def test_sigterm_saves_a_checkpoint_and_says_how_to_go_on(unbroken, preset, tmp_
 
 
 def test_a_second_run_into_one_folder_is_refused(train, script, tmp_path):
-    with script.lock_folder(tmp_path / "out"), pytest.raises(SystemExit, match="is training into it"):
+    with script.lock_folder(tmp_path / "out"), pytest.raises(SystemExit, match="is writing into it"):
         train()
 
 

@@ -51,9 +51,8 @@ def draw_augmentation(
 
     if rotation == "none":
         return torch.eye(3).repeat(num_cells, 1, 1), gammas
-    if (
-        rotation == "full"
-    ):  # the orthogonal factor of a normal matrix is uniform, once the other's diagonal is positive
+    if rotation == "full":
+        # the orthogonal factor of a normal matrix is uniform, once the other's diagonal is positive
         orthogonal, triangular = torch.linalg.qr(torch.randn(num_cells, 3, 3, generator=generator))
         return orthogonal * triangular.diagonal(dim1=1, dim2=2).sign().unsqueeze(1), gammas
     if rotation == "quarter_turns":
@@ -125,13 +124,13 @@ def _nearest_quarter_turns(poses: Tensor) -> Tensor:
 
 
 def _fit(volumes: Tensor, poses: Tensor) -> Tensor:
-    """Which cells (B,) stay inside the cube; on the CPU."""
+    """Which cells (B,) stay inside the cube; on the device of `poses`."""
     reach = (volumes.shape[-1] - 1) / 2
     fits = []
     for volume, pose in zip(volumes, poses, strict=True):
         occupied = (volume > -1).any(dim=0).nonzero() - reach  # (number of voxels, 3)
-        fits.append((occupied @ pose.to(occupied)).abs().amax() <= reach if len(occupied) else torch.tensor(True))
-    return torch.stack([fit.cpu() for fit in fits])
+        fits.append((occupied @ pose.to(occupied)).abs().le(reach).all())
+    return torch.stack(fits).to(poses.device)
 
 
 def _turn(volume: Tensor, pose: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ def read_metadata(path: Path, *required: str) -> list[tuple[int, dict[str, str]]
             )
     repeated = sorted({column for column in columns if columns.count(column) > 1})
     if repeated:
-        raise ValueError(f"{path}: the column {repeated[0]} stands there more than once; rename or delete one")
+        raise ValueError(f"{path}: the column {repeated[0]!r} stands there more than once; rename or delete one")
     if not rows:
         raise ValueError(f"{path}: expected a row for each cell, got none; add them, or delete the file")
     for line, row in rows:

@@ -24,10 +24,15 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
     """
     paths = set()
     for pattern in patterns:
-        found = [pattern] if os.path.lexists(pattern) else glob.glob(pattern, recursive=True)
-        found = [Path(path) for path in found if not os.path.basename(path.rstrip("/")).startswith(".")]
+        # what exists is no pattern, whatever its name
+        root = next(path for path in (Path(pattern), *Path(pattern).parents) if os.path.lexists(path))
+        rest = str(Path(pattern).relative_to(root))
+        found = [root] if rest == "." else [root / path for path in glob.glob(rest, root_dir=root, recursive=True)]
+        found = [path for path in found if not path.name.startswith(".")]
         if not found:
             raise FileNotFoundError(f"{pattern}: no such files; check the path, and quote a pattern for the shell")
+        if broken := [path for path in found if not path.exists()]:
+            raise FileNotFoundError(f"{broken[0]}: expected a file, got a link to none; mend or remove it")
         paths.update(found)
     return sorted(paths)
 

@@ -54,6 +54,8 @@ def find_shards(name: str, config_name: str | None = None) -> list[str]:
         FileNotFoundError: if there is no such data set, or the Hub cannot be reached.
         ValueError: if it has no such configuration, no "train" split, or files of other kinds.
     """
+    if os.path.isdir(name) and glob.has_magic(os.path.abspath(name)):
+        raise ValueError(f"{os.path.abspath(name)}: 🤗 Datasets takes *, ? and [ for patterns; rename the folder")
     if os.path.isfile(name) or glob.has_magic(name):
         files = sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) else [name]
         if not files:

@@ -31,6 +31,7 @@ MAX_CHUNKS = 2**20  # a stack in more pieces than that takes hours to list
 MASK_OUT = ("background", "neighbours", "none")
 
 _NGFF_MICROMETRES = {"micrometer": 1.0, "nanometer": 1e-3, "millimeter": 1e3, "angstrom": 1e-4, "picometer": 1e-6}
+_MAX_LABEL = 2**63 - 1  # what a column of a table holds
 _MAX_DENSE_LABEL = 2**20  # `scipy.ndimage.find_objects` makes a list of as many entries as the highest label
 
 
@@ -143,7 +144,7 @@ def open_stack(path: str | os.PathLike, scene: str | None = None, max_gb: float 
                 f" {max_gb:g} GB allowed; allow more memory, or save it as OME-Zarr in smaller chunks"
             )
         if not is_tiff:
-            voxel_size_um = _voxel_size(image, is_zarr)
+            voxel_size_um = _voxel_size(image, path)
         names = tuple(str(name) for name in image.channel_names or [])
         if len(names) != len(data):
             names = tuple(f"Channel:0:{index}" for index in range(len(data)))
@@ -224,11 +225,13 @@ def find_cells(labels) -> dict[int, tuple[slice, slice, slice]]:
             ids = range(int(slab.max()) + 1)
             found = ndimage.find_objects(slab.astype(np.int32, copy=False))
         else:
-            ids = np.union1d([0], np.unique(slab).astype(np.uint64)).tolist()
+            ids = np.union1d(np.zeros(1, slab.dtype), np.unique(slab))
+            if ids[-1] > _MAX_LABEL:
+                raise ValueError(f"expected labels of at most {_MAX_LABEL}, got {ids[-1]}; number the cells anew")
             compact = np.empty(slab.shape, np.int32)
             for plane, output in zip(slab, compact, strict=True):  # plane by plane, because this makes 64-bit numbers
                 output[:] = np.searchsorted(ids, plane)
-            found = ndimage.find_objects(compact)
+            found, ids = ndimage.find_objects(compact), ids.tolist()
         for label_id, box in zip(ids[1:], found, strict=False):
             if box is None:
                 continue
@@ -470,8 +473,10 @@ def _inspect_zarr(path: Path) -> None:
                 raise VolumeFileError(f"{path}: {num_chunks} chunks; save it in larger ones, at most {MAX_CHUNKS}")
 
 
-def _voxel_size(image, is_zarr: bool) -> tuple[float, float, float] | None:
+def _voxel_size(image, path: Path) -> tuple[float, float, float] | None:
     """In µm; of the readers that get here, only OME-Zarr's leaves the unit to the file."""
+    if path.suffix.lower() == ".nd2" and not _is_calibrated(path):
+        return None
     sizes, units = image.physical_pixel_sizes, image.dimension_properties
     if sizes is None:
         return None
@@ -479,11 +484,20 @@ def _voxel_size(image, is_zarr: bool) -> tuple[float, float, float] | None:
         [
             math.nan
             if getattr(sizes, axis) is None
-            else getattr(sizes, axis)
-            * (_NGFF_MICROMETRES.get(str(getattr(units, axis).unit), math.nan) if is_zarr else 1.0)
+            # the sign says which way the stage went
+            else abs(getattr(sizes, axis))
+            * (_NGFF_MICROMETRES.get(str(getattr(units, axis).unit), math.nan) if path.is_dir() else 1.0)
             for axis in "ZYX"
         ]
     )
+
+
+def _is_calibrated(path: Path) -> bool:
+    """Whether an ND2 says how large its voxels are; bioio has 1 µm where it does not."""
+    import nd2
+
+    with nd2.ND2File(path) as file:
+        return all(all(channel.volume.axesCalibrated) for channel in file.metadata.channels or [])
 
 
 def _load(array) -> np.ndarray:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
 from .cells import keep_labels, preprocess
 from .processor import VolumeProcessor
@@ -172,7 +172,7 @@ class StreamBatches(IterableDataset):
         samples = self._samples(consumer, self.num_processes * num_workers, batch // num_workers * self.batch_size)
         for _ in range(batch, self.first_batch + self.num_batches, num_workers):
             items = list(itertools.islice(samples, self.batch_size))
-            yield {name: torch.stack([item[name] for item in items]) for name in items[0]}
+            yield default_collate(items)  # into shared memory at once; a copy would make a worker grow
 
     def _samples(self, consumer: int, num_consumers: int, position: int) -> Iterator[dict[str, Tensor]]:
         """The endless sequence of one consumer's items, from a position on."""

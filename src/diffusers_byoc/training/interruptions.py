@@ -33,7 +33,7 @@ def lock_folder(directory: str | Path):
     except Timeout as error:
         holder = path.read_text(encoding="utf-8").strip() or "another process"
         raise OSError(
-            f"{directory}: {holder} is training into it. Wait for it to end, stop it, or give another --output_dir."
+            f"{directory}: {holder} is writing into it. Wait for it to end, stop it, or give another --output_dir."
         ) from error
     except OSError as error:
         raise OSError(
