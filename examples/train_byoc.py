@@ -84,10 +84,7 @@ def check_arguments(args: argparse.Namespace, device: torch.device) -> MultiCode
     """
     if args.mixed_precision == "fp16" and device.type == "cpu":
         raise ValueError("--mixed_precision fp16 needs a GPU; on a CPU say bf16, no or auto")
-    if args.use_8bit_adam:
-        optimizer_class(args)
-        if device.type != "cuda":
-            raise ValueError("--use_8bit_adam needs a CUDA GPU; leave it out")
+    optimizer_class(args)
     if args.stage == "diffusion":
         path = Path(args.output_dir) / "vqvae"
         if args.vqvae_path is None and not path.is_dir():
@@ -270,6 +267,7 @@ def train_autoencoder(
     if args.gradient_checkpointing:
         vqvae.enable_gradient_checkpointing()
     if args.compile:  # in place: the names of the weights stay as they are
+        torch._functorch.config.donated_buffer = False  # the adaptive weight goes through the graph a second time
         vqvae.compile()
         discriminator.compile()
     optimizer, lr_scheduler = make_optimizer(args, "autoencoder", vqvae.parameters(), max_steps)

@@ -149,6 +149,13 @@ def unbroken(preset, tmp_path_factory):
     return output_dir, done.stdout + done.stderr
 
 
+@pytest.fixture
+def no_report(script, monkeypatch):
+    """For runs that are looked into themselves: half of a tiny run's time."""
+    monkeypatch.setattr(script, "write_report", lambda *args, **options: None)
+    monkeypatch.setattr(script, "log_volumes", lambda *args: None)
+
+
 def scalars(output_dir, stage):
     """{tag: {step: value}} of a stage's log."""
     events = EventAccumulator(str(Path(output_dir) / "logs" / stage)).Reload()
@@ -200,9 +207,10 @@ def test_a_run_logs_what_tells_its_health(unbroken):
         assert diffusion[f"latent_std/{channel}"][0] > 0
         assert 0 <= diffusion[f"latent_outside/{channel}"][0] <= 1
 
-    for stage in ("autoencoder", "diffusion"):
+    for stage, loss in (("autoencoder", "reconstruction"), ("diffusion", "diffusion")):
         events = EventAccumulator(str(output_dir / "logs" / stage)).Reload()
         assert [event.step for event in events.Images("samples")] == [3, 4]  # validation_steps, and the last
+        assert sorted(scalars(output_dir, stage)[f"validation/{loss}"]) == [3, 4]
 
 
 def test_the_discriminator_learns(unbroken):
@@ -573,12 +581,172 @@ def test_optimizer_arguments(script, preset, monkeypatch):
     args = script.parse_args([*arguments, "--use_8bit_adam"])
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ValueError, match=r"pip install .diffusers_byoc\[8bit\]"):
-        script.check_arguments(args, torch.device("cuda"))
+        script.check_arguments(args, torch.device("cpu"))
     names = types.SimpleNamespace(Adam8bit=torch.optim.SGD, AdamW8bit=torch.optim.RMSprop)
     monkeypatch.setitem(sys.modules, "bitsandbytes", types.SimpleNamespace(optim=names))
     assert script.optimizer_class(args) is torch.optim.RMSprop
-    with pytest.raises(ValueError, match="needs a CUDA GPU"):
-        script.check_arguments(args, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("max_grad_norm", "change"), [(2.0, 2.0), (20.0, 5.0), (0.0, 5.0)])
+def test_the_gradient_is_clipped_to_its_largest_norm(script, max_grad_norm, change):
+    accelerator = script.Accelerator(cpu=True)
+    model = torch.nn.Linear(2, 1, bias=False)
+    before = model.weight.detach().clone()
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    accelerator.backward(model(torch.tensor([3.0, 4.0])).sum())  # a gradient of norm 5
+    script.optimizer_step(accelerator, types.SimpleNamespace(max_grad_norm=max_grad_norm), model, optimizer, 1)
+    assert (model.weight - before).norm().item() == pytest.approx(change, rel=1e-5)
+    assert model.weight.grad is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "decays"),
+    [
+        # min(0.3, 1 - (1 + t / 2) ** -0.5), and 0 in the first step
+        (["--use_ema_warmup", "--ema_inv_gamma", 2, "--ema_power", 0.5, "--ema_decay", 0.3], [0.1835, 0.2929, 0.3]),
+        # min(0.2, (1 + t) / (10 + t))
+        (["--ema_decay", 0.2], [2 / 11, 0.2, 0.2]),
+    ],
+)
+def test_the_moving_average_of_the_weights(unbroken, train, no_report, arguments, decays):
+    """Worked out again from every step's weights, to the average that the saved U-Net is."""
+    every_step = ["--checkpointing_steps", 1, "--checkpoints_total_limit", 4, "--gradient_accumulation_steps", 1]
+    vqvae = ["--vqvae_path", unbroken[0] / "vqvae"]
+    output_dir = train("--stage", "diffusion", *vqvae, *every_step, *arguments)
+    weights = [load_file(output_dir / f"diffusion/checkpoint-{step}/model.safetensors") for step in range(1, 5)]
+    unet = DualChannelUNet3D.from_pretrained(output_dir, subfolder="unet")
+    for name, got in unet.named_parameters():
+        average = weights[0][name]
+        for decay, weight in zip(decays, weights[1:], strict=True):
+            average = decay * average + (1 - decay) * weight[name]
+        torch.testing.assert_close(got.detach(), average, rtol=1e-4, atol=1e-5)
+
+
+def test_accumulated_batches_are_one_large_batch(unbroken, train, no_report, script, monkeypatch, tmp_path):
+    """Two batches of two make the step of a batch of four, with a loss that draws nothing per batch."""
+    monkeypatch.setattr(
+        script,
+        "diffusion_loss",
+        lambda unet, scheduler, clean, noise, *_: (
+            unet(clean, torch.zeros(len(clean)), return_dict=False)[0].square().mean()
+        ),
+    )
+    monkeypatch.setattr(script, "validate_diffusion", lambda *_: {})
+    common = ["--stage", "diffusion", "--vqvae_path", unbroken[0] / "vqvae", "--max_grad_norm", 0]
+    accumulated = train(*common, "--train_batch_size", 2, "--gradient_accumulation_steps", 2)
+    at_once = [*common, "--train_batch_size", 4, "--gradient_accumulation_steps", 1]
+    at_once = train(*at_once, output_dir=tmp_path / "at_once")
+    weights, expected = (
+        load_file(folder / "diffusion/checkpoint-4/model.safetensors") for folder in (accumulated, at_once)
+    )
+    error = torch.cat([(weights[name] - expected[name]).abs().flatten() for name in expected])
+    assert torch.quantile(error, 0.995) < 1e-5  # Adam makes steps out of rounding errors where there is no gradient
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--loss_type", "l1"], lambda noise, clean, signal, spread: noise.abs().mean()),
+        (["--loss_type", "l2"], lambda noise, clean, signal, spread: noise.square().mean()),
+        (["--prediction_type", "sample"], lambda noise, clean, signal, spread: clean.abs().mean()),
+        (
+            ["--prediction_type", "v_prediction"],
+            lambda noise, clean, s, spread: (s * noise - spread * clean).abs().mean(),
+        ),
+        (
+            ["--loss_type", "l2", "--snr_gamma", 5],
+            lambda noise, clean, s, spread: (
+                (s / spread).square().clamp(max=5) * (spread / s * noise).square()
+            ).mean(),
+        ),
+    ],
+    ids=["l1", "l2", "sample", "v_prediction", "snr_gamma"],
+)
+def test_the_loss_that_was_asked_for(unbroken, train, script, monkeypatch, arguments, expected):
+    """Of a network that predicts zeros, in closed form from the noise, the latents and the schedule of a step."""
+    original = script.diffusion_loss
+
+    class Seen(Exception):
+        pass
+
+    def zeros(sample, timestep, class_labels=None, return_dict=True):
+        return (torch.zeros_like(sample),)
+
+    def compare(unet, scheduler, clean, noise, timesteps, *options):
+        cumulative = torch.cumprod(1 - scheduler.betas, 0)[timesteps].view(-1, 1, 1, 1, 1)
+        loss = original(zeros, scheduler, clean, noise, timesteps, *options)
+        wanted = expected(noise, clean, cumulative.sqrt(), (1 - cumulative).sqrt())
+        torch.testing.assert_close(loss, wanted, rtol=1e-4, atol=0)
+        raise Seen
+
+    monkeypatch.setattr(script, "diffusion_loss", compare)
+    with pytest.raises(Seen):
+        train("--stage", "diffusion", "--vqvae_path", unbroken[0] / "vqvae", *arguments)
+
+
+def test_arguments_that_must_not_change_the_run(unbroken, train, monkeypatch, tmp_path):
+    """Gradient checkpointing, loaders, TF32 where there is none, and Weights & Biases beside TensorBoard."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    checkpoint, calls = torch.utils.checkpoint.checkpoint, []
+    monkeypatch.setattr(
+        torch.utils.checkpoint, "checkpoint", lambda *args, **kwargs: calls.append(args) or checkpoint(*args, **kwargs)
+    )
+    output_dir = train(
+        *("--gradient_checkpointing", "--dataloader_num_workers", 1, "--allow_tf32", "--report_to", "all")
+    )
+    assert torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    assert {type(args[0].__self__).__name__ for args in calls} == {"Sequential", "UNetBlock"}  # of both networks
+    for stage in ("autoencoder", "diffusion"):
+        for tag, expected in scalars(unbroken[0], stage).items():
+            assert scalars(output_dir, stage)[tag] == pytest.approx(expected, rel=1e-4, abs=1e-5), tag
+    runs = sorted((output_dir / "wandb").glob("offline-run-*"))
+    for run, loss in zip(runs, (b"loss/reconstruction", b"loss/diffusion"), strict=True):
+        (log,) = run.glob("*.wandb")
+        assert loss in log.read_bytes()
+        assert [path.name[:10] for path in sorted(run.glob("files/media/images/*"))] == ["samples_3_", "samples_4_"]
+
+
+def test_eight_bit_adam(unbroken, train, no_report):
+    """The larger weights' moments are bytes, and come back from a checkpoint."""
+    pytest.importorskip("bitsandbytes")
+    arguments = ["--stage", "diffusion", "--vqvae_path", unbroken[0] / "vqvae", "--use_8bit_adam"]
+    whole = train(*arguments)
+    state = torch.load(whole / "diffusion/checkpoint-4/optimizer.bin", weights_only=False)["state"]
+    large = [moments for moments in state.values() if moments["state1"].numel() >= 4096]
+    assert large and all(moments["state1"].dtype == torch.uint8 for moments in large)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_compiled_networks_train_to_the_same_end(unbroken, preset, tmp_path):
+    command = [SCRIPT, "--preset", preset, "--output_dir", tmp_path, "--compile"]
+    run_process(command, timeout=1100)
+    for stage in ("autoencoder", "diffusion"):
+        for tag, expected in scalars(unbroken[0], stage).items():
+            assert scalars(tmp_path, stage)[tag] == pytest.approx(expected, rel=1e-3, abs=1e-4), tag
+    for file in FINAL_WEIGHTS:
+        assert load_file(tmp_path / file).keys() == load_file(unbroken[0] / file).keys(), file
+    assert BYOCPipeline.from_pretrained(tmp_path)(1).volumes.shape == (1, 2, 32, 32, 32)
+
+
+def test_a_private_repository_is_filled(preset, hub):
+    """Pipeline, card, report; no checkpoint, no log, no latent."""
+    arguments = ["--preset", str(preset), "--max_train_steps", "1", "--push_to_hub"]
+    arguments += ["--hub_model_id", "org/phantoms", "--hub_private_repo"]
+    hub.run(
+        f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); import train_byoc; "
+        f"train_byoc.main(train_byoc.parse_args({arguments!r}))"
+    )
+    assert hub.repos["models/org/phantoms"]["private"]
+    files = hub.files("org/phantoms")
+    weights = [f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "vqvae")]
+    configs = ["scheduler/scheduler_config.json", "unet/config.json", "vqvae/config.json"]
+    assert sorted(files) == sorted(["README.md", "cells.png", "model_index.json", "report.md", *weights, *configs])
+    card = files["README.md"].decode()
+    assert "# phantoms" in card and "They are not microscopy" in card and "1 steps of the autoencoder" in card
+    assert 'from_pretrained("org/phantoms")' in card
 
 
 def test_diffusion_arguments_are_in_the_pipeline(train):
