@@ -23,6 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from diffusers_byoc import BYOCPipeline, DualChannelUNet3D, MultiCodebookVQModel
 from diffusers_byoc.data import read_volume
+from diffusers_byoc.training import list_checkpoints
 
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -63,20 +64,30 @@ FINAL_WEIGHTS = (
     "diffusion/checkpoint-4/model.safetensors",  # before the moving average
 )
 
-# kills its own process, as `kill -9` would, at the n-th call of a function of the training package
+# kills its own process, as `kill -9` would, at the n-th call of a function of a module or a class
 KILLED = """
-import os, runpy, signal, sys
-import diffusers_byoc.training as training
-name, last_call, *sys.argv = sys.argv[1:]
-original, calls = getattr(training, name), []
+import os, pkgutil, runpy, signal, sys
+owner, name, last_call, *sys.argv = sys.argv[1:]
+owner = pkgutil.resolve_name(owner)
+original, calls = getattr(owner, name), []
 def counted(*args, **kwargs):
     calls.append(name)
     if len(calls) == int(last_call):
         os.kill(os.getpid(), signal.SIGKILL)
     return original(*args, **kwargs)
-setattr(training, name, counted)
+setattr(owner, name, counted)
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
 runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+# says how many graphs torch.compile has made of the networks
+COMPILED = """
+import os, runpy, sys
+import torch
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+print("compiled graphs:", torch._dynamo.utils.counters["stats"]["unique_graphs"])
 """
 
 # trains the autoencoder and writes down what each process then holds
@@ -270,7 +281,7 @@ def test_a_run_killed_in_either_stage_resumes_to_the_same_end(unbroken, preset, 
         ("reconstruction_loss", 8, "autoencoder"),
         ("diffusion_loss", 8, "diffusion"),
     ):
-        killed = run_process(["-c", KILLED, function, last_call, *command], check=False)
+        killed = run_process(["-c", KILLED, "diffusers_byoc.training", function, last_call, *command], check=False)
         assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
         assert [path.name for path in (output_dir / stage).iterdir()] == ["checkpoint-2"]
         assert not (output_dir / "model_index.json").exists()
@@ -494,7 +505,7 @@ def test_sigterm_saves_a_checkpoint_and_says_how_to_go_on(unbroken, preset, tmp_
     """Sent within the first half of step 3, which has no checkpoint of its own; a second run is refused meanwhile."""
     command = [SCRIPT, "--preset", preset, "--output_dir", tmp_path, "--stage", "autoencoder"]
     code = KILLED.replace("signal.SIGKILL", "signal.SIGTERM")
-    done = run_process(["-c", code, "reconstruction_loss", 5, *command], check=False)
+    done = run_process(["-c", code, "diffusers_byoc.training", "reconstruction_loss", 5, *command], check=False)
     assert done.returncode == 143, done.stderr[-3000:]
     assert "checkpoint-3; go on with --resume_from_checkpoint latest" in done.stderr + done.stdout
     assert "Traceback" not in done.stderr
@@ -506,6 +517,34 @@ def test_sigterm_saves_a_checkpoint_and_says_how_to_go_on(unbroken, preset, tmp_
 def test_a_second_run_into_one_folder_is_refused(train, script, tmp_path):
     with script.lock_folder(tmp_path / "out"), pytest.raises(SystemExit, match="is training into it"):
         train()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_kills_while_saving_and_between_the_stages_lose_nothing(unbroken, preset, tmp_path):
+    command = [SCRIPT, "--preset", preset, "--output_dir", tmp_path, "--resume_from_checkpoint", "latest"]
+    for owner, function, call, last in (
+        ("torch", "save", 2, None),  # half of the first checkpoint is written
+        ("pathlib:Path", "rename", 1, None),  # all of it, but it has no name yet
+        ("pathlib:Path", "rename", 3, "autoencoder/checkpoint-4"),  # the earlier one is about to be deleted
+        ("diffusers_byoc:MultiCodebookVQModel", "save_pretrained", 1, "autoencoder/checkpoint-4"),
+        ("diffusers_byoc.training", "cache_latents", 1, "autoencoder/checkpoint-4"),
+        ("os", "replace", 1, "autoencoder/checkpoint-4"),  # latents are encoded, but have no name yet
+        ("diffusers_byoc.training", "diffusion_loss", 1, "autoencoder/checkpoint-4"),
+        ("torch", "save", 2, "autoencoder/checkpoint-4"),  # half of the second stage's first checkpoint
+        ("pathlib:Path", "rename", 3, "diffusion/checkpoint-4"),
+        ("diffusers_byoc:BYOCPipeline", "save_pretrained", 1, "diffusion/checkpoint-4"),
+    ):
+        killed = run_process(["-c", KILLED, owner, function, call, *command], check=False)
+        assert killed.returncode == -signal.SIGKILL, (owner, function, call, killed.stderr[-3000:])
+        whole = [p for stage in ("diffusion", "autoencoder") for p in list_checkpoints(tmp_path / stage)[::-1]]
+        assert whole[:1] == ([tmp_path / last] if last else []), (owner, function, call)
+        assert not (tmp_path / "model_index.json").exists()
+    run_process(command)
+    for stage in ("autoencoder", "diffusion"):
+        assert scalars(tmp_path, stage) == scalars(unbroken[0], stage), stage
+        assert [path.name for path in (tmp_path / stage).iterdir()] == ["checkpoint-4"]
+    assert_same_weights(tmp_path, unbroken[0])
 
 
 @pytest.mark.slow
@@ -719,16 +758,31 @@ def test_eight_bit_adam(unbroken, train, no_report):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1800)
 def test_compiled_networks_train_to_the_same_end(unbroken, preset, tmp_path):
+    """To rounding, which moves single vectors to other codes; hence the losses that no one code decides."""
     command = [SCRIPT, "--preset", preset, "--output_dir", tmp_path, "--compile"]
-    run_process(command, timeout=1100)
-    for stage in ("autoencoder", "diffusion"):
-        for tag, expected in scalars(unbroken[0], stage).items():
-            assert scalars(tmp_path, stage)[tag] == pytest.approx(expected, rel=1e-3, abs=1e-4), tag
+    output = run_process(["-c", COMPILED, *command], timeout=1700).stdout
+    assert int(output.rsplit("compiled graphs: ", 1)[1]) >= 3  # autoencoder, discriminator, U-Net
+    for stage, tag in (("autoencoder", "loss/reconstruction"), ("diffusion", "loss/diffusion")):
+        assert scalars(tmp_path, stage)[tag] == pytest.approx(scalars(unbroken[0], stage)[tag], rel=5e-3), tag
     for file in FINAL_WEIGHTS:
         assert load_file(tmp_path / file).keys() == load_file(unbroken[0] / file).keys(), file
     assert BYOCPipeline.from_pretrained(tmp_path)(1).volumes.shape == (1, 2, 32, 32, 32)
+    # and on without compiling
+    run_process(
+        [
+            SCRIPT,
+            "--preset",
+            preset,
+            "--output_dir",
+            tmp_path,
+            "--resume_from_checkpoint",
+            "checkpoint-4",
+            "--stage",
+            "diffusion",
+        ]
+    )
 
 
 def test_a_private_repository_is_filled(preset, hub):
