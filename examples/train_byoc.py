@@ -6,6 +6,7 @@ accelerate launch examples/train_byoc.py --preset paper --train_data_dir my_cell
 
 import argparse
 import logging
+import os
 import sys
 import time
 from contextlib import contextmanager, nullcontext
@@ -15,7 +16,7 @@ import diffusers
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, ProjectConfiguration, set_seed
 from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -38,6 +39,7 @@ from diffusers_byoc.training import (
     discriminator_loss,
     fair_num_threads,
     fastest_precision,
+    follow_launcher,
     is_cpu_training,
     latent_statistics,
     load_checkpoint,
@@ -110,19 +112,26 @@ def start_stage(args: argparse.Namespace, stage: str) -> Accelerator:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     output_dir = Path(args.output_dir)
     trackers = ["tensorboard", "wandb"] if args.report_to == "all" else args.report_to
+    # DeepSpeed would keep the weights themselves in half precision, in which a moving average stands still
+    is_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    if is_deepspeed and mixed_precision == "fp16":
+        raise ValueError("with DeepSpeed, say --mixed_precision bf16 or no")
     accelerator = Accelerator(
         cpu=is_cpu_training(),
-        mixed_precision=mixed_precision,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision="no" if is_deepspeed else mixed_precision,
+        # as a plugin, which a launcher's environment variable does not overrule
+        gradient_accumulation_plugin=GradientAccumulationPlugin(args.gradient_accumulation_steps),
         log_with=trackers,
         project_config=ProjectConfiguration(str(output_dir / stage), logging_dir=str(output_dir / "logs")),
     )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         if stage == "autoencoder":
             raise ValueError("DeepSpeed takes one optimizer, the autoencoder has two; use it with --stage diffusion")
+        deepspeed_config = accelerator.state.deepspeed_plugin.deepspeed_config
         # it wants to know before any data
-        batch_size = getattr(args, f"{stage}_train_batch_size")
-        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = batch_size
+        deepspeed_config["train_micro_batch_size_per_gpu"] = getattr(args, f"{stage}_train_batch_size")
+        if mixed_precision == "bf16":
+            deepspeed_config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     config = {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str, bool))}
     if accelerator.distributed_type == DistributedType.FSDP:
         raise ValueError("FSDP is not supported: the moving average needs whole weights; use DeepSpeed ZeRO-2")
@@ -217,8 +226,8 @@ def optimizer_step(accelerator: Accelerator, args: argparse.Namespace, model, op
     """Clip, check and apply the gradients; within an accumulation, leave them to grow."""
     if accelerator.sync_gradients:
         norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or float("inf"))
-        # DeepSpeed keeps its norm to itself; fp16's scaler skips such a step, and lowers its scale
-        if accelerator.scaler is None and norm is not None:
+        # fp16's scaler skips such a step, and lowers its scale; DeepSpeed has made its step already
+        if accelerator.scaler is None and torch.is_tensor(norm):
             check_finite(accelerator, norm, "gradient", step)
     optimizer.step()
     optimizer.zero_grad()
@@ -509,6 +518,7 @@ def one_line_errors(*errors: type[Exception]):
 def main(args: argparse.Namespace) -> None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("accelerate").setLevel(logging.WARNING)
+    follow_launcher()
     state = PartialState(cpu=is_cpu_training())
     with one_line_errors(ValueError, OSError):
         vqvae = check_arguments(args, state.device)

@@ -1,5 +1,6 @@
 """The real script, in processes of its own and at tiny size."""
 
+import contextlib
 import importlib
 import json
 import os
@@ -19,6 +20,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.directory_watcher import DirectoryDeletedError
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffusers_byoc import BYOCPipeline, DualChannelUNet3D, MultiCodebookVQModel
@@ -211,6 +213,7 @@ def test_a_run_logs_what_tells_its_health(unbroken):
     for channel in channels:
         assert all(0 < value <= 1 for value in autoencoder[f"usage/{channel}"].values())
         assert all(1 <= value <= 16 for value in autoencoder[f"perplexity/{channel}"].values())
+        assert sorted(autoencoder[f"validation/usage/{channel}"]) == [3, 4]
 
     diffusion = scalars(output_dir, "diffusion")
     assert sorted(diffusion["loss/diffusion"]) == sorted(diffusion["lr"]) == steps
@@ -514,6 +517,51 @@ def test_sigterm_saves_a_checkpoint_and_says_how_to_go_on(unbroken, preset, tmp_
     assert scalars(tmp_path, "autoencoder") == scalars(unbroken[0], "autoencoder")
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("is_for_all", [False, True], ids=["launcher", "group"])
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["-m", "accelerate.commands.launch"],
+        ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"],
+    ],
+    ids=["accelerate", "torchrun"],
+)
+def test_sigterm_to_a_launcher_saves_a_checkpoint(preset, tmp_path, launcher, is_for_all):
+    arguments = ["--max_train_steps", 10_000, "--validation_steps", 10_000, "--checkpointing_steps", 10_000]
+    command = [sys.executable, *launcher, SCRIPT, "--preset", preset, "--output_dir", tmp_path, *arguments]
+    with (tmp_path / "errors").open("w+") as errors:
+        process = subprocess.Popen(
+            [*map(str, command)],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stderr=errors,
+            start_new_session=True,
+        )
+        try:
+            wait_for(lambda: scalars(tmp_path, "autoencoder")["lr"], process)  # it has made a step
+            (os.killpg if is_for_all else os.kill)(process.pid, signal.SIGTERM)
+            process.wait(120)
+            wait_for(lambda: not (tmp_path / "run.lock").exists())
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        (checkpoint,) = list_checkpoints(tmp_path / "autoencoder")
+        errors.seek(0)
+        assert f"{checkpoint.name}; go on with --resume_from_checkpoint latest" in errors.read()
+
+
+def wait_for(condition, process=None, seconds=300):
+    """Until `condition()` is true; what it does not find yet, it may raise."""
+    for _ in range(seconds * 2):
+        with contextlib.suppress(OSError, KeyError, DirectoryDeletedError):
+            if condition():
+                return
+        assert process is None or process.poll() is None
+        time.sleep(0.5)
+    raise TimeoutError
+
+
 def test_a_second_run_into_one_folder_is_refused(train, script, tmp_path):
     with script.lock_folder(tmp_path / "out"), pytest.raises(SystemExit, match="is training into it"):
         train()
@@ -543,7 +591,6 @@ def test_kills_while_saving_and_between_the_stages_lose_nothing(unbroken, preset
     run_process(command)
     for stage in ("autoencoder", "diffusion"):
         assert scalars(tmp_path, stage) == scalars(unbroken[0], stage), stage
-        assert [path.name for path in (tmp_path / stage).iterdir()] == ["checkpoint-4"]
     assert_same_weights(tmp_path, unbroken[0])
 
 
@@ -747,14 +794,18 @@ def test_arguments_that_must_not_change_the_run(unbroken, train, monkeypatch, tm
         assert [path.name[:10] for path in sorted(run.glob("files/media/images/*"))] == ["samples_3_", "samples_4_"]
 
 
-def test_eight_bit_adam(unbroken, train, no_report):
+def test_eight_bit_adam(unbroken, train, no_report, tmp_path):
     """The larger weights' moments are bytes, and come back from a checkpoint."""
     pytest.importorskip("bitsandbytes")
     arguments = ["--stage", "diffusion", "--vqvae_path", unbroken[0] / "vqvae", "--use_8bit_adam"]
-    whole = train(*arguments)
-    state = torch.load(whole / "diffusion/checkpoint-4/optimizer.bin", weights_only=False)["state"]
-    large = [moments for moments in state.values() if moments["state1"].numel() >= 4096]
-    assert large and all(moments["state1"].dtype == torch.uint8 for moments in large)
+    train(*arguments, "--checkpoints_total_limit", 2)
+    file = tmp_path / "out/diffusion/checkpoint-4/optimizer.bin"
+    states = torch.load(file, weights_only=False)["state"].values()
+    moments = [state["__bnb_optimizer_quant_state__"]["state1"] for state in states]
+    assert {m.dtype for m in moments if m.numel() >= 4096} == {torch.uint8}
+    (weights := tmp_path / "out/unet/diffusion_pytorch_model.safetensors").rename(expected := tmp_path / "expected")
+    train(*arguments, "--resume_from_checkpoint", "checkpoint-2")
+    assert_same_weights(weights, expected, [""])
 
 
 @pytest.mark.slow
