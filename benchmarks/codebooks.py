@@ -1,10 +1,11 @@
 """Whether the codebooks stay alive, for each way to start and to maintain them: the demo's autoencoder on phantoms.
 
-    python benchmarks/codebooks.py [--steps 300] [--output_dir outputs/codebooks]
+    python benchmarks/codebooks.py                       eight times the demo's first stage: an hour on two cores
+    python benchmarks/codebooks.py --sample_size 32      a few minutes
 
 Each row is one run of `examples/train_byoc.py --stage autoencoder` with `examples/configs/demo.json`, but for what the
 row says, judged on phantoms that no run has seen: codes in use by all of them and by the batches of four that training
-sees, perplexity, and the mean squared error in [-1, 1]. It takes as long as that many times the demo's first stage.
+sees, perplexity, and the mean squared error in [-1, 1].
 """
 
 import argparse
@@ -36,7 +37,7 @@ VARIANTS = {
 BATCH_SIZE = 4  # the demo's
 
 
-def train(changes: dict, directory: Path, steps: int | None) -> MultiCodebookVQModel:
+def train(changes: dict, directory: Path, steps: int | None, sample_size: int) -> MultiCodebookVQModel:
     """The autoencoder of a run with these changes; one that is there already is not trained again."""
     if not (directory / "vqvae").is_dir():
         config = json.loads((ROOT / "examples/configs/demo.json").read_text(encoding="utf-8"))
@@ -45,7 +46,7 @@ def train(changes: dict, directory: Path, steps: int | None) -> MultiCodebookVQM
         preset = directory / "preset.json"
         preset.write_text(json.dumps(config), encoding="utf-8")
         command = [sys.executable, ROOT / "examples/train_byoc.py", "--stage", "autoencoder", "--preset", preset]
-        command += ["--output_dir", directory]
+        command += ["--output_dir", directory, "--sample_size", str(sample_size)]
         if steps is not None:
             command += ["--autoencoder_max_train_steps", str(steps)]
         subprocess.run(command, check=True, stdout=sys.stderr)
@@ -78,17 +79,20 @@ def judge(vqvae: MultiCodebookVQModel, cells: PhantomCells) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, help="of each run (default: the demo's)")
+    parser.add_argument("--sample_size", type=int, default=64, help="voxels; 32 takes an eighth of the time")
     parser.add_argument("--num_cells", type=int, default=64, help="unseen phantoms to judge by; a multiple of 4")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/codebooks"))
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("outputs/codebooks"), help="runs in it are not repeated"
+    )
     args = parser.parse_args()
 
-    processor = VolumeProcessor(sample_size=64)
+    processor = VolumeProcessor(sample_size=args.sample_size)
     cells = PhantomCells(args.num_cells, processor, ["nocodazole"], seed=1)  # the demo's have seed 0
-    print(f"{machine('cpu')}; {args.num_cells} unseen phantoms; cell / nucleus\n")
+    print(f"{machine('cpu')}; {args.num_cells} unseen phantoms of {args.sample_size}³; cell / nucleus\n")
     print("| update | start | revival | codes in use | in a batch of 4 | perplexity | squared error |")
     print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)
     for names, changes in VARIANTS.items():
-        vqvae = train(changes, args.output_dir / "-".join(names).replace(" ", "_"), args.steps)
+        vqvae = train(changes, args.output_dir / "-".join(names).replace(" ", "_"), args.steps, args.sample_size)
         print(f"| {' | '.join((*names, *judge(vqvae, cells)))} |", flush=True)
 
 

@@ -72,9 +72,7 @@ def save_checkpoint(accelerator: Accelerator, directory: str | Path, step: int, 
         shutil.rmtree(partial, ignore_errors=True)
         whole = list_checkpoints(directory)
         remedy = f"go on from {whole[-1].name} with --resume_from_checkpoint latest" if whole else "begin anew"
-        # torch.save's own words hide the system's
-        cause = error.__context__ if isinstance(error.__context__, OSError) else error
-        reason = " ".join(str(cause).split()) or type(cause).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(
             f"{path} could not be written ({reason}). Make room there, or make it writable, and {remedy}."
         ) from error
