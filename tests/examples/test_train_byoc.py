@@ -949,13 +949,23 @@ def test_two_processes_of_half_the_batch_are_the_unbroken_run(unbroken, preset, 
 
 
 @pytest.mark.slow
-def test_two_processes_of_half_the_batch_train_as_one(preset, tmp_path):
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "others",
+    [
+        ["--gradient_accumulation_steps", 1],
+        # and a number of cells that no batch divides
+        ["--gradient_accumulation_steps", 2, "--gradient_checkpointing", "--num_phantoms", 9],
+    ],
+    ids=["plain", "accumulated"],
+)
+def test_two_processes_of_half_the_batch_train_as_one(preset, tmp_path, others):
     """To rounding: sums over processes are added up in another order.
 
     Adam divides by the gradient's own size, so where the true gradient is zero (a bias before an instance norm) it
     makes steps of the learning rate out of rounding errors; hence a bound on 99.5 % of the numbers.
     """
-    arguments = ["--preset", preset, "--gradient_accumulation_steps", 1]
+    arguments = ["--preset", preset, *others]
     one, two = tmp_path / "one", tmp_path / "two"
     whole_batch = ["--autoencoder_train_batch_size", 4, "--diffusion_train_batch_size", 4]
     run_process([SCRIPT, *arguments, *whole_batch, "--output_dir", one])
