@@ -16,7 +16,7 @@ import diffusers
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, ProjectConfiguration, set_seed
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
 from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -87,6 +87,15 @@ def check_arguments(args: argparse.Namespace, device: torch.device) -> MultiCode
     if args.mixed_precision == "fp16" and device.type == "cpu":
         raise ValueError("--mixed_precision fp16 needs a GPU; on a CPU say bf16, no or auto")
     optimizer_class(args)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        raise ValueError("FSDP is not supported: the moving average needs whole weights; use DeepSpeed's ZeRO-2")
+    if uses_deepspeed():
+        if is_cpu_training():
+            raise ValueError("accelerate runs DeepSpeed on GPUs alone; without one, use torchrun")
+        if args.stage != "diffusion":
+            raise ValueError("DeepSpeed takes one optimizer, the autoencoder has two; use it with --stage diffusion")
+        if arithmetic(args) == "fp16":
+            raise ValueError("with DeepSpeed, say --mixed_precision bf16 or no")
     if args.stage == "diffusion":
         path = Path(args.output_dir) / "vqvae"
         if args.vqvae_path is None and not path.is_dir():
@@ -103,38 +112,40 @@ def check_arguments(args: argparse.Namespace, device: torch.device) -> MultiCode
     return vqvae
 
 
+def uses_deepspeed() -> bool:
+    """Whether `accelerate launch` was told to."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+
+
+def arithmetic(args: argparse.Namespace) -> str:
+    return fastest_precision() if args.mixed_precision == "auto" else args.mixed_precision
+
+
 def start_stage(args: argparse.Namespace, stage: str) -> Accelerator:
     """An accelerator of its own for each stage, so that its checkpoints hold that stage alone."""
-    mixed_precision = fastest_precision() if args.mixed_precision == "auto" else args.mixed_precision
+    mixed_precision = arithmetic(args)
     if is_cpu_training():
         torch.set_num_threads(args.num_cpu_threads or fair_num_threads())
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     output_dir = Path(args.output_dir)
     trackers = ["tensorboard", "wandb"] if args.report_to == "all" else args.report_to
-    # DeepSpeed would keep the weights themselves in half precision, in which a moving average stands still
-    is_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-    if is_deepspeed and mixed_precision == "fp16":
-        raise ValueError("with DeepSpeed, say --mixed_precision bf16 or no")
     accelerator = Accelerator(
         cpu=is_cpu_training(),
-        mixed_precision="no" if is_deepspeed else mixed_precision,
+        # DeepSpeed would keep the weights themselves in half precision, in which a moving average stands still
+        mixed_precision="no" if uses_deepspeed() else mixed_precision,
         # as a plugin, which a launcher's environment variable does not overrule
         gradient_accumulation_plugin=GradientAccumulationPlugin(args.gradient_accumulation_steps),
         log_with=trackers,
         project_config=ProjectConfiguration(str(output_dir / stage), logging_dir=str(output_dir / "logs")),
     )
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        if stage == "autoencoder":
-            raise ValueError("DeepSpeed takes one optimizer, the autoencoder has two; use it with --stage diffusion")
+    if uses_deepspeed():
         deepspeed_config = accelerator.state.deepspeed_plugin.deepspeed_config
         # it wants to know before any data
         deepspeed_config["train_micro_batch_size_per_gpu"] = getattr(args, f"{stage}_train_batch_size")
         if mixed_precision == "bf16":
             deepspeed_config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     config = {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str, bool))}
-    if accelerator.distributed_type == DistributedType.FSDP:
-        raise ValueError("FSDP is not supported: the moving average needs whole weights; use DeepSpeed ZeRO-2")
     accelerator.init_trackers(stage, config, {"wandb": {"dir": str(output_dir), "name": f"{output_dir.name}/{stage}"}})
     set_seed(args.seed)
     logger.info(f"{stage}: {accelerator.num_processes} process(es), {accelerator.device}, {mixed_precision=}")

@@ -414,6 +414,22 @@ def test_bad_input_is_one_line_before_any_training(train, tmp_path, cells, argum
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("backend", "has_gpu", "arguments", "message"),
+    [
+        ("FSDP", True, [], "FSDP is not supported"),
+        ("DEEPSPEED", False, ["--stage", "diffusion"], "on GPUs alone"),
+        ("DEEPSPEED", True, [], "use it with --stage diffusion"),
+        ("DEEPSPEED", True, ["--stage", "diffusion", "--mixed_precision", "fp16"], "say --mixed_precision bf16 or no"),
+    ],
+)
+def test_what_a_launcher_may_not_ask_for(script, preset, monkeypatch, backend, has_gpu, arguments, message):
+    monkeypatch.setenv(f"ACCELERATE_USE_{backend}", "true")
+    monkeypatch.setattr(script, "is_cpu_training", lambda: not has_gpu)
+    with pytest.raises(ValueError, match=message):
+        script.check_arguments(script.parse_args(["--preset", str(preset), *arguments]), torch.device("cuda"))
+
+
 def test_bad_input_ends_the_process_without_a_traceback(preset, tmp_path):
     folder = make_folder(tmp_path / "folder", hole=holed(make_cell(0)))
     command = [SCRIPT, "--preset", preset, "--output_dir", tmp_path / "out", "--train_data_dir", folder]
