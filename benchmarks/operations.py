@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffusers_byoc.models import nearest_code
+from diffusers_byoc.models.attention import attend_in_products
 from diffusers_byoc.models.normalization import InstanceNorm, VoxelNorm
 
 
@@ -55,18 +56,14 @@ def main() -> None:
     ours = both(VoxelNorm(32).bfloat16(), volume)
     row("norm of each voxel, both, 32 x 32³ (plain: rms_norm)", best_ms(plain), best_ms(ours))
 
-    query, key, value = (torch.randn(2048, 2, 16, 32, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    def flash(*inputs: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in inputs)).transpose(1, 2)
 
-    def attend(backend: SDPBackend) -> Callable[..., Tensor]:
-        def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(query, key, value)
-
-        return attention
-
-    plain = both(attend(SDPBackend.FLASH_ATTENTION), query, key, value)
-    ours = both(attend(SDPBackend.MATH), query, key, value)
-    row("depth attention, both, 2048 x 16 tokens (plain: flash, ours: products)", best_ms(plain), best_ms(ours))
+    for name, num_sequences, num_tokens in (("spatial", 128, 256), ("depth", 2048, 16)):
+        inputs = [torch.randn(num_sequences, num_tokens, 2, 32).bfloat16().requires_grad_() for _ in range(3)]
+        plain, ours = (best_ms(both(attend, *inputs)) for attend in (flash, attend_in_products))
+        row(f"{name} attention, both, {num_sequences} x {num_tokens} tokens (plain: flash)", plain, ours)
 
     vectors, codebook = torch.randn(32_768, 16), torch.randn(1024, 16)
     plain = best_ms(lambda: torch.cdist(vectors, codebook).argmin(1))

@@ -272,8 +272,8 @@ def unet_training_step(
     timesteps: Tensor,
     setting: Setting,
 ) -> Callable[[], None]:
-    """L1 on the noise and Adam, for all alike."""
-    optimizer = torch.optim.Adam(unet.parameters(), lr=1e-4)
+    """L1 on the noise and a fused Adam, for all alike."""
+    optimizer = torch.optim.Adam(unet.parameters(), lr=1e-4, fused=True)
     noise = torch.randn_like(sample)
 
     def step() -> None:
@@ -289,7 +289,9 @@ def unet_training_step(
 def byoc_training_step(vqvae: MultiCodebookVQModel, volumes: Tensor, setting: Setting) -> Callable[[], None]:
     """What `examples/train_byoc.py` does once the discriminator has joined."""
     discriminator = PatchDiscriminator3D(vqvae.config.num_channels).to(volumes.device).train()
-    optimizer, discriminator_optimizer = (torch.optim.Adam(m.parameters(), lr=3e-4) for m in (vqvae, discriminator))
+    optimizer, discriminator_optimizer = (
+        torch.optim.Adam(m.parameters(), lr=3e-4, fused=True) for m in (vqvae, discriminator)
+    )
     device = volumes.device.type
     vqvae.train()
 
@@ -320,7 +322,7 @@ def medicaldiffusion_training_step(vqgan: nn.Module, volumes: Tensor, setting: S
 
 
 def monai_training_step(vqvae: nn.Module, volumes: Tensor, setting: Setting) -> Callable[[], None]:
-    optimizer = torch.optim.Adam(vqvae.parameters(), lr=3e-4)
+    optimizer = torch.optim.Adam(vqvae.parameters(), lr=3e-4, fused=True)
     vqvae.train()
 
     def step() -> None:

@@ -384,6 +384,29 @@ def epoch(autoencoder: AutoencoderPeer, unet: UNetPeer, setting: Setting, sizes:
     return autoencoder_seconds, diffusion_seconds, all(torch.isfinite(p).all() for p in denoiser.parameters())
 
 
+@torch.no_grad()
+def benchmark_numerics(peers: Peers, sizes: Sizes) -> None:
+    """How far each arithmetic takes this package's networks, with random weights, from their float64 output."""
+    unet = next(iter(peers.unets())).build().to(sizes.device).eval()
+    vqvae = next(iter(peers.autoencoders())).build().to(sizes.device).eval()
+    timesteps = torch.tensor([10, 900], device=sizes.device)
+    jobs: dict[str, tuple[nn.Module, Tensor, Callable[[nn.Module, Tensor], Tensor]]] = {
+        "U-Net, prediction": (unet, sizes.latents(2), lambda m, x: m(x, timesteps, return_dict=False)[0]),
+        "autoencoder, encode": (vqvae, sizes.volumes(2), lambda m, x: m.encode(x, return_dict=False)[0]),
+        "autoencoder, decode": (vqvae, sizes.latents(2), lambda m, x: m.decode(x, return_dict=False)[0]),
+    }
+    settings = (FLOAT32, AUTOCAST, Setting("bf16 weights", weights=torch.bfloat16))
+    print("\n| relative error against float64 | " + " | ".join(setting.name for setting in settings))
+    print("| --- " * (1 + len(settings)) + "|")
+    for name, (module, inputs, run) in jobs.items():
+        exact, errors = run(copy.deepcopy(module).double(), inputs.double()), []
+        for setting in settings:
+            with setting.autocast(sizes.device):
+                output = run(setting.apply(module), setting.cast(inputs))
+            errors.append(f"{((output - exact).norm() / exact.norm()).item():.1e}")
+        print(f"| {name} | {' | '.join(errors)} |", flush=True)
+
+
 LAYERS = {"convolution": nn.Conv3d, "instance norm": InstanceNorm, "attention": AxialAttention, "SiLU": nn.SiLU}
 OPERATORS = {  # by the beginning or end of torch's operator names; the first that fits counts
     "convolution, gradients": ("convolution_backward",),
@@ -407,7 +430,8 @@ def benchmark_breakdown(peers: Peers, sizes: Sizes) -> None:
         total = interleaved_best_ms({"": denoise}, sizes.repeats)[""]
         with FlopCounterMode(display=False) as counter:
             denoise()
-        gflop = counter.get_flop_counts()["Global"][torch.ops.aten.convolution] / 1e9
+        layers = {f"{type(module).__name__}.{name}" for name, m in module.named_modules() if isinstance(m, nn.Conv3d)}
+        gflop = sum(sum(counts.values()) for name, counts in counter.get_flop_counts().items() if name in layers) / 1e9
         spent = layer_ms(module, denoise, sizes)
         spent["addition, concatenation, interpolation, time"] = max(0.0, total - sum(spent.values()))
         print(
@@ -475,7 +499,7 @@ def layer_ms(module: nn.Module, run: Callable[[], object], sizes: Sizes) -> dict
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    tables = ("unet", "autoencoder", "quantizer", "memory", "sampling", "epoch", "breakdown")
+    tables = ("unet", "autoencoder", "quantizer", "memory", "sampling", "epoch", "breakdown", "numerics")
     add = parser.add_argument
     add("table", nargs="?", choices=[*tables, "all"], default="all")
     add("--medicaldiffusion", type=Path, metavar="DIR", help="copy of MedicalDiffusion's repository")
@@ -510,6 +534,8 @@ def main() -> None:
         benchmark_epochs(peers, sizes, args.epoch_volumes)
     if args.table in ("breakdown", "all"):
         benchmark_breakdown(peers, sizes)
+    if args.table in ("numerics", "all"):
+        benchmark_numerics(peers, sizes)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,9 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -159,10 +161,10 @@ def end_stage(accelerator: Accelerator) -> None:
         tracker.finish()
 
 
-def optimizer_class(args: argparse.Namespace) -> type[torch.optim.Optimizer]:
+def optimizer_class(args: argparse.Namespace) -> Callable[..., torch.optim.Optimizer]:
     """The class that `--optimizer` and `--use_8bit_adam` name."""
     if not args.use_8bit_adam:
-        return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
+        return partial({"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer], fused=True)
     try:
         import bitsandbytes
     except ImportError as error:

@@ -927,8 +927,11 @@ def test_the_paper_preset_is_tables_2_and_3(script):
     assert {size for name, size in kernels.items() if "shortcut" not in name} == {(3, 3, 3)}
     norms = [m for name, m in unet.named_modules() if type(m).__name__ == "InstanceNorm"]
     assert norms and all(norm.num_groups == len(norm.weight) for norm in norms)  # one group per feature
-    for block in (*unet.down_blocks, *unet.mid_blocks, *unet.up_blocks):
-        assert hasattr(block, "spatial_attention") and hasattr(block, "depth_attention")
+    attentions = [
+        [x.axes for x in block.attentions] for block in (*unet.down_blocks, *unet.mid_blocks, *unet.up_blocks)
+    ]
+    both = ["spatial", "depth"]  # at the end of each level down, in the middle, at the end of each level up
+    assert attentions == [*([[], both] * 4), both, [], *([[], both] * 4)]
     assert args.scheduler == {
         "num_train_timesteps": 1000,
         "beta_schedule": "squaredcos_cap_v2",

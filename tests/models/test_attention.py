@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from diffusers_byoc.models.attention import AxialAttention, AxialAttnProcessor
+from diffusers_byoc.models.attention import AxialAttention, AxialAttnProcessor, attend_in_products
 
 
 def layer(axes, num_features=8, head_dim=4):
@@ -72,14 +72,30 @@ def test_fused_projections_change_nothing():
     torch.testing.assert_close(attention(volume), expected)
 
 
-def test_few_and_many_tokens_have_the_same_gradients():
+def test_products_and_the_fused_kernel_have_the_same_gradients():
     attention = layer("spatial")
     volume = torch.randn(1, 8, 2, 3, 4)
-    few = torch.autograd.grad(attention(volume).square().sum(), attention.parameters())
+    products = torch.autograd.grad(attention(volume).square().sum(), attention.parameters())
     attention.processor._attention_backend = "native"
-    many = torch.autograd.grad(attention(volume).square().sum(), attention.parameters())
-    for got, want in zip(few, many, strict=True):
+    fused = torch.autograd.grad(attention(volume).square().sum(), attention.parameters())
+    for got, want in zip(products, fused, strict=True):
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("scores_at_once", [1, 100, 250])
+def test_products_in_parts_are_the_products(monkeypatch, scores_at_once):
+    query, key, value = torch.randn(3, 7, 6, 2, 4)
+    whole = attend_in_products(query, key, value)
+    monkeypatch.setattr("diffusers_byoc.models.attention._SCORES_AT_ONCE", scores_at_once)
+    torch.testing.assert_close(attend_in_products(query, key, value), whole)
+
+
+def test_bf16_products_add_no_more_error_than_bf16_inputs_have():
+    inputs = torch.randn(3, 8, 256, 1, 32, dtype=torch.float64)
+    exact = attend_in_products(*inputs)
+    fused = F.scaled_dot_product_attention(*(x.bfloat16().transpose(1, 2) for x in inputs)).transpose(1, 2)
+    products = attend_in_products(*inputs.bfloat16())
+    assert (products - exact).norm() < 2 * (fused - exact).norm() < 0.02 * exact.norm()
 
 
 def test_a_processor_can_be_replaced():

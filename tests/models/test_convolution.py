@@ -31,6 +31,27 @@ def test_weight_gradients_on_small_grids_are_those_of_float32(grid, use_autocast
         assert (gradient - expected).abs().max() < 0.05 * expected.abs().max()
 
 
+@pytest.mark.parametrize("grid", [(2, 2, 2), (1, 1, 1), (2, 3, 4), (5, 1, 2)])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
+def test_small_grids_give_what_the_plain_layer_gives(grid, stride, bias, memory_format):
+    arguments = {"kernel_size": 3, "padding": 1, "stride": stride, "bias": bias, "dtype": torch.float64}
+    convolution, plain = Conv3d(5, 6, **arguments), nn.Conv3d(5, 6, **arguments)
+    plain.load_state_dict(convolution.state_dict())
+    convolution = convolution.to(memory_format=memory_format)
+    volume = torch.randn(3, 5, *grid, dtype=torch.float64).requires_grad_()
+    with torch.inference_mode():
+        convolution(volume)  # leaves nothing behind that gradients could not go through
+    output, expected = convolution(volume), plain(volume)
+    torch.testing.assert_close(output, expected)
+    gradient = torch.randn_like(expected)
+    got, wanted = (torch.autograd.grad(y, (volume, *m.parameters()), gradient) for y, m in
+                   ((output, convolution), (expected, plain)))  # fmt: skip
+    for one, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize("grid", [(2, 2, 2), (4, 4, 4)])
 def test_output_has_the_dtype_of_the_plain_layer(grid):
     convolution, plain = Conv3d(2, 3, 3, padding=1), nn.Conv3d(2, 3, 3, padding=1)

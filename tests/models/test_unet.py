@@ -154,7 +154,7 @@ def test_fused_projections_change_nothing():
     expected = unet(**arguments).sample
     unet.fuse_qkv_projections()
     attentions = [module for module in unet.modules() if isinstance(module, AttentionModuleMixin)]
-    assert len(attentions) == 2 * 6  # spatial and depth-wise, in two blocks down, two in the middle, two up
+    assert len(attentions) == 2 * 5  # spatial and depth-wise, at two resolutions down and up, and in the middle
     assert all(attention.fused_projections for attention in attentions)
     torch.testing.assert_close(unet(**arguments).sample, expected, atol=1e-5, rtol=1e-4)
     unet.unfuse_qkv_projections()
@@ -226,3 +226,19 @@ def test_class_labels_are_required_exactly_with_classes():
         model()(torch.zeros(1, 6, 4, 4, 4), 1, class_labels=torch.tensor([0]))
     with pytest.raises(ValueError, match="num_class_embeds=2, got None"):
         model(num_class_embeds=2)(torch.zeros(1, 6, 4, 4, 4), 1)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "use_autocast", "tolerance"),
+    [(torch.float32, False, 1e-5), (torch.float32, True, 0.02), (torch.bfloat16, False, 0.02)],
+    ids=["float32", "bf16 autocast", "bf16 weights"],
+)
+@torch.no_grad()
+def test_every_arithmetic_stays_near_float64(dtype, use_autocast, tolerance):
+    unet = model(sample_size=8, block_out_channels=(16, 32, 64), attention_head_dim=16)  # down to 2 x 2 x 2
+    arguments = inputs(unet)
+    sample = arguments.pop("sample")
+    exact = copy.deepcopy(unet).double()(sample.double(), **arguments).sample
+    with torch.autocast("cpu", torch.bfloat16, enabled=use_autocast):
+        output = unet.to(dtype)(sample.to(dtype), **arguments).sample
+    assert (output - exact).norm() < tolerance * exact.norm()

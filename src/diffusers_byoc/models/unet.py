@@ -46,18 +46,19 @@ class TimeResidualBlock(nn.Module):
 
 
 class UNetBlock(nn.Module):
-    """A residual block, then attention within the depth planes and along the depth."""
+    """A residual block; if `head_dim` is given, then attention within the depth planes and along the depth."""
 
-    def __init__(self, in_features, out_features, time_dim, norm_num_groups, act_fn, head_dim):
+    def __init__(self, in_features, out_features, time_dim, norm_num_groups, act_fn, head_dim: int | None):
         super().__init__()
         self.resnet = TimeResidualBlock(in_features, out_features, time_dim, norm_num_groups, act_fn)
-        self.spatial_attention = AxialAttention(out_features, head_dim, axes="spatial")
-        self.depth_attention = AxialAttention(out_features, head_dim, axes="depth")
+        axes = () if head_dim is None else ("spatial", "depth")
+        self.attentions = nn.ModuleList(AxialAttention(out_features, head_dim, a) for a in axes)
 
     def forward(self, hidden_states: Tensor, time_embedding: Tensor) -> Tensor:
         hidden_states = self.resnet(hidden_states, time_embedding)
-        hidden_states = self.spatial_attention(hidden_states)
-        return self.depth_attention(hidden_states)
+        for attention in self.attentions:
+            hidden_states = attention(hidden_states)
+        return hidden_states
 
 
 class Upsample(nn.Module):
@@ -75,7 +76,8 @@ class DualChannelUNet3D(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
     """3D U-Net over the paired latents of M biological channels.
 
     The channels' latents lie side by side along the feature axis, so every layer's output for one channel depends on
-    the others (eq. 13).
+    the others (eq. 13). Spatial and depth-wise attention follow the last residual block of each resolution, down and
+    up, and the first of the two in the middle, as in Khader et al. (2023).
 
     Args:
         num_channels: M, the biological channels (2: cell, nucleus).
@@ -128,24 +130,28 @@ class DualChannelUNet3D(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
         self.conv_in = Conv3d(num_channels * latent_channels, widths[0], 3, padding=1)
 
         # 3. down
-        block_arguments = (time_dim, norm_num_groups, act_fn, attention_head_dim)
+        block_arguments = (time_dim, norm_num_groups, act_fn)
+        head_dims = [None] * (layers_per_block - 1) + [attention_head_dim]  # of each block at one resolution
         self.down_blocks, self.downsamplers = nn.ModuleList(), nn.ModuleList()
         skip_widths = []
         for level, width in enumerate(widths):
-            for _ in range(layers_per_block):
-                self.down_blocks.append(UNetBlock(width, width, *block_arguments))
+            for head_dim in head_dims:
+                self.down_blocks.append(UNetBlock(width, width, *block_arguments, head_dim))
                 skip_widths.append(width)
             if level < len(widths) - 1:
                 self.downsamplers.append(Conv3d(width, widths[level + 1], 3, stride=2, padding=1))
 
         # 4. middle
-        self.mid_blocks = nn.ModuleList([UNetBlock(widths[-1], widths[-1], *block_arguments) for _ in range(2)])
+        self.mid_blocks = nn.ModuleList(
+            UNetBlock(widths[-1], widths[-1], *block_arguments, head_dim) for head_dim in (attention_head_dim, None)
+        )
 
         # 5. up
         self.up_blocks, self.upsamplers = nn.ModuleList(), nn.ModuleList()
         for level in reversed(range(len(widths))):
-            for _ in range(layers_per_block):
-                self.up_blocks.append(UNetBlock(widths[level] + skip_widths.pop(), widths[level], *block_arguments))
+            for head_dim in head_dims:
+                in_features = widths[level] + skip_widths.pop()
+                self.up_blocks.append(UNetBlock(in_features, widths[level], *block_arguments, head_dim))
             if level > 0:
                 self.upsamplers.append(Upsample(widths[level], widths[level - 1]))
 
