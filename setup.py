@@ -28,7 +28,7 @@ extras["all"] = sorted({requirement for requirements in extras.values() for requ
 # Microscopes' own formats. Not in "all": bioio-czi is under the GPL, and so is what bioio-lif before 2.0 brings.
 free_readers = ["bioio>=3.0", "bioio-ome-tiff>=1.1", "bioio-ome-zarr>=1.2", "bioio-tifffile>=1.3", "bioio-nd2>=1.0"]
 extras["bioio"] = [*free_readers, "bioio-czi>=2.0", "bioio-lif>=1.4"]
-checks = ["pytest>=8.0", "pytest-timeout>=2.3", "hypothesis>=6.100", "torchmetrics>=1.5"]
+checks = ["pytest>=8.0", "pytest-timeout>=2.3", "hypothesis>=6.100", "torchmetrics>=1.5", "wandb>=0.18"]
 extras["test"] = [*checks, *free_readers, *extras["all"]]
 # what this package is timed against (docs/performance.md), and what MedicalDiffusion's own code imports
 extras["benchmarks"] = [
@@ -41,9 +41,10 @@ extras["benchmarks"] = [
     *extras["viz"],
 ]
 extras["dev"] = ["ruff>=0.9", *extras["test"]]
-# of use on some machines only, hence not in "all": Weights & Biases, 8-bit optimizers on NVIDIA GPUs
+# for some only, hence not in "all": Weights & Biases, 8-bit optimizers, sharding over many GPUs
 extras["wandb"] = ["wandb>=0.18"]
-extras["8bit"] = ["bitsandbytes>=0.45"]
+extras["8bit"] = ["bitsandbytes>=0.45"]  # on a CPU 0.50
+extras["deepspeed"] = ["deepspeed>=0.19"]
 
 setup(
     name="diffusers_byoc",

@@ -29,7 +29,8 @@ def create_repository(args: argparse.Namespace) -> str:
     """
     name = args.hub_model_id or Path(args.output_dir).resolve().name
     try:
-        return HfApi().create_repo(name, private=args.hub_private_repo, exist_ok=True).repo_id
+        private = args.hub_private_repo or None  # None leaves it to the organisation's settings
+        return HfApi().create_repo(name, private=private, exist_ok=True).repo_id
     except OSError as error:  # huggingface_hub's errors are
         raise OSError(
             f"cannot push to {name} ({error}); log in with `hf auth login`, or set HF_TOKEN to a token that may write"

@@ -6,6 +6,7 @@ accelerate launch examples/train_byoc.py --preset paper --train_data_dir my_cell
 
 import argparse
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import diffusers
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
 from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -40,6 +41,7 @@ from diffusers_byoc.training import (
     discriminator_loss,
     fair_num_threads,
     fastest_precision,
+    follow_launcher,
     is_cpu_training,
     latent_statistics,
     load_checkpoint,
@@ -86,10 +88,16 @@ def check_arguments(args: argparse.Namespace, device: torch.device) -> MultiCode
     """
     if args.mixed_precision == "fp16" and device.type == "cpu":
         raise ValueError("--mixed_precision fp16 needs a GPU; on a CPU say bf16, no or auto")
-    if args.use_8bit_adam:
-        optimizer_class(args)
-        if device.type != "cuda":
-            raise ValueError("--use_8bit_adam needs a CUDA GPU; leave it out")
+    optimizer_class(args)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        raise ValueError("FSDP is not supported: the moving average needs whole weights; use DeepSpeed's ZeRO-2")
+    if uses_deepspeed():
+        if is_cpu_training():
+            raise ValueError("accelerate runs DeepSpeed on GPUs alone; without one, use torchrun")
+        if args.stage != "diffusion":
+            raise ValueError("DeepSpeed takes one optimizer, the autoencoder has two; use it with --stage diffusion")
+        if arithmetic(args) == "fp16":
+            raise ValueError("with DeepSpeed, say --mixed_precision bf16 or no")
     if args.stage == "diffusion":
         path = Path(args.output_dir) / "vqvae"
         if args.vqvae_path is None and not path.is_dir():
@@ -106,9 +114,18 @@ def check_arguments(args: argparse.Namespace, device: torch.device) -> MultiCode
     return vqvae
 
 
+def uses_deepspeed() -> bool:
+    """Whether `accelerate launch` was told to."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+
+
+def arithmetic(args: argparse.Namespace) -> str:
+    return fastest_precision() if args.mixed_precision == "auto" else args.mixed_precision
+
+
 def start_stage(args: argparse.Namespace, stage: str) -> Accelerator:
     """An accelerator of its own for each stage, so that its checkpoints hold that stage alone."""
-    mixed_precision = fastest_precision() if args.mixed_precision == "auto" else args.mixed_precision
+    mixed_precision = arithmetic(args)
     if is_cpu_training():
         torch.set_num_threads(args.num_cpu_threads or fair_num_threads())
     if args.allow_tf32:
@@ -117,20 +134,20 @@ def start_stage(args: argparse.Namespace, stage: str) -> Accelerator:
     trackers = ["tensorboard", "wandb"] if args.report_to == "all" else args.report_to
     accelerator = Accelerator(
         cpu=is_cpu_training(),
-        mixed_precision=mixed_precision,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        # DeepSpeed would keep the weights themselves in half precision, in which a moving average stands still
+        mixed_precision="no" if uses_deepspeed() else mixed_precision,
+        # as a plugin, which a launcher's environment variable does not overrule
+        gradient_accumulation_plugin=GradientAccumulationPlugin(args.gradient_accumulation_steps),
         log_with=trackers,
         project_config=ProjectConfiguration(str(output_dir / stage), logging_dir=str(output_dir / "logs")),
     )
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        if stage == "autoencoder":
-            raise ValueError("DeepSpeed takes one optimizer, the autoencoder has two; use it with --stage diffusion")
+    if uses_deepspeed():
+        deepspeed_config = accelerator.state.deepspeed_plugin.deepspeed_config
         # it wants to know before any data
-        batch_size = getattr(args, f"{stage}_train_batch_size")
-        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = batch_size
+        deepspeed_config["train_micro_batch_size_per_gpu"] = getattr(args, f"{stage}_train_batch_size")
+        if mixed_precision == "bf16":
+            deepspeed_config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     config = {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str, bool))}
-    if accelerator.distributed_type == DistributedType.FSDP:
-        raise ValueError("FSDP is not supported: the moving average needs whole weights; use DeepSpeed ZeRO-2")
     accelerator.init_trackers(stage, config, {"wandb": {"dir": str(output_dir), "name": f"{output_dir.name}/{stage}"}})
     set_seed(args.seed)
     logger.info(f"{stage}: {accelerator.num_processes} process(es), {accelerator.device}, {mixed_precision=}")
@@ -222,8 +239,8 @@ def optimizer_step(accelerator: Accelerator, args: argparse.Namespace, model, op
     """Clip, check and apply the gradients; within an accumulation, leave them to grow."""
     if accelerator.sync_gradients:
         norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or float("inf"))
-        # DeepSpeed keeps its norm to itself; fp16's scaler skips such a step, and lowers its scale
-        if accelerator.scaler is None and norm is not None:
+        # fp16's scaler skips such a step, and lowers its scale; DeepSpeed has made its step already
+        if accelerator.scaler is None and torch.is_tensor(norm):
             check_finite(accelerator, norm, "gradient", step)
     optimizer.step()
     optimizer.zero_grad()
@@ -272,6 +289,7 @@ def train_autoencoder(
     if args.gradient_checkpointing:
         vqvae.enable_gradient_checkpointing()
     if args.compile:  # in place: the names of the weights stay as they are
+        torch._functorch.config.donated_buffer = False  # the adaptive weight goes through the graph a second time
         vqvae.compile()
         discriminator.compile()
     optimizer, lr_scheduler = make_optimizer(args, "autoencoder", vqvae.parameters(), max_steps)
@@ -513,6 +531,7 @@ def one_line_errors(*errors: type[Exception]):
 def main(args: argparse.Namespace) -> None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("accelerate").setLevel(logging.WARNING)
+    follow_launcher()
     state = PartialState(cpu=is_cpu_training())
     with one_line_errors(ValueError, OSError):
         vqvae = check_arguments(args, state.device)

@@ -96,7 +96,7 @@ def _make_parser(description: str) -> argparse.ArgumentParser:
     add("--compile", **flag, help="torch.compile both networks; the first steps take minutes")
     add("--num_cpu_threads", type=positive, help="per process, without a GPU (default: a fair share of all cores)")
     add("--optimizer", choices=["adam", "adamw"], default="adam")
-    add("--use_8bit_adam", **flag, help="8-bit optimizer states, by bitsandbytes, on a GPU")
+    add("--use_8bit_adam", **flag, help="8-bit optimizer states, by bitsandbytes")
     add("--adam_beta1", type=float, default=0.9)
     add("--adam_beta2", type=float, default=0.99)
     add("--adam_weight_decay", type=float, default=0.0)

@@ -86,7 +86,8 @@ class HubServer:
         url = f"{self.url}/{prefix}{repo_id}"
         if key in self.repos:
             raise HubError(409, "RepoExists", f"{key} exists already", url=url)
-        self.repos[key] = {"head": NO_COMMIT, "commits": {NO_COMMIT: {}}}
+        private = body.get("visibility") == "private" or body.get("private", False)
+        self.repos[key] = {"head": NO_COMMIT, "commits": {NO_COMMIT: {}}, "private": private}
         return {"url": url, "name": repo_id, "id": repo_id}
 
     def preupload(self, key: str, revision: str, body: dict) -> dict:
@@ -139,7 +140,8 @@ class HubServer:
         repo_id = key.split("/", 1)[1]
         siblings = [{"rfilename": path} for path in sorted(files)]
         tags = ["diffusers"] if "model_index.json" in files else []
-        common = {"id": repo_id, "sha": sha, "siblings": siblings, "tags": tags, "private": False, "gated": False}
+        common = {"id": repo_id, "sha": sha, "siblings": siblings, "tags": tags, "gated": False}
+        common |= {"private": self.repos[key].get("private", False)}
         return common | {"modelId": repo_id, "disabled": False, "downloads": 0, "likes": 0}
 
     def tree(self, key: str, revision: str, folder: str = "", recursive: bool = True) -> list[dict]:

@@ -1,5 +1,6 @@
 """The real script, in processes of its own and at tiny size."""
 
+import contextlib
 import importlib
 import json
 import os
@@ -19,10 +20,12 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.directory_watcher import DirectoryDeletedError
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffusers_byoc import BYOCPipeline, DualChannelUNet3D, MultiCodebookVQModel
 from diffusers_byoc.data import read_volume
+from diffusers_byoc.training import list_checkpoints
 
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -63,20 +66,30 @@ FINAL_WEIGHTS = (
     "diffusion/checkpoint-4/model.safetensors",  # before the moving average
 )
 
-# kills its own process, as `kill -9` would, at the n-th call of a function of the training package
+# kills its own process, as `kill -9` would, at the n-th call of a function of a module or a class
 KILLED = """
-import os, runpy, signal, sys
-import diffusers_byoc.training as training
-name, last_call, *sys.argv = sys.argv[1:]
-original, calls = getattr(training, name), []
+import os, pkgutil, runpy, signal, sys
+owner, name, last_call, *sys.argv = sys.argv[1:]
+owner = pkgutil.resolve_name(owner)
+original, calls = getattr(owner, name), []
 def counted(*args, **kwargs):
     calls.append(name)
     if len(calls) == int(last_call):
         os.kill(os.getpid(), signal.SIGKILL)
     return original(*args, **kwargs)
-setattr(training, name, counted)
+setattr(owner, name, counted)
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
 runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+# says how many graphs torch.compile has made of the networks
+COMPILED = """
+import os, runpy, sys
+import torch
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+print("compiled graphs:", torch._dynamo.utils.counters["stats"]["unique_graphs"])
 """
 
 # trains the autoencoder and writes down what each process then holds
@@ -149,6 +162,13 @@ def unbroken(preset, tmp_path_factory):
     return output_dir, done.stdout + done.stderr
 
 
+@pytest.fixture
+def no_report(script, monkeypatch):
+    """For runs that are looked into themselves: half of a tiny run's time."""
+    monkeypatch.setattr(script, "write_report", lambda *args, **options: None)
+    monkeypatch.setattr(script, "log_volumes", lambda *args: None)
+
+
 def scalars(output_dir, stage):
     """{tag: {step: value}} of a stage's log."""
     events = EventAccumulator(str(Path(output_dir) / "logs" / stage)).Reload()
@@ -193,6 +213,7 @@ def test_a_run_logs_what_tells_its_health(unbroken):
     for channel in channels:
         assert all(0 < value <= 1 for value in autoencoder[f"usage/{channel}"].values())
         assert all(1 <= value <= 16 for value in autoencoder[f"perplexity/{channel}"].values())
+        assert sorted(autoencoder[f"validation/usage/{channel}"]) == [3, 4]
 
     diffusion = scalars(output_dir, "diffusion")
     assert sorted(diffusion["loss/diffusion"]) == sorted(diffusion["lr"]) == steps
@@ -200,9 +221,10 @@ def test_a_run_logs_what_tells_its_health(unbroken):
         assert diffusion[f"latent_std/{channel}"][0] > 0
         assert 0 <= diffusion[f"latent_outside/{channel}"][0] <= 1
 
-    for stage in ("autoencoder", "diffusion"):
+    for stage, loss in (("autoencoder", "reconstruction"), ("diffusion", "diffusion")):
         events = EventAccumulator(str(output_dir / "logs" / stage)).Reload()
         assert [event.step for event in events.Images("samples")] == [3, 4]  # validation_steps, and the last
+        assert sorted(scalars(output_dir, stage)[f"validation/{loss}"]) == [3, 4]
 
 
 def test_the_discriminator_learns(unbroken):
@@ -262,7 +284,7 @@ def test_a_run_killed_in_either_stage_resumes_to_the_same_end(unbroken, preset, 
         ("reconstruction_loss", 8, "autoencoder"),
         ("diffusion_loss", 8, "diffusion"),
     ):
-        killed = run_process(["-c", KILLED, function, last_call, *command], check=False)
+        killed = run_process(["-c", KILLED, "diffusers_byoc.training", function, last_call, *command], check=False)
         assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
         assert [path.name for path in (output_dir / stage).iterdir()] == ["checkpoint-2"]
         assert not (output_dir / "model_index.json").exists()
@@ -392,6 +414,22 @@ def test_bad_input_is_one_line_before_any_training(train, tmp_path, cells, argum
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("backend", "has_gpu", "arguments", "message"),
+    [
+        ("FSDP", True, [], "FSDP is not supported"),
+        ("DEEPSPEED", False, ["--stage", "diffusion"], "on GPUs alone"),
+        ("DEEPSPEED", True, [], "use it with --stage diffusion"),
+        ("DEEPSPEED", True, ["--stage", "diffusion", "--mixed_precision", "fp16"], "say --mixed_precision bf16 or no"),
+    ],
+)
+def test_what_a_launcher_may_not_ask_for(script, preset, monkeypatch, backend, has_gpu, arguments, message):
+    monkeypatch.setenv(f"ACCELERATE_USE_{backend}", "true")
+    monkeypatch.setattr(script, "is_cpu_training", lambda: not has_gpu)
+    with pytest.raises(ValueError, match=message):
+        script.check_arguments(script.parse_args(["--preset", str(preset), *arguments]), torch.device("cuda"))
+
+
 def test_bad_input_ends_the_process_without_a_traceback(preset, tmp_path):
     folder = make_folder(tmp_path / "folder", hole=holed(make_cell(0)))
     command = [SCRIPT, "--preset", preset, "--output_dir", tmp_path / "out", "--train_data_dir", folder]
@@ -486,7 +524,7 @@ def test_sigterm_saves_a_checkpoint_and_says_how_to_go_on(unbroken, preset, tmp_
     """Sent within the first half of step 3, which has no checkpoint of its own; a second run is refused meanwhile."""
     command = [SCRIPT, "--preset", preset, "--output_dir", tmp_path, "--stage", "autoencoder"]
     code = KILLED.replace("signal.SIGKILL", "signal.SIGTERM")
-    done = run_process(["-c", code, "reconstruction_loss", 5, *command], check=False)
+    done = run_process(["-c", code, "diffusers_byoc.training", "reconstruction_loss", 5, *command], check=False)
     assert done.returncode == 143, done.stderr[-3000:]
     assert "checkpoint-3; go on with --resume_from_checkpoint latest" in done.stderr + done.stdout
     assert "Traceback" not in done.stderr
@@ -495,9 +533,81 @@ def test_sigterm_saves_a_checkpoint_and_says_how_to_go_on(unbroken, preset, tmp_
     assert scalars(tmp_path, "autoencoder") == scalars(unbroken[0], "autoencoder")
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("is_for_all", [False, True], ids=["launcher", "group"])
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["-m", "accelerate.commands.launch"],
+        ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"],
+    ],
+    ids=["accelerate", "torchrun"],
+)
+def test_sigterm_to_a_launcher_saves_a_checkpoint(preset, tmp_path, launcher, is_for_all):
+    arguments = ["--max_train_steps", 10_000, "--validation_steps", 10_000, "--checkpointing_steps", 10_000]
+    command = [sys.executable, *launcher, SCRIPT, "--preset", preset, "--output_dir", tmp_path, *arguments]
+    with (tmp_path / "errors").open("w+") as errors:
+        process = subprocess.Popen(
+            [*map(str, command)],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stderr=errors,
+            start_new_session=True,
+        )
+        try:
+            wait_for(lambda: scalars(tmp_path, "autoencoder")["lr"], process)  # it has made a step
+            (os.killpg if is_for_all else os.kill)(process.pid, signal.SIGTERM)
+            process.wait(120)
+            wait_for(lambda: not (tmp_path / "run.lock").exists())
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        (checkpoint,) = list_checkpoints(tmp_path / "autoencoder")
+        errors.seek(0)
+        assert f"{checkpoint.name}; go on with --resume_from_checkpoint latest" in errors.read()
+
+
+def wait_for(condition, process=None, seconds=300):
+    """Until `condition()` is true; what it does not find yet, it may raise."""
+    for _ in range(seconds * 2):
+        with contextlib.suppress(OSError, KeyError, DirectoryDeletedError):
+            if condition():
+                return
+        assert process is None or process.poll() is None
+        time.sleep(0.5)
+    raise TimeoutError
+
+
 def test_a_second_run_into_one_folder_is_refused(train, script, tmp_path):
     with script.lock_folder(tmp_path / "out"), pytest.raises(SystemExit, match="is writing into it"):
         train()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_kills_while_saving_and_between_the_stages_lose_nothing(unbroken, preset, tmp_path):
+    command = [SCRIPT, "--preset", preset, "--output_dir", tmp_path, "--resume_from_checkpoint", "latest"]
+    for owner, function, call, last in (
+        ("torch", "save", 2, None),  # half of the first checkpoint is written
+        ("pathlib:Path", "rename", 1, None),  # all of it, but it has no name yet
+        ("pathlib:Path", "rename", 3, "autoencoder/checkpoint-4"),  # the earlier one is about to be deleted
+        ("diffusers_byoc:MultiCodebookVQModel", "save_pretrained", 1, "autoencoder/checkpoint-4"),
+        ("diffusers_byoc.training", "cache_latents", 1, "autoencoder/checkpoint-4"),
+        ("os", "replace", 1, "autoencoder/checkpoint-4"),  # latents are encoded, but have no name yet
+        ("diffusers_byoc.training", "diffusion_loss", 1, "autoencoder/checkpoint-4"),
+        ("torch", "save", 2, "autoencoder/checkpoint-4"),  # half of the second stage's first checkpoint
+        ("pathlib:Path", "rename", 3, "diffusion/checkpoint-4"),
+        ("diffusers_byoc:BYOCPipeline", "save_pretrained", 1, "diffusion/checkpoint-4"),
+    ):
+        killed = run_process(["-c", KILLED, owner, function, call, *command], check=False)
+        assert killed.returncode == -signal.SIGKILL, (owner, function, call, killed.stderr[-3000:])
+        whole = [p for stage in ("diffusion", "autoencoder") for p in list_checkpoints(tmp_path / stage)[::-1]]
+        assert whole[:1] == ([tmp_path / last] if last else []), (owner, function, call)
+        assert not (tmp_path / "model_index.json").exists()
+    run_process(command)
+    for stage in ("autoencoder", "diffusion"):
+        assert scalars(tmp_path, stage) == scalars(unbroken[0], stage), stage
+    assert_same_weights(tmp_path, unbroken[0])
 
 
 @pytest.mark.slow
@@ -573,12 +683,191 @@ def test_optimizer_arguments(script, preset, monkeypatch):
     args = script.parse_args([*arguments, "--use_8bit_adam"])
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ValueError, match=r"pip install .diffusers_byoc\[8bit\]"):
-        script.check_arguments(args, torch.device("cuda"))
+        script.check_arguments(args, torch.device("cpu"))
     names = types.SimpleNamespace(Adam8bit=torch.optim.SGD, AdamW8bit=torch.optim.RMSprop)
     monkeypatch.setitem(sys.modules, "bitsandbytes", types.SimpleNamespace(optim=names))
     assert script.optimizer_class(args) is torch.optim.RMSprop
-    with pytest.raises(ValueError, match="needs a CUDA GPU"):
-        script.check_arguments(args, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("max_grad_norm", "change"), [(2.0, 2.0), (20.0, 5.0), (0.0, 5.0)])
+def test_the_gradient_is_clipped_to_its_largest_norm(script, max_grad_norm, change):
+    accelerator = script.Accelerator(cpu=True)
+    model = torch.nn.Linear(2, 1, bias=False)
+    before = model.weight.detach().clone()
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    accelerator.backward(model(torch.tensor([3.0, 4.0])).sum())  # a gradient of norm 5
+    script.optimizer_step(accelerator, types.SimpleNamespace(max_grad_norm=max_grad_norm), model, optimizer, 1)
+    assert (model.weight - before).norm().item() == pytest.approx(change, rel=1e-5)
+    assert model.weight.grad is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "decays"),
+    [
+        # min(0.3, 1 - (1 + t / 2) ** -0.5), and 0 in the first step
+        (["--use_ema_warmup", "--ema_inv_gamma", 2, "--ema_power", 0.5, "--ema_decay", 0.3], [0.1835, 0.2929, 0.3]),
+        # min(0.2, (1 + t) / (10 + t))
+        (["--ema_decay", 0.2], [2 / 11, 0.2, 0.2]),
+    ],
+)
+def test_the_moving_average_of_the_weights(unbroken, train, no_report, arguments, decays):
+    """Worked out again from every step's weights, to the average that the saved U-Net is."""
+    every_step = ["--checkpointing_steps", 1, "--checkpoints_total_limit", 4, "--gradient_accumulation_steps", 1]
+    vqvae = ["--vqvae_path", unbroken[0] / "vqvae"]
+    output_dir = train("--stage", "diffusion", *vqvae, *every_step, *arguments)
+    weights = [load_file(output_dir / f"diffusion/checkpoint-{step}/model.safetensors") for step in range(1, 5)]
+    unet = DualChannelUNet3D.from_pretrained(output_dir, subfolder="unet")
+    for name, got in unet.named_parameters():
+        average = weights[0][name]
+        for decay, weight in zip(decays, weights[1:], strict=True):
+            average = decay * average + (1 - decay) * weight[name]
+        torch.testing.assert_close(got.detach(), average, rtol=1e-4, atol=1e-5)
+
+
+def test_accumulated_batches_are_one_large_batch(unbroken, train, no_report, script, monkeypatch, tmp_path):
+    """Two batches of two make the step of a batch of four, with a loss that draws nothing per batch."""
+    monkeypatch.setattr(
+        script,
+        "diffusion_loss",
+        lambda unet, scheduler, clean, noise, *_: (
+            unet(clean, torch.zeros(len(clean)), return_dict=False)[0].square().mean()
+        ),
+    )
+    monkeypatch.setattr(script, "validate_diffusion", lambda *_: {})
+    common = ["--stage", "diffusion", "--vqvae_path", unbroken[0] / "vqvae", "--max_grad_norm", 0]
+    accumulated = train(*common, "--train_batch_size", 2, "--gradient_accumulation_steps", 2)
+    at_once = [*common, "--train_batch_size", 4, "--gradient_accumulation_steps", 1]
+    at_once = train(*at_once, output_dir=tmp_path / "at_once")
+    weights, expected = (
+        load_file(folder / "diffusion/checkpoint-4/model.safetensors") for folder in (accumulated, at_once)
+    )
+    error = torch.cat([(weights[name] - expected[name]).abs().flatten() for name in expected])
+    assert torch.quantile(error, 0.995) < 1e-5  # Adam makes steps out of rounding errors where there is no gradient
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--loss_type", "l1"], lambda noise, clean, signal, spread: noise.abs().mean()),
+        (["--loss_type", "l2"], lambda noise, clean, signal, spread: noise.square().mean()),
+        (["--prediction_type", "sample"], lambda noise, clean, signal, spread: clean.abs().mean()),
+        (
+            ["--prediction_type", "v_prediction"],
+            lambda noise, clean, s, spread: (s * noise - spread * clean).abs().mean(),
+        ),
+        (
+            ["--loss_type", "l2", "--snr_gamma", 5],
+            lambda noise, clean, s, spread: (
+                (s / spread).square().clamp(max=5) * (spread / s * noise).square()
+            ).mean(),
+        ),
+    ],
+    ids=["l1", "l2", "sample", "v_prediction", "snr_gamma"],
+)
+def test_the_loss_that_was_asked_for(unbroken, train, script, monkeypatch, arguments, expected):
+    """Of a network that predicts zeros, in closed form from the noise, the latents and the schedule of a step."""
+    original = script.diffusion_loss
+
+    class Seen(Exception):
+        pass
+
+    def zeros(sample, timestep, class_labels=None, return_dict=True):
+        return (torch.zeros_like(sample),)
+
+    def compare(unet, scheduler, clean, noise, timesteps, *options):
+        cumulative = torch.cumprod(1 - scheduler.betas, 0)[timesteps].view(-1, 1, 1, 1, 1)
+        loss = original(zeros, scheduler, clean, noise, timesteps, *options)
+        wanted = expected(noise, clean, cumulative.sqrt(), (1 - cumulative).sqrt())
+        torch.testing.assert_close(loss, wanted, rtol=1e-4, atol=0)
+        raise Seen
+
+    monkeypatch.setattr(script, "diffusion_loss", compare)
+    with pytest.raises(Seen):
+        train("--stage", "diffusion", "--vqvae_path", unbroken[0] / "vqvae", *arguments)
+
+
+def test_arguments_that_must_not_change_the_run(unbroken, train, monkeypatch, tmp_path):
+    """Gradient checkpointing, loaders, TF32 where there is none, and Weights & Biases beside TensorBoard."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    checkpoint, calls = torch.utils.checkpoint.checkpoint, []
+    monkeypatch.setattr(
+        torch.utils.checkpoint, "checkpoint", lambda *args, **kwargs: calls.append(args) or checkpoint(*args, **kwargs)
+    )
+    output_dir = train(
+        *("--gradient_checkpointing", "--dataloader_num_workers", 1, "--allow_tf32", "--report_to", "all")
+    )
+    assert torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    assert {type(args[0].__self__).__name__ for args in calls} == {"Sequential", "UNetBlock"}  # of both networks
+    for stage in ("autoencoder", "diffusion"):
+        for tag, expected in scalars(unbroken[0], stage).items():
+            assert scalars(output_dir, stage)[tag] == pytest.approx(expected, rel=1e-4, abs=1e-5), tag
+    runs = sorted((output_dir / "wandb").glob("offline-run-*"))
+    for run, loss in zip(runs, (b"loss/reconstruction", b"loss/diffusion"), strict=True):
+        (log,) = run.glob("*.wandb")
+        assert loss in log.read_bytes()
+        assert [path.name[:10] for path in sorted(run.glob("files/media/images/*"))] == ["samples_3_", "samples_4_"]
+
+
+def test_eight_bit_adam(unbroken, train, no_report, tmp_path):
+    """The larger weights' moments are bytes, and come back from a checkpoint."""
+    pytest.importorskip("bitsandbytes")
+    arguments = ["--stage", "diffusion", "--vqvae_path", unbroken[0] / "vqvae", "--use_8bit_adam"]
+    train(*arguments, "--checkpoints_total_limit", 2)
+    file = tmp_path / "out/diffusion/checkpoint-4/optimizer.bin"
+    states = torch.load(file, weights_only=False)["state"].values()
+    moments = [state["__bnb_optimizer_quant_state__"]["state1"] for state in states]
+    assert {m.dtype for m in moments if m.numel() >= 4096} == {torch.uint8}
+    (weights := tmp_path / "out/unet/diffusion_pytorch_model.safetensors").rename(expected := tmp_path / "expected")
+    train(*arguments, "--resume_from_checkpoint", "checkpoint-2")
+    assert_same_weights(weights, expected, [""])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_compiled_networks_train_to_the_same_end(unbroken, preset, tmp_path):
+    """To rounding, which moves single vectors to other codes; hence the losses that no one code decides."""
+    command = [SCRIPT, "--preset", preset, "--output_dir", tmp_path, "--compile"]
+    output = run_process(["-c", COMPILED, *command], timeout=1700).stdout
+    assert int(output.rsplit("compiled graphs: ", 1)[1]) >= 3  # autoencoder, discriminator, U-Net
+    for stage, tag in (("autoencoder", "loss/reconstruction"), ("diffusion", "loss/diffusion")):
+        assert scalars(tmp_path, stage)[tag] == pytest.approx(scalars(unbroken[0], stage)[tag], rel=5e-3), tag
+    for file in FINAL_WEIGHTS:
+        assert load_file(tmp_path / file).keys() == load_file(unbroken[0] / file).keys(), file
+    assert BYOCPipeline.from_pretrained(tmp_path)(1).volumes.shape == (1, 2, 32, 32, 32)
+    # and on without compiling
+    run_process(
+        [
+            SCRIPT,
+            "--preset",
+            preset,
+            "--output_dir",
+            tmp_path,
+            "--resume_from_checkpoint",
+            "checkpoint-4",
+            "--stage",
+            "diffusion",
+        ]
+    )
+
+
+def test_a_private_repository_is_filled(preset, hub):
+    """Pipeline, card, report; no checkpoint, no log, no latent."""
+    arguments = ["--preset", str(preset), "--max_train_steps", "1", "--push_to_hub"]
+    arguments += ["--hub_model_id", "org/phantoms", "--hub_private_repo"]
+    hub.run(
+        f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); import train_byoc; "
+        f"train_byoc.main(train_byoc.parse_args({arguments!r}))"
+    )
+    assert hub.repos["models/org/phantoms"]["private"]
+    files = hub.files("org/phantoms")
+    weights = [f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "vqvae")]
+    configs = ["scheduler/scheduler_config.json", "unet/config.json", "vqvae/config.json"]
+    assert sorted(files) == sorted(["README.md", "cells.png", "model_index.json", "report.md", *weights, *configs])
+    card = files["README.md"].decode()
+    assert "# phantoms" in card and "They are not microscopy" in card and "1 steps of the autoencoder" in card
+    assert 'from_pretrained("org/phantoms")' in card
 
 
 def test_diffusion_arguments_are_in_the_pipeline(train):
@@ -679,13 +968,23 @@ def test_two_processes_of_half_the_batch_are_the_unbroken_run(unbroken, preset, 
 
 
 @pytest.mark.slow
-def test_two_processes_of_half_the_batch_train_as_one(preset, tmp_path):
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "others",
+    [
+        ["--gradient_accumulation_steps", 1],
+        # and a number of cells that no batch divides
+        ["--gradient_accumulation_steps", 2, "--gradient_checkpointing", "--num_phantoms", 9],
+    ],
+    ids=["plain", "accumulated"],
+)
+def test_two_processes_of_half_the_batch_train_as_one(preset, tmp_path, others):
     """To rounding: sums over processes are added up in another order.
 
     Adam divides by the gradient's own size, so where the true gradient is zero (a bias before an instance norm) it
     makes steps of the learning rate out of rounding errors; hence a bound on 99.5 % of the numbers.
     """
-    arguments = ["--preset", preset, "--gradient_accumulation_steps", 1]
+    arguments = ["--preset", preset, *others]
     one, two = tmp_path / "one", tmp_path / "two"
     whole_batch = ["--autoencoder_train_batch_size", 4, "--diffusion_train_batch_size", 4]
     run_process([SCRIPT, *arguments, *whole_batch, "--output_dir", one])

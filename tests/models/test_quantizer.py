@@ -80,6 +80,25 @@ def test_initialize_follows_its_generator():
     assert not torch.equal(first.embedding, other.embedding)
 
 
+def test_kmeans_ends_at_the_means_of_what_each_code_serves():
+    vectors = torch.randn(300, 2)
+    drawn, refined = Codebook(8, 2), Codebook(8, 2)
+    drawn.initialize(vectors, torch.Generator().manual_seed(0))
+    refined.initialize(vectors, torch.Generator().manual_seed(0), kmeans_iterations=100)
+    indices = nearest_code(vectors, refined.embedding)
+    for code, mean in enumerate(refined.embedding):
+        torch.testing.assert_close(mean, vectors[indices == code].mean(0))
+    errors = [(vectors - quantize_rows(vectors, codebook)[0]).square().mean() for codebook in (drawn, refined)]
+    assert errors[1] < errors[0]
+    assert torch.equal(refined.ema_sum / refined.ema_count[:, None], refined.embedding)
+
+
+def test_kmeans_leaves_a_code_without_vectors_where_it_is():
+    codebook = Codebook(6, 2)
+    codebook.initialize(torch.zeros(10, 2), torch.Generator().manual_seed(0), kmeans_iterations=3)
+    assert codebook.embedding.isfinite().all()
+
+
 def test_update_is_the_moving_average_of_the_one_hot_sums():
     codebook = Codebook(5, 3)
     codebook.initialize(torch.randn(50, 3))

@@ -77,10 +77,23 @@ class Codebook(nn.Module):
         return codes.amin(), codes.amax()
 
     @torch.no_grad()
-    def initialize(self, vectors: Tensor, generator: torch.Generator | None = None) -> None:
-        """Set the codes to rows of `vectors` (N, n), the unusual ones first; jittered repetitions if N < K."""
-        vectors = _gather_rows(vectors)
-        codes = draw_unusual(vectors, vectors.float().mean(0, keepdim=True), len(self.embedding), generator)
+    def initialize(
+        self, vectors: Tensor, generator: torch.Generator | None = None, kmeans_iterations: int = 0
+    ) -> None:
+        """Set the codes to rows of `vectors` (N, n), the unusual ones first; jittered repetitions if N < K.
+
+        Args:
+            vectors: (N, n), as many from every process.
+            generator: CPU generator that draws the rows.
+            kmeans_iterations: rounds of k-means (Lloyd 1982) that the drawn rows go through.
+        """
+        vectors = _gather_rows(vectors).float()
+        codes = draw_unusual(vectors, vectors.mean(0, keepdim=True), len(self.embedding), generator)
+        for _ in range(kmeans_iterations):
+            count, total = _sum_per_code(vectors, nearest_code(vectors, codes), len(codes))
+            codes = torch.where(count[:, None] > 0, total / count.clamp(min=1)[:, None], codes)
+        if kmeans_iterations and _is_distributed():  # sums on a GPU are rounded in any order
+            dist.broadcast(codes, src=0)
         self.embedding.copy_(codes)
         self.ema_sum.copy_(codes)
         self.ema_count.fill_(1.0)
@@ -107,9 +120,8 @@ class Codebook(nn.Module):
         """
         vectors = vectors.float()
         num_codes = len(self.embedding)
-        count = torch.bincount(indices, minlength=num_codes).float()
-        total = torch.zeros_like(self.ema_sum, dtype=torch.float32).index_add_(0, indices, vectors)
-        if dist.is_available() and dist.is_initialized():
+        count, total = _sum_per_code(vectors, indices, num_codes)
+        if _is_distributed():
             dist.all_reduce(count)
             dist.all_reduce(total)
 
@@ -131,9 +143,19 @@ class Codebook(nn.Module):
         return count, dead.sum()
 
 
+def _sum_per_code(vectors: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
+    """How many of `vectors` (N, n) have each of the codes `indices` (N,), (K,) float32, and their sums, (K, n)."""
+    count = torch.bincount(indices, minlength=num_codes).float()
+    return count, vectors.new_zeros(num_codes, vectors.shape[1]).index_add_(0, indices, vectors)
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
 def _gather_rows(rows: Tensor) -> Tensor:
     """The rows (N, n) of all processes, the same number from each, in the order of their ranks."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if not _is_distributed():
         return rows
     parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, rows.contiguous())
@@ -165,7 +187,7 @@ def draw_unusual(vectors: Tensor, approximations: Tensor, num_draws: int, genera
     if num_draws > len(picks):
         jitter = torch.randn(drawn.shape, generator=generator).to(drawn.device)
         drawn = drawn + 0.01 * vectors.std() * jitter
-    if dist.is_available() and dist.is_initialized():
+    if _is_distributed():
         dist.broadcast(drawn, src=0)
     return drawn
 

@@ -73,7 +73,8 @@ class MultiCodebookVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         share_encoder: one encoder for all channels (as eq. 1 and 5 write it), or one each.
         use_ema_codebook: codes follow a moving average (True) or gradients (False).
         ema_decay: of the codebooks' moving average.
-        revival_threshold: codes used less than this fraction of an even share are replaced.
+        revival_threshold: codes used less than this fraction of an even share are replaced; 0 replaces none.
+        kmeans_iterations: rounds of k-means that the first codes, vectors of the first batch, go through.
         commitment_cost: weight of the commitment term in `commit_loss` (Table 2: 0.25).
         latent_scaling: "codebook_range" maps each codebook's [min, max] to [-1, 1] (section 3.2); "standardize"
             gives every latent feature zero mean and unit deviation, by `latents_mean` and `latents_std`.
@@ -108,6 +109,7 @@ class MultiCodebookVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         use_ema_codebook: bool = True,
         ema_decay: float = 0.99,
         revival_threshold: float = 0.03,
+        kmeans_iterations: int = 0,
         commitment_cost: float = 0.25,
         latent_scaling: str = "codebook_range",
         latents_mean: tuple[float, ...] | None = None,
@@ -269,10 +271,11 @@ class MultiCodebookVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     @torch.no_grad()
     def initialize_codebooks(self, latents: Tensor, generator: torch.Generator | None = None) -> None:
-        """Start every codebook from random vectors of `latents` (B, M*n, d, h, w), once; later calls do nothing."""
+        """Start every codebook from vectors of `latents` (B, M*n, d, h, w), once; later calls do nothing."""
         for channel_latents, codebook in zip(self._split_channels(latents), self.codebooks, strict=True):
             if not codebook.is_initialized:
-                codebook.initialize(channel_latents.movedim(1, -1).flatten(0, 3), generator)
+                rows = channel_latents.movedim(1, -1).flatten(0, 3)
+                codebook.initialize(rows, generator, self.config.kmeans_iterations)
 
     @torch.no_grad()
     def update_codebooks(

@@ -1,5 +1,5 @@
 from .checkpoints import CheckpointError, list_checkpoints, load_checkpoint, save_checkpoint
-from .interruptions import Termination, ignore_termination, lock_folder
+from .interruptions import Termination, follow_launcher, ignore_termination, lock_folder
 from .latents import CachedLatents, cache_latents, encode_batches, latent_statistics
 from .losses import (
     adaptive_weight,
@@ -29,6 +29,7 @@ __all__ = [
     "encode_batches",
     "fair_num_threads",
     "fastest_precision",
+    "follow_launcher",
     "ignore_termination",
     "is_cpu_training",
     "latent_statistics",

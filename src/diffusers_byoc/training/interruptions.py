@@ -1,8 +1,10 @@
 """One run a folder, and a SIGTERM that ends a run after its step."""
 
+import ctypes
 import os
 import signal
 import socket
+import sys
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from accelerate import Accelerator
 
 
 LOCK_NAME = "run.lock"
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 @contextmanager
@@ -71,6 +74,15 @@ class Termination:
         """Whether a SIGTERM has come to any process; all processes must ask at the same point."""
         flag = torch.tensor(float(self._is_received), device=accelerator.device)
         return bool(accelerator.reduce(flag, reduction="sum") > 0)
+
+
+def follow_launcher() -> None:
+    """Get a SIGTERM when `accelerate launch` ends before this process, as it does of one; on Linux.
+
+    It does not pass a SIGTERM on: without this, the training would go on alone, and hold its folder.
+    """
+    if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:  # it sets this one
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def ignore_termination(worker_id: int) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..models import MultiCodebookVQModel
+from ..models.quantizer import codebook_usage
 from .latents import CachedLatents
 from .losses import diffusion_loss, reconstruction_loss
 from .randomness import step_generator
@@ -20,18 +21,38 @@ _NUM_TIMESTEPS = 4  # a cell
 def validate_autoencoder(
     accelerator: Accelerator, vqvae: MultiCodebookVQModel, cells: Dataset, max_cells: int
 ) -> dict[str, float]:
-    """`validation/reconstruction`: mean squared error of the first `max_cells` of `cells`; `vqvae` is unwrapped."""
+    """How the first `max_cells` of `cells` pass the autoencoder.
+
+    Args:
+        accelerator: gives autocast and the processes.
+        vqvae: unwrapped.
+        cells: items ``{"volumes": (M, D, H, W)}`` in [-1, 1].
+        max_cells: how many of them.
+
+    Returns:
+        `validation/reconstruction`, the mean squared error; for each channel NAME `validation/usage/NAME`, the share
+        of the codes that these cells use, and `validation/perplexity/NAME`.
+    """
     was_training = vqvae.training
     vqvae.eval()
     rows = range(accelerator.process_index, min(len(cells), max_cells), accelerator.num_processes)
     total = torch.zeros(2, device=accelerator.device)
+    num_codes = vqvae.config.num_vq_embeddings
+    counts = torch.zeros(vqvae.config.num_channels, num_codes, device=accelerator.device)
     for batch in DataLoader(Subset(cells, rows), batch_size=4):
         volumes = batch["volumes"].to(accelerator.device)
         with accelerator.autocast():
-            reconstruction = vqvae(volumes, return_dict=False)[0]  # autocast cannot rebuild a dataclass
+            # autocast cannot rebuild a dataclass
+            reconstruction, _, _, indices = vqvae(volumes, return_dict=False)
+        counts += torch.stack([torch.bincount(i.flatten(), minlength=num_codes) for i in indices.unbind(1)])
         total += len(volumes) * torch.stack([reconstruction_loss(reconstruction, volumes), torch.ones_like(total[0])])
     vqvae.train(was_training)
-    return {"validation/reconstruction": _mean(accelerator, total)}
+    losses = {"validation/reconstruction": _mean(accelerator, total)}
+    counts = accelerator.reduce(counts, reduction="sum")
+    for name, count in zip(vqvae.config.channel_names, counts, strict=True):
+        usage, perplexity = codebook_usage(count)
+        losses |= {f"validation/usage/{name}": usage.item(), f"validation/perplexity/{name}": perplexity.item()}
+    return losses
 
 
 @torch.no_grad()
