@@ -24,6 +24,9 @@ from data_arguments import add_data_arguments, load_cells  # noqa: E402
 from diffusers_byoc.metrics import MORPHOLOGY_NAMES  # noqa: E402
 
 
+HARMLESS = ("shifted by a voxel", "mirrored along x")  # what training cells may undergo and still be copies
+
+
 def add_noise(volumes: np.ndarray) -> np.ndarray:
     noise = np.random.default_rng(0).normal(0, 0.05, volumes.shape)
     return (volumes + noise).clip(0, 1).astype(np.float32)
@@ -76,9 +79,7 @@ def main() -> None:
         order = np.random.default_rng([args.seed, repetition]).permutation(cells.num_cells)
         held_out, training, new = order[:third], order[third : 2 * third], order[2 * third : 3 * third]
         large = new[np.argsort(volume_of_nucleus[new])][third // 2 :]
-        candidates = {
-            name: take(name, new) for name in damages if name not in ("shifted by a voxel", "mirrored along x")
-        }
+        candidates = {name: take(name, new) for name in damages if name not in HARMLESS}
         candidates |= {
             "large nuclei only, each cell twice": take("new cells", np.resize(large, third)),
             "one cell over and over": take("new cells", np.resize(new[:1], third)),

@@ -287,10 +287,7 @@ def main(args: argparse.Namespace) -> None:
         for name, cell_set in sets.items():
             try:
                 features[name][kind] = extract_features(cell_set, identity, extract, cache)
-            except (
-                OSError,
-                VolumeFileError,
-            ) as error:  # found when a file is first read, which is the first that is done
+            except (OSError, VolumeFileError) as error:  # in the first kind already, which reads every file
                 raise SystemExit(f"evaluate_byoc.py: error: {error}") from error
         lap(f"features: {kind}")
 
