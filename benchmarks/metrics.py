@@ -48,7 +48,7 @@ def main() -> None:
         "MMD, the paper's": lambda: mmd_linear(a, b),
         "MMD, Gaussian kernel": lambda: mmd_rbf(a, b, bandwidth),
         "precision, recall, density, coverage": lambda: neighbour_metrics(a, b),
-        "memorisation": lambda: memorisation(a, b[1000:], b[:1000]),
+        "memorisation": lambda: memorisation(a, b[args.num_cells // 5 :], b[: args.num_cells // 5]),
         "trees on 37 measurements": lambda: classifier_test(a[:, :37], b[:, :37]),
     }
     print(f"| {args.num_cells} x {args.num_features}, {torch.get_num_threads()} threads | seconds |\n| --- | --- |")

@@ -1,6 +1,7 @@
 """The sets of cells that an evaluation compares, and their features: computed once, shared out, kept on disk."""
 
 import hashlib
+import io
 import json
 import os
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from tqdm.auto import tqdm
 
 from diffusers_byoc import BYOCPipeline
 from diffusers_byoc.data import CellDataset, read_volume, write_ome_tiff
+from diffusers_byoc.data.cells import check_channel_order
+from diffusers_byoc.data.files import VolumeFileError
 
 
 CHUNK = 16  # cells whose features are computed, and kept, together
@@ -72,6 +75,7 @@ def folder_cells(paths: list[Path], cells: CellDataset, name: str = "generated")
         file = read_volume(paths[index])
         data = file.data
         try:
+            check_channel_order(file, cells.processor)
             if data.shape != cube:
                 return ((cells.processor.preprocess(data, file.voxel_size_um) + 1) / 2).numpy()
             if data.dtype.kind in "bui":
@@ -79,7 +83,7 @@ def folder_cells(paths: list[Path], cells: CellDataset, name: str = "generated")
             if not (data.min() >= 0 and data.max() <= 1):
                 raise ValueError(f"expected floats in [0, 1], got [{data.min():g}, {data.max():g}]; rescale them")
         except ValueError as error:
-            raise ValueError(f"{paths[index]}: {error}") from error
+            raise VolumeFileError(f"{paths[index]}: {error}") from error
         return data.astype(np.float32)
 
     return CellSet(name, len(paths), volume)
@@ -121,7 +125,7 @@ def generate_cells(
     folder.mkdir(parents=True, exist_ok=True)
     state.wait_for_everyone()
     if state.is_main_process:
-        record.write_text(json.dumps(settings, indent=2))
+        write_whole(record, json.dumps(settings, indent=2).encode())
     paths = [folder / f"cell_{index:06}.ome.tif" for index in range(num_samples)]
     missing = [index for index, path in enumerate(paths) if not path.is_file()]
     mine = missing[state.process_index :: state.num_processes]
@@ -168,12 +172,18 @@ def extract_features(
         digest = hashlib.blake2b(extractor.encode() + volumes.tobytes(), digest_size=16).hexdigest()
         path = folder / f"{digest}.npy"
         if not path.is_file():
-            temporary = path.with_suffix(f".{os.getpid()}.tmp")
-            with open(temporary, "wb") as file:
-                np.save(file, extract(volumes))
-            os.replace(temporary, path)
+            content = io.BytesIO()
+            np.save(content, extract(volumes))
+            write_whole(path, content.getvalue())
         found.append((start, np.load(path, allow_pickle=False)))
     return np.concatenate([features for _, features in sorted(gather_object(found), key=lambda pair: pair[0])])
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that appears whole or not at all, whenever the process ends."""
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
 
 
 def _fingerprint(pipeline: BYOCPipeline) -> str:

@@ -28,11 +28,12 @@ from cell_sets import (
     generate_cells,
     real_cells,
     shuffled_cells,
+    write_whole,
 )
 from data_arguments import add_data_arguments, load_cells, positive
-from diffusers_byoc import BYOCPipeline
+from diffusers_byoc import BYOCPipeline, __version__
 from diffusers_byoc.data import CellDataset, read_split, split_cells
-from diffusers_byoc.data.files import VOLUME_SUFFIXES
+from diffusers_byoc.data.files import VOLUME_SUFFIXES, VolumeFileError
 from diffusers_byoc.metrics import (
     MORPHOLOGY_NAMES,
     CellMorphology,
@@ -57,7 +58,7 @@ from diffusers_byoc.training import fair_num_threads, is_cpu_training
 from evaluation_report import write_evaluation
 
 
-MIN_CELLS = 10  # on either side of a split
+MIN_CELLS = 10  # generated, and on either side of a split
 VOXEL_GRID = 16  # edge of the averaged volumes in which memorisation looks for copies
 
 
@@ -83,6 +84,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if (args.pretrained is None) == (args.generated_dir is None):
         parser.error("give either --pretrained or --generated_dir")
+    if args.num_samples < MIN_CELLS:
+        parser.error(f"--num_samples must be at least {MIN_CELLS}, got {args.num_samples}")
     return args
 
 
@@ -93,10 +96,14 @@ def find_generated(args, cells: CellDataset, pipeline: BYOCPipeline | None, voxe
         paths = sorted(
             path
             for path in folder.rglob("*")
-            if path.suffix.lower() in VOLUME_SUFFIXES and not path.name.startswith(".")
+            if path.suffix.lower() in VOLUME_SUFFIXES
+            and not any(part.startswith(".") for part in path.relative_to(folder).parts)
         )
-        if not paths:
-            raise ValueError(f"{folder}: no volumes; expected files ending in {', '.join(VOLUME_SUFFIXES)}")
+        if len(paths) < MIN_CELLS:
+            raise ValueError(
+                f"{folder}: expected at least {MIN_CELLS} volumes, files ending in {', '.join(VOLUME_SUFFIXES)}, got"
+                f" {len(paths)}; give the folder that holds them"
+            )
         return folder_cells(paths[: args.num_samples], cells)
     class_names = None
     if pipeline.unet.config.num_class_embeds is not None:
@@ -211,11 +218,13 @@ def classify_volumes(args, sets: dict[str, CellSet], folds: Sequence, device) ->
         pool = sets[name].num_cells if name == "generated" else training
         real = sets["real"].volumes(generator.choice(held_out, num_cells, replace=False))
         candidate = sets[name].volumes(generator.choice(pool, num_cells, replace=False))
-        digest = hashlib.blake2b(real.tobytes() + candidate.tobytes() + bytes([args.seed % 256]), digest_size=16)
+        digest = hashlib.blake2b(f"3D network {__version__} {args.seed}".encode(), digest_size=16)
+        for volumes in (real, candidate):
+            digest.update(volumes)
         path = folder / f"{digest.hexdigest()}.json"
         if not path.is_file():
-            test = volume_classifier_test(real, candidate, min(5, num_cells), seed=args.seed, device=device)
-            path.write_text(json.dumps(asdict(test)))
+            test = volume_classifier_test(real, candidate, seed=args.seed, device=device)
+            write_whole(path, json.dumps(asdict(test)).encode())
         found.append((fold, name, json.loads(path.read_text())["accuracy"]))
     return gather_object(found)
 
@@ -276,7 +285,10 @@ def main(args: argparse.Namespace) -> None:
     cache, features = Path(args.output_dir) / "cache", {name: {} for name in sets}
     for kind, (identity, extract) in extractors.items():
         for name, cell_set in sets.items():
-            features[name][kind] = extract_features(cell_set, identity, extract, cache)
+            try:
+                features[name][kind] = extract_features(cell_set, identity, extract, cache)
+            except (OSError, VolumeFileError) as error:  # in the first kind already, which reads every file
+                raise SystemExit(f"evaluate_byoc.py: error: {error}") from error
         lap(f"features: {kind}")
 
     # 3. metrics, fold by fold
@@ -313,11 +325,11 @@ def make_folds(args, cells: CellDataset) -> list[tuple[np.ndarray, np.ndarray]]:
     for split in splits:
         is_held_out = np.isin(cells.ids, split.held_out)
         folds.append((np.flatnonzero(is_held_out), np.flatnonzero(~is_held_out)))
-        smallest = min(map(len, folds[-1]))
-        if smallest < MIN_CELLS:
+        smallest, needed = min(map(len, folds[-1])), max(MIN_CELLS, args.neighbours + 1)
+        if smallest < needed:
             raise ValueError(
-                f"expected at least {MIN_CELLS} real cells on each side of a split, got {smallest} of {len(cells)};"
-                " give more cells or fewer folds"
+                f"expected at least {needed} real cells on each side of a split, got {smallest} of {len(cells)};"
+                " give more cells, or fewer folds"
             )
     return folds
 

@@ -149,12 +149,12 @@ def _write_figures(output_dir, folds, features, sets, comparisons, channel_names
     if bars:
         write("Metrics, a dot a fold", "metrics.png", metric_bars(bars))
     if comparisons:
+        titles = [_title(name) for name in MORPHOLOGY_NAMES]
         shown = {
-            name: dict(zip(MORPHOLOGY_NAMES, features[name]["morphology"].T, strict=True))
-            for name in ("real", "generated")
+            name: dict(zip(titles, features[name]["morphology"].T, strict=True)) for name in ("real", "generated")
         }
-        p_values = {row.name: row.adjusted_p_value for row in comparisons if np.isfinite(row.adjusted_p_value)}
-        distances = {row.name: row.wasserstein for row in comparisons if np.isfinite(row.wasserstein)}
+        p_values = {_title(row.name): row.adjusted_p_value for row in comparisons if np.isfinite(row.adjusted_p_value)}
+        distances = {_title(row.name): row.wasserstein for row in comparisons if np.isfinite(row.wasserstein)}
         figure = feature_distributions(shown, p_values, distances, num_columns=6)
         write("Measurements, real and generated; corrected p", "distributions.png", figure)
     generated, real = features["generated"]["voxels"], features["real"]["voxels"]
@@ -170,6 +170,15 @@ def _write_figures(output_dir, folds, features, sets, comparisons, channel_names
     )
     write("The generated cells nearest to a real one, and their distance", "nearest.png", pairs)
     return figures
+
+
+def _title(name: str) -> str:
+    """cell_volume_um3 -> cell volume, µm³"""
+    for ending, unit in (("_um3", ", µm³"), ("_um2", ", µm²"), ("_um", ", µm")):
+        if name.endswith(ending):
+            name = name.removesuffix(ending) + unit
+            break
+    return name.replace("_", " ").replace("num ", "number of ")
 
 
 def _plus_minus(value: dict[str, float] | None, factor: float) -> str:

@@ -107,7 +107,7 @@ def read_volume_bytes(content: bytes, folder: Path) -> np.ndarray:
     ("arguments", "message"),
     [
         ([], "either --pretrained or --generated_dir"),
-        (["--generated_dir", "nowhere"], "nowhere: no volumes"),
+        (["--generated_dir", "nowhere"], "nowhere: expected at least 10 volumes"),
         (["--generated_dir", "nowhere", "--features", "med3d"], "Download resnet_50.pth"),
         (["--generated_dir", "nowhere", "--num_folds", "5", "--num_phantoms", "20"], "at least 10 real cells"),
     ],

@@ -3,7 +3,7 @@ import pytest
 import scipy.stats
 import torch
 
-from diffusers_byoc.metrics import classifier_test, compare_features, volume_classifier_test
+from diffusers_byoc.metrics import classifier_test, compare_features, volume_classifier, volume_classifier_test
 
 
 def test_a_shift_is_found_in_its_feature_and_in_no_other():
@@ -47,12 +47,20 @@ def test_equal_cells_cannot_be_told_apart_and_different_ones_can():
     assert 0.6 < classifier_test(real, generated).accuracy < 0.8
 
 
-def test_the_interval_is_wilsons():
+@pytest.mark.parametrize("num_folds", [2, 5])
+def test_the_interval_is_wilsons_of_fewer_cells(num_folds):
     generator = np.random.default_rng(0)
-    found = classifier_test(generator.normal(size=(50, 2)), generator.normal(size=(50, 2)) + 1)
-    p, n, z = found.accuracy, 100, scipy.stats.norm.ppf(0.975)
-    center, half = (p + z**2 / (2 * n)), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    assert found.interval == pytest.approx(((center - half) / (1 + z**2 / n), (center + half) / (1 + z**2 / n)))
+    found = classifier_test(generator.normal(size=(45, 2)), generator.normal(size=(45, 2)) + 1, num_folds)
+    # 90 cells count for 40 in five folds, for 30 in two
+    num_effective = {5: 40, 2: 30}[num_folds]
+    num_right = found.accuracy * num_effective
+    # Wilson's limits are where the score test of the limit meets the quantile
+    for limit in found.interval:
+        deviation = (num_right - num_effective * limit) ** 2 / (num_effective * limit * (1 - limit))
+        assert deviation == pytest.approx(scipy.stats.norm.ppf(0.975) ** 2)
+    assert found.interval[0] < found.accuracy < found.interval[1]
+    z = (num_right - num_effective / 2) / np.sqrt(num_effective / 4)
+    assert found.p_value == pytest.approx(scipy.stats.norm.sf(z))
 
 
 def test_a_structure_that_no_single_feature_shows_is_found():
@@ -68,13 +76,26 @@ def test_the_3d_network_finds_noise_that_real_cells_do_not_have_and_is_reproduci
     smooth = np.repeat(np.repeat(np.repeat(generator.random((40, 2, 4, 4, 4)), 4, 2), 4, 3), 4, 4).astype(np.float32)
     noisy = np.clip(smooth[20:] + 0.2 * generator.normal(size=smooth[20:].shape), 0, 1).astype(np.float32)
     state = torch.get_rng_state()
-    told = volume_classifier_test(smooth[:20], noisy, num_folds=2, num_epochs=15, batch_size=8)
+    told = volume_classifier_test(smooth[:20], noisy, num_folds=2, num_steps=60, batch_size=8)
     assert told.accuracy > 0.9
-    assert told == volume_classifier_test(smooth[:20], torch.from_numpy(noisy), 2, 15, 8)
+    assert told == volume_classifier_test(smooth[:20], torch.from_numpy(noisy), 2, 60, 8)
     assert torch.equal(state, torch.get_rng_state())
-    same = volume_classifier_test(smooth[:20], smooth[20:], num_folds=2, num_epochs=4, batch_size=8)
+    same = volume_classifier_test(smooth[:20], smooth[20:], num_folds=2, num_steps=20, batch_size=8)
     assert same.interval[0] < 0.5
     with pytest.raises(ValueError, match="of one shape"):
         volume_classifier_test(smooth, noisy[..., :8])
     with pytest.raises(ValueError, match="num_folds"):
         volume_classifier_test(smooth[:2], noisy, num_folds=3)
+    with pytest.raises(ValueError, match="num_steps"):
+        volume_classifier_test(smooth, noisy, num_steps=10)
+
+
+def test_the_3d_network_is_shown_the_mean_and_the_deviation_of_every_block():
+    volumes = np.random.default_rng(0).random((3, 2, 6, 4, 5)).astype(np.float32)
+    found = volume_classifier._blocks(volumes)
+    assert found.shape == (3, 4, 3, 2, 3)
+    block = volumes[1, 0, 2:4, :2, 2:4].astype(np.float64)
+    assert found[1, 0, 1, 0, 1] == pytest.approx(block.mean(), rel=1e-5)
+    assert found[1, 2, 1, 0, 1] == pytest.approx(block.std(), rel=1e-4)
+    edge = volumes[2, 1, :2, 2:, 4:].astype(np.float64)  # of an odd edge, half a block
+    assert found[2, [1, 3], 0, 1, 2] == pytest.approx([edge.mean(), edge.std()], rel=1e-4)

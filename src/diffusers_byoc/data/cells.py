@@ -117,17 +117,26 @@ def preprocess(volume: Volume, processor: VolumeProcessor, where: str) -> tuple[
     Raises:
         ValueError: if `processor` refuses the crop, or the crop has its channels in another order.
     """
+    try:
+        check_channel_order(volume, processor)
+        return processor.preprocess_with_record(volume.data, volume.voxel_size_um)
+    except ValueError as err:
+        raise ValueError(f"{where}: {err}") from err
+
+
+def check_channel_order(volume: Volume, processor: VolumeProcessor) -> None:
+    """Refuse a volume with the processor's channels in another order; other names may mean the same channels.
+
+    Raises:
+        ValueError: naming both orders.
+    """
     expected = [name.lower() for name in processor.config.channel_names]
     got = [name.lower() for name in volume.channel_names or expected]
     if got != expected and sorted(got) == sorted(expected):
         raise ValueError(
-            f"{where}: expected the channels in the order {', '.join(expected)}, got {', '.join(got)}; reorder"
+            f"expected the channels in the order {', '.join(expected)}, got {', '.join(got)}; reorder"
             " them, or set `channel_names` of the processor"
         )
-    try:
-        return processor.preprocess_with_record(volume.data, volume.voxel_size_um)
-    except ValueError as err:
-        raise ValueError(f"{where}: {err}") from err
 
 
 def keep_labels(

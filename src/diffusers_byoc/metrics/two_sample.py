@@ -1,6 +1,7 @@
 """Two-sample tests: can generated cells be told from real ones, and by which measurement?
 
-Source: Lopez-Paz and Oquab 2017, "Revisiting classifier two-sample tests"; Benjamini and Hochberg 1995.
+Source: Lopez-Paz and Oquab 2017, "Revisiting classifier two-sample tests"; Nadeau and Bengio 2003, "Inference for the
+generalization error"; Benjamini and Hochberg 1995.
 """
 
 from __future__ import annotations
@@ -96,8 +97,10 @@ class ClassifierTest:
     Attributes:
         accuracy: share in [0, 1] of the cells, none of them seen in training, that the classifier puts right. 0.5:
             it cannot tell generated from real. 1: it always can.
-        interval: 95 % confidence interval of the accuracy (Wilson), as if the cells were judged independently.
-        p_value: one-sided binomial test of the accuracy against 0.5.
+        interval: 95 % confidence interval of the accuracy (Wilson). Folds share most of their training cells, so the
+            cells count for fewer than they are, by Nadeau and Bengio's factor: 1 + k / (k - 1) for k folds. Without
+            it, the interval would hold 0.5 for equal distributions in 86 % of all tests only.
+        p_value: one-sided test of the accuracy against 0.5, of a normal distribution with the variance of as few.
         num_cells: cells judged, half of them real.
     """
 
@@ -176,12 +179,15 @@ def cross_validated_test(
     for fold, (training, judged) in enumerate(folds.split(cells.reshape(len(cells), -1), is_generated)):
         verdict = judge(cells[training], is_generated[training], cells[judged], fold)
         num_right += int((np.asarray(verdict, bool) == is_generated[judged]).sum())
-    test = optional("scipy.stats").binomtest(num_right, len(cells), 0.5, alternative="greater")
-    two_sided = optional("scipy.stats").binomtest(num_right, len(cells), 0.5)
-    interval = two_sided.proportion_ci(0.95, method="wilson")
+    accuracy, norm = num_right / len(cells), optional("scipy.stats").norm
+    num_effective = len(cells) / (1 + num_folds / (num_folds - 1))
+    z = norm.ppf(0.975)
+    center = accuracy + z**2 / (2 * num_effective)
+    half = z * np.sqrt(accuracy * (1 - accuracy) / num_effective + z**2 / (4 * num_effective**2))
+    low, high = ((center + sign * half) / (1 + z**2 / num_effective) for sign in (-1, 1))
     return ClassifierTest(
-        accuracy=num_right / len(cells),
-        interval=(float(interval.low), float(interval.high)),
-        p_value=float(test.pvalue),
+        accuracy=accuracy,
+        interval=(float(low), float(high)),
+        p_value=float(norm.sf((accuracy - 0.5) * 2 * np.sqrt(num_effective))),
         num_cells=len(cells),
     )
