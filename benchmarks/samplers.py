@@ -3,9 +3,9 @@
     python benchmarks/samplers.py --pretrained outputs/demo                       # minutes
     python benchmarks/samplers.py --pretrained outputs/demo --num_cells 256       # the table in docs/performance.md
 
-Quality is the Fréchet distance of the cells' shapes (37 measurements in units of the phantoms' standard deviation) to new
-phantoms of the same drug. The first row is what phantoms reach among themselves, the best that a generator can. The
-steps of `DDPMScheduler`, 1000 by default, are those the model was trained with.
+Quality is the Fréchet distance of the cells' shapes (37 measurements in units of the phantoms' standard deviation) to
+new phantoms of the same drug. The first row is what phantoms reach among themselves, the best that a generator can.
+The steps of `DDPMScheduler`, 1000 by default, are those the model was trained with.
 """
 
 import argparse
