@@ -396,7 +396,7 @@ def benchmark_numerics(peers: Peers, sizes: Sizes) -> None:
         "autoencoder, decode": (vqvae, sizes.latents(2), lambda m, x: m.decode(x, return_dict=False)[0]),
     }
     settings = (FLOAT32, AUTOCAST, Setting("bf16 weights", weights=torch.bfloat16))
-    print("\n| relative error against float64 | " + " | ".join(setting.name for setting in settings))
+    print("\n| relative error against float64 | " + " | ".join(setting.name for setting in settings) + " |")
     print("| --- " * (1 + len(settings)) + "|")
     for name, (module, inputs, run) in jobs.items():
         exact, errors = run(copy.deepcopy(module).double(), inputs.double()), []
