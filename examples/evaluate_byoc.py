@@ -75,6 +75,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_data_arguments(parser)
     parser.set_defaults(num_folds=5)
     add("--num_inference_steps", type=positive, help="default: the pipeline's")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="in which to generate")
     add("--batch_size", type=positive, default=16, help="cells generated at a time, in each process")
     add("--med3d", default="TencentMedicalNet/MedicalNet-Resnet50", help="weights: .pth, folder or Hub repository")
     add("--cell_threshold", type=float, help="the cell is brighter than this (default: Otsu's; membrane dye: 0.05)")
@@ -265,7 +266,12 @@ def main(args: argparse.Namespace) -> None:
 
     # 1. cells: real, generated, obviously bad
     try:
-        pipeline = BYOCPipeline.from_pretrained(args.pretrained).to(state.device) if args.pretrained else None
+        pipeline = None
+        if args.pretrained:
+            dtype = getattr(torch, args.dtype)
+            if dtype == torch.float16 and state.device.type == "cpu":
+                raise ValueError("--dtype float16 needs a GPU; on a CPU give bfloat16 or float32")
+            pipeline = BYOCPipeline.from_pretrained(args.pretrained, dtype=dtype).to(state.device)
         names = tuple(pipeline.vqvae.config.channel_names) if pipeline else ("cell", "nucleus")
         cells = all_cells(args, names)
         folds = make_folds(args, cells)
