@@ -180,9 +180,10 @@ def benchmark_unets(peers: Peers, sizes: Sizes) -> None:
 
         return make_run
 
-    def train(peer: UNetPeer) -> MakeRun:
+    def train(peer: UNetPeer, batch: int) -> MakeRun:
         def make_run(module: nn.Module, setting: Setting) -> Callable[[], object]:
-            sample, timesteps = setting.cast(sizes.latents(2)), torch.randint(1000, (2,), device=sizes.device)
+            sample = setting.cast(sizes.latents(batch))
+            timesteps = torch.randint(1000, (batch,), device=sizes.device)
             return unet_training_step(peer.predict, module.train(), sample, timesteps, setting)
 
         return make_run
@@ -192,8 +193,11 @@ def benchmark_unets(peers: Peers, sizes: Sizes) -> None:
         networks = [(peer.name, peer.build(), denoise(peer)) for peer in members]
         title = f"U-Net, denoising step, batch {sizes.batch}, {group}"
         compare(title, networks, INFERENCE_SETTINGS, sizes, peak[False])
-        networks = [(name, module, train(peer)) for (name, module, _), peer in zip(networks, members, strict=True)]
-        compare(f"U-Net, training step, batch 2, {group}", networks, TRAINING_SETTINGS, sizes, peak[True])
+        for batch in sorted({2, sizes.batch}):
+            networks = [
+                (name, module, train(peer, batch)) for (name, module, _), peer in zip(networks, members, strict=True)
+            ]
+            compare(f"U-Net, training step, batch {batch}, {group}", networks, TRAINING_SETTINGS, sizes, peak[True])
 
 
 def benchmark_autoencoders(peers: Peers, sizes: Sizes) -> None:
@@ -508,9 +512,7 @@ def main() -> None:
     add("--repeats", type=int, default=5, help="turns that each network takes; the best counts")
     add("--batch", type=int, default=8, help="of the denoising step")
     add("--edge", type=int, default=64, help="of the volumes, voxels; the latents' is a quarter")
-    add(
-        "--num_inference_steps", type=int, default=30, help="of this package and of MONAI; MedicalDiffusion's are 1000"
-    )
+    add("--num_inference_steps", type=int, default=15, help="ours, the demo's, and MONAI's; MedicalDiffusion's: 1000")
     add("--epoch_volumes", type=int, default=16)
     args = parser.parse_args()
 
