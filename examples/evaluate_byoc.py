@@ -54,7 +54,7 @@ from diffusers_byoc.metrics import (
     standardize_features,
     volume_classifier_test,
 )
-from diffusers_byoc.training import fair_num_threads, is_cpu_training
+from diffusers_byoc.training import fair_num_threads, is_cpu_training, keep_freed_memory
 from evaluation_report import write_evaluation
 
 
@@ -257,6 +257,7 @@ def main(args: argparse.Namespace) -> None:
     # hours may pass between the processes' meetings: one may have to generate what others find done
     state = PartialState(cpu=is_cpu_training(), timeout=timedelta(days=2))
     if is_cpu_training():
+        keep_freed_memory()
         torch.set_num_threads(args.num_cpu_threads or fair_num_threads())
     seconds, started = {}, time.perf_counter()
 

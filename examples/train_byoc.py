@@ -43,6 +43,7 @@ from diffusers_byoc.training import (
     fastest_precision,
     follow_launcher,
     is_cpu_training,
+    keep_freed_memory,
     latent_statistics,
     load_checkpoint,
     lock_folder,
@@ -127,6 +128,7 @@ def start_stage(args: argparse.Namespace, stage: str) -> Accelerator:
     """An accelerator of its own for each stage, so that its checkpoints hold that stage alone."""
     mixed_precision = arithmetic(args)
     if is_cpu_training():
+        keep_freed_memory()
         torch.set_num_threads(args.num_cpu_threads or fair_num_threads())
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True

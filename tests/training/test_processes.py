@@ -1,4 +1,8 @@
 import os
+import platform
+import resource
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import pytest
 import torch
@@ -8,6 +12,7 @@ from diffusers_byoc.training import (
     fair_num_threads,
     fastest_precision,
     is_cpu_training,
+    keep_freed_memory,
     mean_losses,
 )
 
@@ -51,3 +56,22 @@ def test_fastest_precision(monkeypatch, cuda, any_gpu, bf16, expected):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     assert fastest_precision() == expected
     assert is_cpu_training() is not any_gpu
+
+
+def pages_of_a_new_buffer(keep: bool) -> int:
+    """How many pages the system provides for a buffer of 64 MB after ten of the same size were freed."""
+    if keep:
+        keep_freed_memory()
+    for _ in range(10):
+        torch.zeros(2**24)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.zeros(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is about glibc")
+@pytest.mark.parametrize(("keep", "is_reused"), [(False, False), (True, True)])
+def test_freed_memory_is_kept(keep, is_reused):
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        pages = pool.submit(pages_of_a_new_buffer, keep).result()
+    assert (pages < 100) == is_reused

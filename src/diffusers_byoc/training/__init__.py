@@ -9,7 +9,14 @@ from .losses import (
     min_snr_weights,
     reconstruction_loss,
 )
-from .processes import check_finite, fair_num_threads, fastest_precision, is_cpu_training, mean_losses
+from .processes import (
+    check_finite,
+    fair_num_threads,
+    fastest_precision,
+    is_cpu_training,
+    keep_freed_memory,
+    mean_losses,
+)
 from .randomness import StepBatches, batch_indices, process_share, step_generator
 from .validation import validate_autoencoder, validate_diffusion
 
@@ -32,6 +39,7 @@ __all__ = [
     "follow_launcher",
     "ignore_termination",
     "is_cpu_training",
+    "keep_freed_memory",
     "latent_statistics",
     "list_checkpoints",
     "load_checkpoint",
