@@ -301,7 +301,7 @@ def benchmark_sampling(peers: Peers, sizes: Sizes, num_steps: int) -> None:
             for dtype in (torch.float32, torch.bfloat16):
                 pipeline = byoc_pipeline(unet, sizes).to(dtype=dtype)
                 run = partial(pipeline, 8, num_inference_steps=num_steps, output_type="pt")
-                seconds = interleaved_best_ms({"": run}, repetitions=1)[""] / 1e3
+                seconds = interleaved_best_ms({"": run}, sizes.repeats)[""] / 1e3
                 rows.append(("BYOCPipeline, equal parameters", str(dtype)[6:], num_steps, seconds, "whole"))
             continue
         vqvae = decoder.build().to(sizes.device).eval()
