@@ -351,12 +351,14 @@ def _open(file: str):
 
 
 def _map_files(function: Callable, files: list[str], *others: list) -> Iterator:
-    """`function` of every file; several at once where each waits for a network. Every thread keeps some memory."""
-    if "://" not in files[0]:
-        yield from map(function, files, *others)
-        return
-    with ThreadPoolExecutor(16) as pool:
-        yield from pool.map(function, files, *others)
+    """`function` of every file, several at once, as each waits for a network or a disk.
+
+    Of few threads, and few files ahead of what has been asked for, as both keep memory.
+    """
+    with ThreadPoolExecutor(16 if "://" in files[0] else 4) as pool:
+        for first in range(0, len(files), 32):
+            part = slice(first, first + 32)
+            yield from pool.map(function, *(values[part] for values in (files, *others)))
 
 
 @functools.lru_cache(maxsize=4)  # one file may have thousands of row groups
