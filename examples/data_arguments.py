@@ -53,7 +53,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         default=False,
         help="read tables in passing",
     )
-    add("--shuffle_buffer_size", type=positive, default=1000, help="cells a worker draws from when streaming")
+    add("--shuffle_buffer_size", type=positive, default=1000, help="cells a process draws from when streaming")
     add("--augmentation", choices=ROTATIONS, default="none", help="turn and mirror each cell anew; axial: about z")
     add("--intensity_jitter", type=float, default=0.0, help="of the augmentation: gammas from 1 / (1 + j) to 1 + j")
     add = parser.add_argument_group("cells to train on, cells held out").add_argument

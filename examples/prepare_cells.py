@@ -178,8 +178,8 @@ def prepare_stack(job: dict, args: argparse.Namespace, features: Features) -> di
     Returns:
         The record, or the job with an "error".
     """
-    shard, record_path = (Path(args.output_dir) / folder / job["name"] for folder in ("data", "stacks"))
-    shard, record_path = shard.with_name(f"{shard.name}.parquet"), record_path.with_name(f"{record_path.name}.json")
+    output_dir = Path(args.output_dir)
+    shard, record_path = output_dir / "data" / f"{job['name']}.parquet", output_dir / "stacks" / f"{job['name']}.json"
     record = {key: job[key] for key in IDENTITY}
     record |= {"cells": 0, "num_bytes": 0, "dropped": [], "oversize": 0, "in_parts": 0}
     try:
@@ -331,16 +331,8 @@ def write_reports(output_dir: Path, records: list[dict], failed: list[dict]) -> 
             reasons = Counter(reason for _, reason in record.get("dropped", []))
             dropped += reasons
             counts[record["label"]] += record.get("cells", 0)
-            kept = record.get("cells", "")
-            report.writerow(
-                [
-                    record["source"],
-                    record["label"],
-                    kept,
-                    *(reasons[reason] for reason in REASONS),
-                    record.get("error"),
-                ]
-            )
+            numbers = [record.get("cells", ""), *(reasons[reason] for reason in REASONS)]
+            report.writerow([record["source"], record["label"], *numbers, record.get("error")])
             cells.writerows([record["source"], *cell] for cell in record.get("dropped", []))
     print(f"\n{counts.total():>8} cells kept, of {len(records) - len(failed)} stacks, in {output_dir}")
     for name, number in sorted(counts.items()):

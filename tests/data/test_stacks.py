@@ -1,5 +1,7 @@
 import math
 import struct
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import dask.array
 import numpy as np
@@ -353,8 +355,11 @@ def test_czi(tmp_path, data):
     np.testing.assert_array_equal(read_channels(stack).data, data)
 
 
-def write_lif(path, data, z_um):
-    """A Leica file of one image: an XML header, then its voxels; `z_um` from the first plane to the last."""
+def write_lif(path, data, z_um, dim_ids=(1, 2, 3)):
+    """A Leica file of one image: an XML header, then its voxels; `z_um` from the first plane to the last.
+
+    `dim_ids` are what Leica calls the axes x, y and z of `data`: 1 to 3 are these, 5 is the wavelength, 10 the tile.
+    """
     channels = "".join(
         f'<ChannelDescription DataType="0" ChannelTag="0" Resolution="16" NameOfMeasuredQuantity="" Unit=""'
         f' Min="0" Max="65535" LUTName="{name}" IsLUTInverted="0" BytesInc="{index * data[0].nbytes}" BitInc="0"/>'
@@ -362,7 +367,7 @@ def write_lif(path, data, z_um):
     )
     strides, lengths_um = data.strides[:0:-1], (0.25 * (data.shape[3] - 1), 0.5 * (data.shape[2] - 1), z_um)
     dimensions = "".join(
-        f'<DimensionDescription DimID="{axis + 1}" NumberOfElements="{data.shape[3 - axis]}" Origin="0.0"'
+        f'<DimensionDescription DimID="{dim_ids[axis]}" NumberOfElements="{data.shape[3 - axis]}" Origin="0.0"'
         f' Length="{lengths_um[axis] * 1e-6}" Unit="m" BitInc="0" BytesInc="{strides[axis]}"/>'
         for axis in range(3)
     )
@@ -387,6 +392,57 @@ def test_lif(tmp_path, data, direction):
     stack = open_stack(tmp_path / "a.lif")
     assert stack.voxel_size_um == pytest.approx((1.5, 0.5, 0.25))  # whichever way the stage went
     assert stack.channel_names == ("Green", "Red")
+    np.testing.assert_array_equal(read_channels(stack).data, data)
+
+
+@pytest.mark.parametrize(
+    ("dim_ids", "axes"),
+    [
+        ((1, 2, 5), r"C=2, λ=5 \(emission wavelength\), Y=24, X=26"),
+        ((1, 2, 10), r"C=2, M=5 \(tile\), Y=24, X=26"),
+        ((1, 2, 11), "C=2, L=5, Y=24, X=26"),
+        ((1, 3, 2), "C=2, Y=5, Z=24, X=26"),
+        ((1, 3, 4), "C=2, T=5, Z=24, X=26"),
+    ],
+    ids=["spectral", "tiles", "loop", "xzy", "xzt"],
+)
+def test_other_scans_of_leica_are_named(tmp_path, data, dim_ids, axes):
+    pytest.importorskip("liffile")
+    write_lif(tmp_path / "a.lif", data, 6.0, dim_ids)
+    with pytest.raises(ValueError, match=rf"a\.lif: expected planes of Y and X .* got a scan of {axes}; export it"):
+        open_stack(tmp_path / "a.lif")
+
+
+def test_a_time_series_of_leica(tmp_path, data):
+    pytest.importorskip("liffile")
+    write_lif(tmp_path / "a.lif", data, 6.0, (1, 2, 4))
+    with pytest.raises(ValueError, match="a time series .*T=5"):
+        open_stack(tmp_path / "a.lif")
+
+
+@pytest.mark.parametrize(
+    ("is_calibrated", "voxel_size_um"),
+    [((True, True, True), (1.5, 0.5, 0.25)), ((True, True, False), None), ((False, False, False), None)],
+)
+def test_nd2_says_whether_it_is_calibrated(tmp_path, data, monkeypatch, is_calibrated, voxel_size_um):
+    """For an axis that is not, bioio has 1 µm, from nd2. Nothing writes such files: the readers are made up."""
+    bioio, nd2 = pytest.importorskip("bioio"), pytest.importorskip("nd2")
+    sizes = dict(zip("XYZ", np.where(is_calibrated, (0.25, 0.5, 1.5), 1.0).tolist(), strict=True))
+    image = SimpleNamespace(
+        scenes=["XYPos:0"],
+        dims=dict(zip("TCZYX", (1, *data.shape), strict=True)),
+        get_image_dask_data=lambda axes: dask.array.from_array(data),
+        physical_pixel_sizes=SimpleNamespace(**sizes),
+        dimension_properties=SimpleNamespace(**dict.fromkeys("ZYX", SimpleNamespace(unit=None))),
+        channel_names=["membrane", "DNA"],
+    )
+    channel = SimpleNamespace(volume=SimpleNamespace(axesCalibrated=is_calibrated))
+    file = SimpleNamespace(metadata=SimpleNamespace(channels=[channel, channel]))
+    monkeypatch.setattr(bioio, "BioImage", lambda path: image)
+    monkeypatch.setattr(nd2, "ND2File", lambda path: nullcontext(file))
+    (tmp_path / "a.nd2").write_bytes(b"not read")
+    stack = open_stack(tmp_path / "a.nd2")
+    assert stack.voxel_size_um == voxel_size_um and stack.channel_names == ("membrane", "DNA")
     np.testing.assert_array_equal(read_channels(stack).data, data)
 
 

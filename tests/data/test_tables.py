@@ -1,9 +1,12 @@
 """Tables of cells, whole and streamed: what one reader gives, the other gives."""
 
 import io
+import itertools
 import json
 import tarfile
 import zlib
+from itertools import islice
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -20,6 +23,7 @@ from diffusers_byoc.data import (
     encode_volume,
     write_shards,
 )
+from diffusers_byoc.data import streams as streams_module
 
 
 PROCESSOR = VolumeProcessor(sample_size=8)
@@ -106,17 +110,47 @@ def test_workers_share_a_pass(shards):
 
 @pytest.mark.parametrize("num_processes", [1, 2, 5])
 @pytest.mark.parametrize("buffer_size", [1, 4, 1000])
-def test_every_cell_once_an_epoch(shards, num_processes, buffer_size):
-    """Three files, of which five processes must share some."""
+@pytest.mark.parametrize("num_workers", [1, 2, 3])
+def test_every_cell_once_an_epoch(shards, monkeypatch, num_processes, buffer_size, num_workers):
+    """Three epochs of three files, of which five processes must share some; workers take turns with batches of two."""
     cells = StreamedCells(str(shards), PROCESSOR)
-    streams = [
-        numbers(StreamBatches(cells, 1, 0, 24, 0, buffer_size, rank, num_processes)) for rank in range(num_processes)
-    ]
-    lengths = [23 * (rank + 1) // num_processes - 23 * rank // num_processes for rank in range(num_processes)]
-    first_epoch = [number for stream, length in zip(streams, lengths, strict=True) for number in stream[:length]]
-    assert sorted(first_epoch) == list(range(23))
-    if num_processes == 1:
-        assert first_epoch != streams[0][23:] and first_epoch != list(range(23))
+    monkeypatch.setattr(cells, "_item", lambda row, content: {"row": torch.tensor(row)})
+    streams = []
+    for rank in range(num_processes):
+        loader = StreamBatches(cells, 2, 0, 40, 0, buffer_size, rank, num_processes)
+        workers = []
+        for worker in range(num_workers):
+            info = SimpleNamespace(id=worker, num_workers=num_workers)
+            monkeypatch.setattr(streams_module, "get_worker_info", lambda info=info: info)
+            workers.append([batch["row"].tolist() for batch in loader])
+        turns = itertools.chain.from_iterable(itertools.zip_longest(*workers, fillvalue=()))
+        streams.append(itertools.chain.from_iterable(turns))
+    epochs = []
+    for epoch in range(3):
+        places = [(rank + epoch) % num_processes for rank in range(num_processes)]
+        lengths = [23 * (place + 1) // num_processes - 23 * place // num_processes for place in places]
+        epochs.append([row for stream, length in zip(streams, lengths, strict=True) for row in islice(stream, length)])
+        assert sorted(epochs[-1]) == list(range(23))
+    assert len(set(map(tuple, epochs))) > 1
+
+
+def test_the_buffers_of_all_workers_together(shards, monkeypatch):
+    """A worker's share of the buffer is filled at once, and stays full: a row is read for each that is given."""
+    cells = StreamedCells(str(shards), PROCESSOR)
+    read, given = [], []
+    original = cells._read
+
+    def counting(*arguments):
+        for row in original(*arguments):
+            read.append(row[0])
+            yield row
+
+    monkeypatch.setattr(cells, "_read", counting)
+    monkeypatch.setattr(streams_module, "get_worker_info", lambda: SimpleNamespace(id=1, num_workers=3))
+    for batch in StreamBatches(cells, 1, 0, 60, 0, buffer_size=12):
+        given.append(batch)
+        assert len(read) - len(given) <= 4
+    assert len(given) == 20 and len(read) - len(given) >= 3
 
 
 @pytest.mark.parametrize("num_workers", [0, 2, 3])

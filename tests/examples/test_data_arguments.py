@@ -3,6 +3,9 @@
 import argparse
 import importlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +16,33 @@ from diffusers_byoc.data import CellTable, StreamedCells, Volume, write_shards
 
 
 CHANNELS = ("cell", "nucleus")
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+# prints, for 0 and 2 workers, the cells that every process sees, by their numbers of bright voxels
+SEEN_BY_PROCESSES = """
+import argparse, json, sys
+from accelerate import PartialState
+from accelerate.utils import gather_object
+import data_arguments
+
+state = PartialState(cpu=True)
+parser = argparse.ArgumentParser()
+parser.add_argument("--seed", type=int, default=0)
+data_arguments.add_data_arguments(parser)
+for num_workers in ("0", "2"):
+    args = parser.parse_args([*sys.argv[1:], "--dataloader_num_workers", num_workers])
+    train, _ = data_arguments.load_cells(args, ("cell", "nucleus"))
+    batches = list(data_arguments.batch_loader(args, train, 3, 0, 16))
+    seen = [int(count) for batch in batches for count in (batch["volumes"][:, 0] > 0).sum((1, 2, 3))]
+    seen_by = gather_object([seen])
+    if state.is_main_process:
+        print(json.dumps({"train": [int(name.split()[1]) for name in train.ids], "seen_by": seen_by}))
+state.destroy_process_group()
+"""
 
 
 @pytest.fixture
 def script(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2] / "examples")
+    monkeypatch.syspath_prepend(EXAMPLES)
     return importlib.import_module("data_arguments")
 
 
@@ -118,6 +143,36 @@ def test_one_loader_for_every_source(script, load, folder, shards):
         assert all(batch["class_labels"].shape == (3,) for batch in batches)
         some = script.indexable(cells, 5, 0)
         assert len(some) == (5 if cells is stream else len(cells)) and some[4]["volumes"].shape == (2, 16, 16, 16)
+
+
+@pytest.mark.timeout(300)
+def test_two_processes_stream_every_cell_once_an_epoch(tmp_path):
+    """Two epochs of 23 of 29 cells, in shards of 6: the process that had a cell less then has a cell more."""
+    data = np.zeros((29, 2, 4, 4, 4), np.uint8)
+    for row in range(29):
+        data[row].reshape(2, -1)[:, : row + 1] = 255
+    write_shards(tmp_path / "cells", ((Volume(cell), {}) for cell in data), cells_per_shard=6)
+    script = tmp_path / "script.py"
+    script.write_text(SEEN_BY_PROCESSES)
+    options = ["--dataset_name", tmp_path / "cells", "--streaming", "--shuffle_buffer_size", 5, "--sample_size", 8]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", script]
+        + [str(option) for option in options],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(EXAMPLES.parent / "src"), str(EXAMPLES)])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    orders = set()
+    for line in done.stdout.splitlines():
+        result = json.loads(line)
+        expected = [row + 1 for row in result["train"]]
+        first, second = result["seen_by"]
+        assert len(expected) == 23 and len(first) == len(second) == 48
+        epochs = [first[:11] + second[:12], first[11:23] + second[12:23]]
+        assert all(sorted(epoch) == expected for epoch in epochs) and epochs[0] != epochs[1]
+        orders.update(map(tuple, epochs))
+    assert len(orders) == 4
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,14 @@ away single columns, and an archive is searched by its headers. Then volumes, a 
 """
 
 import bisect
+import functools
 import glob
 import io
 import json
 import os
 import tarfile
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -25,6 +26,14 @@ from .records import decode_volume, encode_volume
 
 MAX_JSON_BYTES = 2**20
 _UNIT_ROWS = 32  # rows that are read together where the file does not say
+_SAMPLE = np.dtype(
+    [
+        ("file", np.int32),
+        ("suffix", f"U{max(map(len, VOLUME_SUFFIXES))}"),
+        ("offset", np.int64),
+        ("size", np.int64),
+    ]
+)
 
 
 class Unit(NamedTuple):
@@ -107,22 +116,23 @@ class ParquetShards:
             except (pa.ArrowException, ValueError) as err:
                 raise VolumeFileError(f"{file}: not a readable Parquet file ({err}); write it again") from err
 
-        with ThreadPoolExecutor(16) as pool:  # on the Hub, each waits for the network
-            self._footers = list(pool.map(footer, files))
-        schema = self._footers[0].schema.to_arrow_schema()
-        for file, other in zip(files, self._footers, strict=True):
-            if not other.schema.to_arrow_schema().equals(schema):
-                raise VolumeFileError(f"{file}: has other columns than {files[0]}; write the data set again")
-        self.features = import_datasets().Features.from_arrow_schema(schema)
-        check_columns(self.features, volume_column, files[0])
-        self.units, self._firsts, first = [], [], 0
-        for file, metadata in enumerate(self._footers):
-            self._firsts.append(first)
+        self.units, self._firsts, self._footers, self.num_rows = [], [], [], 0
+        for number, metadata in enumerate(_map_files(footer, files)):
+            columns = metadata.schema.to_arrow_schema()
+            if number == 0:
+                schema = columns
+            elif not columns.equals(schema):
+                raise VolumeFileError(f"{files[number]}: has other columns than {files[0]}; write the data set again")
+            self._firsts.append(self.num_rows)
             for group in range(metadata.num_row_groups):
                 count = metadata.row_group(group).num_rows
-                self.units.append(Unit(file, group, first, count))
-                first += count
-        self.num_rows = first
+                self.units.append(Unit(number, group, self.num_rows, count))
+                self.num_rows += count
+            packed = io.BytesIO()
+            metadata.write_metadata_file(packed)
+            self._footers.append(packed.getvalue())  # a sixth of the memory
+        self.features = import_datasets().Features.from_arrow_schema(schema)
+        check_columns(self.features, volume_column, files[0])
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -132,18 +142,18 @@ class ParquetShards:
     def column_names(self) -> list[str]:
         return list(self.features)
 
-    def column(self, name: str) -> list:
-        """All values of a column, class labels as their names."""
+    def column(self, name: str) -> Iterator:
+        """All values of a column, class labels as their names; one after the other, as Python objects are large."""
         import pyarrow.parquet as pq
 
-        def read(file: int) -> list:
-            with _open(self.files[file]) as stream:
-                parquet = pq.ParquetFile(stream, metadata=self._footers[file])
-                return parquet.read(columns=[name], use_threads=False).column(name).to_pylist()
+        def read(file: str, footer: bytes):
+            with _open(file) as stream:
+                parquet = pq.ParquetFile(stream, metadata=_unpack_footer(footer))
+                return parquet.read(columns=[name], use_threads=False).column(name)
 
-        with ThreadPoolExecutor(16) as pool:
-            values = [value for part in pool.map(read, range(len(self.files))) for value in part]
-        return class_names_of(values, self.features[name])
+        for column in _map_files(read, self.files, self._footers):
+            for chunk in column.chunks:
+                yield from class_names_of(chunk.to_pylist(), self.features[name])
 
     def read(self, unit: Unit, rows: Collection[int]) -> Iterator[tuple[int, Mapping]]:
         """(number, content) of those `rows` of a unit, in its order; for `decode`."""
@@ -151,7 +161,7 @@ class ParquetShards:
 
         wanted, columns = set(rows), [self.volume_column, "shape", "dtype", *_optional(self.features)]
         with _open(self.files[unit.file]) as stream:
-            parquet = pq.ParquetFile(stream, metadata=self._footers[unit.file])
+            parquet = pq.ParquetFile(stream, metadata=_unpack_footer(self._footers[unit.file]))
             row = unit.first
             for batch in parquet.iter_batches(_UNIT_ROWS, [unit.part], columns, use_threads=False):
                 for position in range(len(batch)):
@@ -181,9 +191,7 @@ class TarShards:
 
     def __init__(self, files: list[str]):
         self.files = files
-        self._samples: list[tuple[int, str, int, int]] = []  # file, suffix, offset, size
-        self._json: list[bytes] = []
-        self.units, keys = [], []
+        self.units, keys, samples, texts = [], [], [], []
         for number, file in enumerate(files):
             try:
                 with _open(file) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
@@ -192,23 +200,25 @@ class TarShards:
                 raise VolumeFileError(f"{file}: not a readable, uncompressed tar ({err}); write it again") from err
             for first in range(0, len(found), _UNIT_ROWS):
                 count = min(_UNIT_ROWS, len(found) - first)
-                self.units.append(Unit(number, 0, len(self._samples) + first, count))
-            for key, (suffix, offset, size, text) in found.items():
-                keys.append(key)
-                self._samples.append((number, suffix, offset, size))
-                self._json.append(text)
+                self.units.append(Unit(number, 0, len(keys) + first, count))
+            keys.extend(found)
+            samples.append(np.array([(number, *place) for *place, _ in found.values()], _SAMPLE))
+            texts.extend(text for *_, text in found.values())
         self.ids, self.num_rows = tuple(keys), len(keys)
+        # as few objects, not some of each cell's own: a worker that counts references to those copies them
+        self._samples, self._texts = np.concatenate(samples), b"".join(texts)
+        self._text_bounds = np.cumsum([0, *map(len, texts)])
         if len(set(keys)) != len(keys):
             double = next(key for position, key in enumerate(keys) if key in keys[:position])
             raise VolumeFileError(f"the key {double} stands in several of {', '.join(files[:3])}, ...; rename one")
 
     @property
     def column_names(self) -> list[str]:
-        return sorted({name for text in self._json for name in json.loads(text)})
+        return sorted({name for row in range(self.num_rows) for name in self._metadata(row)})
 
-    def column(self, name: str) -> list:
+    def column(self, name: str) -> Iterator:
         """The values of a key of the JSON objects, None where one lacks it."""
-        return [json.loads(text).get(name) for text in self._json]
+        return (self._metadata(row).get(name) for row in range(self.num_rows))
 
     def read(self, unit: Unit, rows: Collection[int]) -> Iterator[tuple[int, Mapping]]:
         """(number, content) of those `rows` of a unit, in its order; for `decode`."""
@@ -219,16 +229,20 @@ class TarShards:
 
     def volume(self, row: int) -> Volume:
         """One volume, wherever it stands."""
-        with _open(self.files[self._samples[row][0]]) as stream:
+        with _open(self.files[self._samples[row]["file"]]) as stream:
             return self.decode(self._content(stream, row))
 
+    def _metadata(self, row: int) -> dict:
+        first, stop = self._text_bounds[row : row + 2]
+        return json.loads(self._texts[first:stop])
+
     def _content(self, stream, row: int) -> dict:
-        _, suffix, offset, size = self._samples[row]
+        _, suffix, offset, size = self._samples[row].item()
         stream.seek(offset)
-        return {"suffix": suffix, "bytes": stream.read(size), "json": self._json[row]}
+        return {"suffix": suffix, "bytes": stream.read(size), "metadata": self._metadata(row)}
 
     def decode(self, content: Mapping) -> Volume:
-        metadata = json.loads(content["json"])
+        metadata = content["metadata"]
         with tempfile.NamedTemporaryFile(suffix=content["suffix"]) as file:  # the readers want a path
             file.write(content["bytes"])
             file.flush()
@@ -244,7 +258,8 @@ class TarShards:
         )
 
     def where(self, row: int) -> str:
-        return f"{self.files[self._samples[row][0]]}, {self.ids[row]}{self._samples[row][1]}"
+        file, suffix, _, _ = self._samples[row].item()
+        return f"{self.files[file]}, {self.ids[row]}{suffix}"
 
 
 def write_shards(
@@ -333,6 +348,24 @@ def _open(file: str):
     import fsspec
 
     return fsspec.open(file, "rb").open()
+
+
+def _map_files(function: Callable, files: list[str], *others: list) -> Iterator:
+    """`function` of every file, several at once, as each waits for a network or a disk.
+
+    Of few threads, and few files ahead of what has been asked for, as both keep memory.
+    """
+    with ThreadPoolExecutor(16 if "://" in files[0] else 4) as pool:
+        for first in range(0, len(files), 32):
+            part = slice(first, first + 32)
+            yield from pool.map(function, *(values[part] for values in (files, *others)))
+
+
+@functools.lru_cache(maxsize=4)  # one file may have thousands of row groups
+def _unpack_footer(footer: bytes):
+    import pyarrow.parquet as pq
+
+    return pq.read_metadata(io.BytesIO(footer))
 
 
 def _error_of(name: str, err: Exception) -> Exception:

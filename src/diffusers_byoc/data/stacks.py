@@ -124,6 +124,8 @@ def open_stack(path: str | os.PathLike, scene: str | None = None, max_gb: float 
                 f"{path}: expected one image, got {len(image.scenes)} scenes ({', '.join(image.scenes[:8])}); choose"
                 " one by name or number, or save each in a file of its own"
             )
+        if path.suffix.lower() == ".lif":
+            _inspect_lif(path, image.current_scene_index)
         sizes = dict(image.dims.items())
         others = {axis: length for axis, length in sizes.items() if axis not in "CZYX" and length > 1}
         if others or min(sizes.get(axis, 1) for axis in "ZYX") < 2:
@@ -471,6 +473,25 @@ def _inspect_zarr(path: Path) -> None:
             )
             if num_chunks > MAX_CHUNKS:
                 raise VolumeFileError(f"{path}: {num_chunks} chunks; save it in larger ones, at most {MAX_CHUNKS}")
+
+
+def _inspect_lif(path: Path, scene_index: int) -> None:
+    """Refuse scans of other axes, of which bioio says that they have fewer, or are damaged."""
+    try:
+        import liffile
+    except ImportError:  # bioio-lif before 2.0 reads with another package
+        return
+    with liffile.LifFile(path) as file:
+        sizes = file.images[scene_index].sizes  # from the slowest axis to the fastest; none of length 1
+    if not set(sizes) <= set("TCZYX") or list(sizes)[-2:] != ["Y", "X"]:
+        known = {"λ": "emission wavelength", "Λ": "excitation wavelength", "A": "rotation", "M": "tile", "S": "colour"}
+        axes = ", ".join(
+            f"{axis}={length}" + (f" ({known[axis]})" if axis in known else "") for axis, length in sizes.items()
+        )
+        raise VolumeFileError(
+            f"{path}: expected planes of Y and X for each Z and channel, got a scan of {axes}; export it from LAS X as"
+            " an OME-TIFF with these axes: wavelengths as channels or one of them, tiles merged, an xz scan resliced"
+        )
 
 
 def _voxel_size(image, path: Path) -> tuple[float, float, float] | None:

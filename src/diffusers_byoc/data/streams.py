@@ -118,9 +118,10 @@ class StreamBatches(IterableDataset):
     """Batches of a stream for a DataLoader with ``batch_size=None``; the counterpart of `training.StepBatches`.
 
     Every epoch the units of the table (row groups, or runs of an archive's samples) are put into a new order, and
-    their rows dealt in runs of equal length, a cell more or less, to the workers of all processes: each cell is seen
-    once an epoch, and nobody reads what others deal with, except the unit at which two runs meet. Each worker shuffles
-    its run through a buffer. As epochs never end, all processes make the same number of steps.
+    their rows dealt in runs of equal length, a cell more or less, to the processes, and each of these to the workers
+    that will make the epoch's batches: each cell is seen once an epoch, with any number of workers, and nobody reads
+    what others deal with, except the unit at which two runs meet. Each worker shuffles its run through a buffer. As
+    epochs never end, all processes make the same number of steps.
 
     What a batch holds depends on the arguments, the number of workers and its own number alone, so that a run goes on
     at `first_batch` as the unbroken one would have; what that costs is reading one buffer. With other numbers of
@@ -132,7 +133,7 @@ class StreamBatches(IterableDataset):
         first_batch: where to begin.
         num_batches: how many batches.
         seed: of the shuffling.
-        buffer_size: rows, still compressed, from which a worker draws; it keeps up to two such buffers.
+        buffer_size: rows, still compressed, that this process keeps; each of its workers draws from its share of them.
         process_index: of this process.
         num_processes: taking part.
 
@@ -168,52 +169,60 @@ class StreamBatches(IterableDataset):
         num_workers, worker_id = (worker.num_workers, worker.id) if worker else (1, 0)
         # a DataLoader takes turns: its worker 0 makes the first batch, which is not batch 0 in a run that goes on
         batch = self.first_batch + worker_id
-        consumer = self.process_index * num_workers + batch % num_workers
-        samples = self._samples(consumer, self.num_processes * num_workers, batch // num_workers * self.batch_size)
+        samples = self._samples(batch % num_workers, num_workers, batch // num_workers * self.batch_size)
         for _ in range(batch, self.first_batch + self.num_batches, num_workers):
             items = list(itertools.islice(samples, self.batch_size))
             yield default_collate(items)  # into shared memory at once; a copy would make a worker grow
 
-    def _samples(self, consumer: int, num_consumers: int, position: int) -> Iterator[dict[str, Tensor]]:
-        """The endless sequence of one consumer's items, from a position on."""
+    def _samples(self, worker: int, num_workers: int, position: int) -> Iterator[dict[str, Tensor]]:
+        """The endless sequence of one worker's items, from a position on."""
         epoch = 0
-        while position >= (length := self._length(epoch, consumer, num_consumers)):
+        while position >= (length := len(self._run(epoch, worker, num_workers))):
             position, epoch = position - length, epoch + 1
-        buffers = self._buffers(consumer, num_consumers, epoch, position)
+        buffers = self._buffers(worker, num_workers, epoch, position)
         rng, skipped, size, rows = next(buffers)
         buffer = list(itertools.islice(rows, size))
         while True:
             next_rng, _, next_size, next_rows = next(buffers)
-            next_buffer = []
-            for index in rng.permutation(len(buffer))[skipped:]:
-                yield self.cells._item(*buffer[index])
+            next_buffer, order = [], rng.permutation(len(buffer))
+            for index in order[:skipped]:
+                buffer[index] = None
+            for index in order[skipped:]:
+                drawn, buffer[index] = buffer[index], None  # a row is let go as the next is read
+                yield self.cells._item(*drawn)
                 next_buffer.extend(itertools.islice(next_rows, min(1, next_size - len(next_buffer))))
             next_buffer.extend(itertools.islice(next_rows, next_size - len(next_buffer)))
             rng, skipped, buffer = next_rng, 0, next_buffer
 
-    def _buffers(self, consumer: int, num_consumers: int, first_epoch: int, position: int):
+    def _buffers(self, worker: int, num_workers: int, first_epoch: int, position: int):
         """Of each buffer: generator of its order, rows to skip, its size, and the reader of its epoch."""
-        units = self.cells._kept_units()
+        units, capacity = self.cells._kept_units(), max(1, self.buffer_size // num_workers)
         for epoch in itertools.count(first_epoch):
-            start, stop = self._run(epoch, consumer, num_consumers)
-            num_buffers = -(-(stop - start) // self.buffer_size)
-            bounds = [start + (stop - start) * index // max(num_buffers, 1) for index in range(num_buffers + 1)]
+            run = self._run(epoch, worker, num_workers)
+            num_buffers = -(-len(run) // capacity)
+            bounds = [len(run) * index // max(num_buffers, 1) for index in range(num_buffers + 1)]
             # the run's first buffer that has not been used up
-            first = sum(bound - start <= position for bound in bounds[1:]) if epoch == first_epoch else 0
-            if first == num_buffers:  # more consumers than cells
+            first = sum(bound <= position for bound in bounds[1:]) if epoch == first_epoch else 0
+            if first == num_buffers:  # more workers than cells
                 continue
             order = np.random.default_rng([self.seed, epoch]).permutation(len(units))
-            rows = self.cells._read(units, order, bounds[first], stop)
+            rows = self.cells._read(units, order, run.start + bounds[first], run.stop)
             for index in range(first, num_buffers):
-                rng = np.random.default_rng([self.seed, epoch, consumer, index])
-                skipped = position - (bounds[index] - start) if (epoch, index) == (first_epoch, first) else 0
+                rng = np.random.default_rng([self.seed, epoch, self.process_index * num_workers + worker, index])
+                skipped = position - bounds[index] if (epoch, index) == (first_epoch, first) else 0
                 yield rng, skipped, bounds[index + 1] - bounds[index], rows
 
-    def _run(self, epoch: int, consumer: int, num_consumers: int) -> tuple[int, int]:
-        """Start and end of a consumer's run of an epoch; who gets a cell more changes with the epochs."""
-        place = (consumer + epoch) % num_consumers
-        return tuple(len(self.cells) * bound // num_consumers for bound in (place, place + 1))
+    def _run(self, epoch: int, worker: int, num_workers: int) -> range:
+        """Where a worker of this process reads in the order of an epoch's rows."""
+        # the runs of all processes in all epochs in a row; this process's place changes, and so who gets a cell more
+        bounds = [len(self.cells) * (self.process_index + epoch + end) // self.num_processes for end in (0, 1)]
+        seen = [bound - len(self.cells) * self.process_index // self.num_processes for bound in bounds]
 
-    def _length(self, epoch: int, consumer: int, num_consumers: int) -> int:
-        start, stop = self._run(epoch, consumer, num_consumers)
-        return stop - start
+        def made_below(worker: int) -> list[int]:
+            """How many of the cells that the process has seen, before and after the epoch, workers below one made."""
+            rounds = [divmod(count, self.batch_size * num_workers) for count in seen]
+            return [self.batch_size * worker * whole + min(rest, self.batch_size * worker) for whole, rest in rounds]
+
+        start = bounds[0] % len(self.cells)
+        first, stop = (after - before for before, after in map(made_below, (worker, worker + 1)))
+        return range(start + first, start + stop)

@@ -1,6 +1,9 @@
 """A table of cells, one row each, as a data set: Parquet or webdataset, from a folder or from the Hub."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
 
 from .cells import ONLY_CLASS, CellDataset
 from .files import Volume, voxel_size_triple
@@ -86,8 +89,9 @@ class _ArrowTable:
     def column_names(self) -> list[str]:
         return self._rows.column_names
 
-    def column(self, name: str) -> list:
-        return class_names_of(self._rows.select_columns(name)[:][name], self._rows.features[name])
+    def column(self, name: str) -> Iterator:
+        for batch in self._rows.select_columns(name).iter(batch_size=1000):
+            yield from class_names_of(batch[name], self._rows.features[name])
 
     def volume(self, row: int) -> Volume:
         return decode_volume(self._rows[row], self._volume_column)
@@ -108,25 +112,26 @@ def population_of(
         raise ValueError(f"{name}: expected a row for each cell, got none; write the data set again")
     names = table.column_names
 
-    def values_of(column: str | None, default: str) -> list[str] | None:
+    def values_of(column: str | None, default: str) -> tuple[str, ...] | None:
         if column is None and default not in names:
             return None
         column = column or default
         if column not in names:
             raise ValueError(f"{name}: expected a column {column}, got {', '.join(names)}; name one of these")
-        values = table.column(column)
-        for row, value in enumerate(values):
+        distinct, texts = {}, []  # one text for all cells that share it
+        for row, value in enumerate(table.column(column)):
             if not isinstance(value, (str, int)) or not str(value).strip():
                 raise ValueError(
                     f"{table.where(row)}: expected text or a whole number in the column {column}, got {value!r}; fill"
                     " it in, or leave the cell out"
                 )
-        return [str(value) for value in values]
+            texts.append(distinct.setdefault(str(value), str(value)))
+        return tuple(texts)
 
     ids = table.ids
-    labels = values_of(label_column, "label") or [ONLY_CLASS] * len(ids)
+    labels = values_of(label_column, "label") or (ONLY_CLASS,) * len(ids)
     groups = values_of(group_column, "source") or ids
-    return Population(tuple(ids), tuple(labels), tuple(groups)), sorted(set(labels))
+    return Population(ids, labels, groups), sorted(set(labels))
 
 
 def check_cells(table, processor: VolumeProcessor, rows: Sequence[int]) -> tuple[float, float, float] | None:
@@ -139,10 +144,10 @@ def check_cells(table, processor: VolumeProcessor, rows: Sequence[int]) -> tuple
         ValueError: if a cell has another number of channels.
     """
     num_channels, names = processor.config.num_channels, table.column_names
+    is_kept = np.zeros(table.num_rows, bool)
+    is_kept[rows] = True
     if not isinstance(table, TarShards):
-        shapes = table.column("shape")
-        for row in rows:
-            shape = shapes[row]
+        for row, shape in itertools.compress(enumerate(table.column("shape")), is_kept):
             if shape is None or len(shape) != 4 or shape[0] != num_channels:
                 raise ValueError(
                     f"{table.where(row)}: expected shape (C, Z, Y, X) with {num_channels} channels"
@@ -154,6 +159,6 @@ def check_cells(table, processor: VolumeProcessor, rows: Sequence[int]) -> tuple
         return processor.voxel_size_um
     if "voxel_size_um" not in names:
         return None
-    sizes = table.column("voxel_size_um")
-    distinct = {None if sizes[row] is None else voxel_size_triple(sizes[row]) for row in rows}
+    sizes = itertools.compress(table.column("voxel_size_um"), is_kept)
+    distinct = {None if size is None else voxel_size_triple(size) for size in sizes}
     return distinct.pop() if len(distinct) == 1 else None
