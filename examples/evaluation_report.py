@@ -96,10 +96,13 @@ def _over_folds(values: list[dict[str, float]]) -> dict[str, dict[str, float]]:
 
 def _page(args, summary, num_folds, sets, comparisons, reconstruction, seconds, figures) -> list[str]:
     origin = args.pretrained or args.generated_dir
+    kind = "real ones"
+    if not (args.train_data_dir or args.dataset_name):
+        kind = "phantoms, synthetic shapes drawn by a formula, which take the part of real cells below"
     lines = [
         "# Evaluation",
         "",
-        f"{sets['generated'].num_cells} cells of `{origin}` against {sets['real'].num_cells} real ones. Mean ±"
+        f"{sets['generated'].num_cells} cells of `{origin}` against {sets['real'].num_cells} {kind}. Mean ±"
         f" standard deviation over {num_folds} fold(s); every column is compared with the same held-out cells, in"
         " equal numbers."
         " *real*: the other real cells, the best that can be reached. *shuffled channels* (each channel from another"
