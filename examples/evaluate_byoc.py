@@ -98,6 +98,7 @@ def find_generated(args, cells: CellDataset, pipeline: BYOCPipeline | None, voxe
             path
             for path in folder.rglob("*")
             if path.suffix.lower() in VOLUME_SUFFIXES
+            and not path.is_dir()
             and not any(part.startswith(".") for part in path.relative_to(folder).parts)
         )
         if len(paths) < MIN_CELLS:
