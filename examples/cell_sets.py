@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from scipy.ndimage import gaussian_filter
 from tqdm.auto import tqdm
 
-from diffusers_byoc import BYOCPipeline
+from diffusers_byoc import BYOCPipeline, __version__
 from diffusers_byoc.data import CellDataset, read_volume, write_ome_tiff
 from diffusers_byoc.data.cells import check_channel_order
 from diffusers_byoc.data.files import VolumeFileError
@@ -79,6 +79,8 @@ def folder_cells(paths: list[Path], cells: CellDataset, name: str = "generated")
             if data.shape != cube:
                 return ((cells.processor.preprocess(data, file.voxel_size_um) + 1) / 2).numpy()
             if data.dtype.kind in "bui":
+                if data.min() < 0:
+                    raise ValueError(f"expected integers from 0, got {data.min()}; shift and rescale them")
                 return data.astype(np.float32) / (1 if data.dtype.kind == "b" else np.iinfo(data.dtype).max)
             if not (data.min() >= 0 and data.max() <= 1):
                 raise ValueError(f"expected floats in [0, 1], got [{data.min():g}, {data.max():g}]; rescale them")
@@ -119,15 +121,18 @@ def generate_cells(
     """
     state = PartialState()
     settings = settings | {"weights": _fingerprint(pipeline), "scheduler": type(pipeline.scheduler).__name__}
+    if class_names is not None:
+        settings["classes"] = hashlib.blake2b(json.dumps(class_names).encode(), digest_size=16).hexdigest()
     record = folder / "generation.json"
     if record.is_file() and json.loads(record.read_text()) != settings:
         raise ValueError(f"{folder} holds cells of other settings, see {record}; delete it or change --output_dir")
     folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"cell_{index:06}.ome.tif" for index in range(num_samples)]
+    # before any process writes: all must share out the same list
+    missing = [index for index, path in enumerate(paths) if not path.is_file()]
     state.wait_for_everyone()
     if state.is_main_process:
         write_whole(record, json.dumps(settings, indent=2).encode())
-    paths = [folder / f"cell_{index:06}.ome.tif" for index in range(num_samples)]
-    missing = [index for index, path in enumerate(paths) if not path.is_file()]
     mine = missing[state.process_index :: state.num_processes]
     pipeline.set_progress_bar_config(disable=True)
     names = pipeline.vqvae.config.channel_names
@@ -169,7 +174,7 @@ def extract_features(
     found = []
     for start in tqdm(starts, f"{extractor.split()[0]}, {cells.name}", disable=not state.is_local_main_process):
         volumes = cells.volumes(range(start, min(start + CHUNK, cells.num_cells)))
-        digest = hashlib.blake2b(extractor.encode() + volumes.tobytes(), digest_size=16).hexdigest()
+        digest = hashlib.blake2b(f"{__version__} {extractor}".encode() + volumes.tobytes(), digest_size=16).hexdigest()
         path = folder / f"{digest}.npy"
         if not path.is_file():
             content = io.BytesIO()

@@ -98,6 +98,7 @@ def find_generated(args, cells: CellDataset, pipeline: BYOCPipeline | None, voxe
             path
             for path in folder.rglob("*")
             if path.suffix.lower() in VOLUME_SUFFIXES
+            and not path.is_dir()
             and not any(part.startswith(".") for part in path.relative_to(folder).parts)
         )
         if len(paths) < MIN_CELLS:
@@ -116,19 +117,20 @@ def find_generated(args, cells: CellDataset, pipeline: BYOCPipeline | None, voxe
     return folder_cells(paths, cells)
 
 
-def make_extractors(args, voxel_size_um, device) -> dict:
+def make_extractors(args, channel_names: tuple[str, ...], voxel_size_um, device) -> dict:
     """Name -> (name with all settings, function from volumes to features)."""
     thresholds = (args.cell_threshold, None)
     extractors = {"voxels": (f"voxels {VOXEL_GRID}", averaged_voxels)}
     if "morphology" in args.features:
+        channels = cell_and_nucleus(channel_names)
 
         def measure(volumes):
-            return morphology_features(measure_cells(volumes, voxel_size_um, thresholds))
+            return morphology_features(measure_cells(volumes, voxel_size_um, thresholds, *channels))
 
-        extractors["morphology"] = (f"morphology {MORPHOLOGY_NAMES} {voxel_size_um} {thresholds}", measure)
+        extractors["morphology"] = (f"morphology {MORPHOLOGY_NAMES} {voxel_size_um} {thresholds} {channels}", measure)
     if "med3d" in args.features:
         model = load_med3d(args.med3d).to(device, memory_format=torch.channels_last_3d)
-        weights = torch.stack([p.double().sum() for p in model.parameters()]).tolist()
+        weights = torch.stack([weight.double().sum() for weight in model.state_dict().values()]).tolist()
 
         def features(volumes):
             with torch.no_grad():
@@ -140,9 +142,36 @@ def make_extractors(args, voxel_size_um, device) -> dict:
     return extractors
 
 
+def cell_and_nucleus(channel_names: tuple[str, ...]) -> tuple[int, int]:
+    """The channels that are measured: those of these names, or else the first and the second."""
+    names = [name.lower() for name in channel_names]
+    if "cell" in names and "nucleus" in names:
+        return names.index("cell"), names.index("nucleus")
+    if len(names) < 2:
+        raise ValueError(
+            f"morphology needs a cell and a nucleus channel, got {', '.join(names)} alone; give --features med3d"
+        )
+    return 0, 1
+
+
 def averaged_voxels(volumes: np.ndarray) -> np.ndarray:
     """(B, M, D, H, W) -> (B, M * 16³): the volumes themselves, coarse enough to forgive small shifts."""
     return torch.nn.functional.adaptive_avg_pool3d(torch.from_numpy(volumes), VOXEL_GRID).flatten(1).numpy()
+
+
+def suspicions(generated: np.ndarray, real: np.ndarray) -> list[str]:
+    """What may be wrong with the generated volumes as such, by their averaged voxels: a line each."""
+    found = []
+    if num_blank := int((np.ptp(generated, axis=1) == 0).sum()):
+        found.append(f"{num_blank} of the {len(generated)} generated volumes are blank.")
+    if num_copies := len(generated) - len(np.unique(generated, axis=0)):
+        found.append(f"{num_copies} of the {len(generated)} generated volumes are copies of another generated one.")
+    if generated.max() < real.max() / 4:
+        found.append(
+            f"The generated volumes are dark: up to {generated.max():.2g}, where real ones reach {real.max():.2g}."
+            " Integers are read over their type's range; rescale files that do not fill it."
+        )
+    return found
 
 
 def compare(args, real: np.ndarray, candidate: np.ndarray, training: np.ndarray, kind: str) -> dict[str, float]:
@@ -232,18 +261,20 @@ def classify_volumes(args, sets: dict[str, CellSet], folds: Sequence, device) ->
 
 def judge_reconstruction(args, vqvae, real: CellSet, indices) -> dict[str, dict[str, float]]:
     """Channel -> measure -> mean over these real cells."""
+    names = vqvae.config.channel_names
+    cell_channel = cell_and_nucleus(names)[0] if len(names) > 1 else 0
+    thresholds = [args.cell_threshold if channel == cell_channel else None for channel in range(len(names))]
     qualities, codes = [], []
     for start in range(0, len(indices), 8):
         volumes = torch.from_numpy(real.volumes(indices[start : start + 8]))
         with torch.no_grad():
             output = vqvae((volumes * 2 - 1).to(vqvae.device, vqvae.dtype))
         reconstruction = (output.sample.float() / 2 + 0.5).clamp(0, 1)
-        thresholds = (args.cell_threshold, *[None] * (volumes.shape[1] - 1))
         qualities.append(reconstruction_quality(volumes, reconstruction, thresholds))
         codes.append(output.indices.cpu())
     usage = codebook_usage(torch.cat(codes), vqvae.config.num_vq_embeddings)
     table = {}
-    for channel, name in enumerate(vqvae.config.channel_names):
+    for channel, name in enumerate(names):
         table[name] = {
             measure: float(np.nanmean(np.concatenate([getattr(q, measure)[:, channel] for q in qualities])))
             for measure in ("mse", "psnr", "ssim", "dice")
@@ -277,9 +308,11 @@ def main(args: argparse.Namespace) -> None:
         cells = all_cells(args, names)
         folds = make_folds(args, cells)
         voxel_size_um = cells.voxel_size_um or cells.processor.voxel_size_um or (1.0, 1.0, 1.0)
+        notes = []
         if not (cells.voxel_size_um or cells.processor.voxel_size_um):
-            print("The files do not say how large a voxel is: µm in the results mean voxels; or give --voxel_size_um.")
-        extractors = make_extractors(args, voxel_size_um, state.device)  # before hours of generating
+            notes.append("The files do not say how large a voxel is: µm mean voxels; or give --voxel_size_um.")
+            print(notes[0])
+        extractors = make_extractors(args, names, voxel_size_um, state.device)  # before hours of generating
         lap("reading cells")
         generated = find_generated(args, cells, pipeline, voxel_size_um)
     except (OSError, ValueError, ImportError) as error:  # the message says what to mend
@@ -302,12 +335,16 @@ def main(args: argparse.Namespace) -> None:
     accuracies = classify_volumes(args, sets, folds, state.device) if args.volume_classifier else []
     lap("3D classifier")
     if state.is_main_process:
-        rows = [evaluate_fold(args, features, generated.num_cells, *fold) for fold in folds]
+        notes += suspicions(features["generated"]["voxels"], features["real"]["voxels"])
+        try:
+            rows = [evaluate_fold(args, features, generated.num_cells, *fold) for fold in folds]
+        except ValueError as error:  # real cells that are copies of each other
+            raise SystemExit(f"evaluate_byoc.py: error: {error}") from error
         for fold, name, accuracy in accuracies:
             rows[fold][name]["volumes/classifier_accuracy"] = accuracy
         reconstruction = judge_reconstruction(args, pipeline.vqvae, real, folds[0][0][:64]) if pipeline else {}
         lap("metrics")
-        write_evaluation(args, rows, features, sets, reconstruction, seconds, names, voxel_size_um)
+        write_evaluation(args, rows, features, sets, reconstruction, seconds, notes, names, voxel_size_um)
     state.wait_for_everyone()
     state.destroy_process_group()
 

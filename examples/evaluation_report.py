@@ -45,7 +45,9 @@ _BARS = {
 }
 
 
-def write_evaluation(args, folds, features, sets, reconstruction, seconds, channel_names, voxel_size_um) -> None:
+def write_evaluation(
+    args, folds, features, sets, reconstruction, seconds, notes, channel_names, voxel_size_um
+) -> None:
     """Write all results into `args.output_dir`.
 
     Args:
@@ -55,6 +57,7 @@ def write_evaluation(args, folds, features, sets, reconstruction, seconds, chann
         sets: row -> its cells.
         reconstruction: channel -> measure -> value; empty without an autoencoder.
         seconds: step -> its duration.
+        notes: what a reader of the table must know, a line each.
         channel_names: M names.
         voxel_size_um: (z, y, x).
     """
@@ -73,13 +76,16 @@ def write_evaluation(args, folds, features, sets, reconstruction, seconds, chann
         "features": [asdict(comparison) for comparison in comparisons],
         "reconstruction": reconstruction,
         "seconds": seconds,
+        "notes": notes,
     }
     text = json.dumps(_without_nan(results), indent=2, ensure_ascii=False, allow_nan=False, default=float)
     (output_dir / "metrics.json").write_text(text + "\n", encoding="utf-8")
 
     figures = _write_figures(output_dir, folds, features, sets, comparisons, channel_names, voxel_size_um)
-    lines = _page(args, summary, len(folds), sets, comparisons, reconstruction, seconds, figures)
+    lines = _page(args, summary, len(folds), sets, comparisons, reconstruction, seconds, notes, figures)
     (output_dir / "metrics.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for note in notes:
+        print(note)
     print(f"Wrote {output_dir / 'metrics.md'}, metrics.json and {len(figures)} figures.")
 
 
@@ -94,7 +100,7 @@ def _over_folds(values: list[dict[str, float]]) -> dict[str, dict[str, float]]:
     return summary
 
 
-def _page(args, summary, num_folds, sets, comparisons, reconstruction, seconds, figures) -> list[str]:
+def _page(args, summary, num_folds, sets, comparisons, reconstruction, seconds, notes, figures) -> list[str]:
     origin = args.pretrained or args.generated_dir
     kind = "real ones"
     if not (args.train_data_dir or args.dataset_name):
@@ -108,6 +114,7 @@ def _page(args, summary, num_folds, sets, comparisons, reconstruction, seconds, 
         " *real*: the other real cells, the best that can be reached. *shuffled channels* (each channel from another"
         " cell) and *blurred* (σ = 2 voxels): obviously bad generators.",
         "",
+        *(line for note in notes for line in (f"> {note}", "")),
         "| metric | good is | " + " | ".join(summary) + " |",
         "| --- | --- |" + " --- |" * len(summary),
     ]
@@ -166,7 +173,7 @@ def _write_figures(output_dir, folds, features, sets, comparisons, channel_names
     pairs = compare_pairs(
         sets["generated"].volumes(closest),
         sets["real"].volumes(found.nearest[closest]),
-        [f"{found.distances[index]:.2f}" for index in closest],
+        [f"distance {found.distances[index]:.2f}" for index in closest],
         headings=("generated", "nearest real cell"),
         channel_names=channel_names,
         voxel_size_um=voxel_size_um,

@@ -1,3 +1,4 @@
+import importlib
 import json
 import os
 import subprocess
@@ -101,6 +102,45 @@ def test_a_pipeline_generates_each_cell_from_its_seed_and_number_alone(tmp_path)
 def read_volume_bytes(content: bytes, folder: Path) -> np.ndarray:
     (folder / "before.tif").write_bytes(content)
     return read_volume(folder / "before.tif").data
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY / "examples")
+    return importlib.import_module("evaluate_byoc")
+
+
+def test_the_channels_of_the_names_are_measured_or_else_the_first_two(script):
+    assert script.cell_and_nucleus(("Nucleus", "actin", "Cell")) == (2, 0)
+    assert script.cell_and_nucleus(("membrane", "dna", "actin")) == (0, 1)
+    with pytest.raises(ValueError, match="got membrane alone; give --features med3d"):
+        script.cell_and_nucleus(("membrane",))
+
+
+def test_blank_copied_and_dark_volumes_are_named(script):
+    real, generated = np.random.default_rng(0).random((2, 9, 20))
+    assert script.suspicions(generated, real) == []
+    generated[:3], generated[5] = 0, generated[4]
+    blank, copies, dark = script.suspicions(generated / 16, real)
+    assert blank.startswith("3 of the 9 generated volumes are blank")
+    assert copies.startswith("3 of the 9 generated volumes are copies")
+    assert "rescale" in dark
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda v: (v * 2 - 1).astype(np.float32), r"bad.npy: expected floats in \[0, 1\], got \[-1"),
+        (lambda v: ((v * 2 - 1) * 32767).astype(np.int16), "bad.npy: expected integers from 0, got -"),
+        (lambda v: np.where(v > 0.5, np.nan, v), "bad.npy: expected finite intensities"),
+        (lambda v: v[:1], "bad.npy: .*channel"),
+    ],
+)
+def test_volumes_that_are_no_cells_are_an_error_with_the_file(script, tmp_path, damage, message):
+    cells = PhantomCells(1, VolumeProcessor(sample_size=32), ["nocodazole"], seed=7)
+    np.save(tmp_path / "bad.npy", damage(((cells[0]["volumes"] + 1) / 2).numpy()))
+    with pytest.raises(ValueError, match=message):
+        script.folder_cells([tmp_path / "bad.npy"], cells).volume(0)
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,21 @@ def test_distributions_are_densities_over_common_bins():
     assert [line.get_xdata()[0] for line in parts.lines] == [1, 2]
 
 
+def test_a_count_in_which_no_cell_differs_has_the_bin_of_a_count():
+    (axes,) = feature_distributions({"real": {"parts": [2, 2, 2]}, "generated": {"parts": [2]}}).axes
+    np.testing.assert_allclose(axes.patches[0].get_data().edges, [1.5, 2.5])
+    assert all(tick == round(tick) for tick in axes.get_xticks())
+
+
+def test_a_legend_stands_in_one_row_where_it_fits_and_in_equal_rows_else():
+    def legend_columns(*methods):  # in a figure of 6.4 inches
+        scores = {metric: {method: {"": 1.0} for method in methods} for metric in ("FID", "MMD")}
+        return metric_bars(scores).legends[0]._ncols
+
+    assert legend_columns("generated", "real", "shuffled channels", "blurred") == 4
+    assert legend_columns(*(f"a long name, {index}" for index in range(4))) == 2
+
+
 @pytest.mark.parametrize("values", [[3.0], [3.0, 3.0], [0.0, 0.0], [np.nan, np.nan], [0.0, 1e-3, 1e12], [-1e30, 1e30]])
 def test_odd_distributions_are_drawn(values):
     figure = feature_distributions({"real": {"f": values}, "generated": {"f": [1.0, 2.0]}})

@@ -160,7 +160,8 @@ def feature_distributions(
         title = [feature, ", ".join(facts), f"undefined: {notes}" if notes else ""]
         axes.set_title("\n".join(line for line in title if line), fontsize=9)
         axes.tick_params(axis="x", labelsize=8)
-        axes.locator_params(axis="x", nbins=5)
+        # counts have no halves
+        axes.locator_params(axis="x", nbins=5, min_n_ticks=1, integer=bool((pooled == np.round(pooled)).all()))
     _legend(figure, _patches([f"{name} (n = {max(map(len, by.values()))})" for name, by in sets.items()]))
     return figure
 
@@ -266,10 +267,10 @@ def _common_bins(values: np.ndarray) -> np.ndarray:
     if len(values) == 0:
         return np.array([0.0, 1.0])
     low, high = values.min(), values.max()
-    if high - low <= 1e-9 * max(abs(low), abs(high), 1e-300):
-        return low + max(abs(low), 1.0) * np.array([-0.05, 0.05])
     if (values == np.round(values)).all() and high - low < _MAX_BINS:
         return np.arange(low - 0.5, high + 1.0)
+    if high - low <= 1e-9 * max(abs(low), abs(high), 1e-300):
+        return low + max(abs(low), 1.0) * np.array([-0.05, 0.05])
     sturges = math.ceil(math.log2(len(values))) + 1
     width = 2 * np.subtract(*np.percentile(values, (75, 25))) / len(values) ** (1 / 3)  # Freedman and Diaconis 1981
     # one outlier must not ask for a million bins
@@ -306,9 +307,11 @@ def _patches(labels: Sequence[str]) -> dict[str, Patch]:
 
 
 def _legend(figure: Figure, handles: Mapping[str, Artist]) -> None:
-    """One legend for all panels, below them, in as many rows as it needs."""
-    entry_inches = 0.55 + 0.085 * max(map(len, handles))
-    columns = max(1, min(len(handles), int(figure.get_figwidth() / entry_inches)))
+    """One legend for all panels, below them, in one row or as many equal ones as it needs."""
+    widths, columns = [0.55 + 0.085 * len(label) for label in handles], len(handles)
+    if sum(widths) > figure.get_figwidth():
+        num_rows = math.ceil(len(handles) / max(1, int(figure.get_figwidth() / max(widths))))
+        columns = math.ceil(len(handles) / num_rows)
     figure.legend(
         list(handles.values()), list(handles), loc="outside lower center", ncols=columns, frameon=False, fontsize=9
     )
