@@ -387,7 +387,8 @@ def write_lif(path, data, z_um, dim_ids=(1, 2, 3)):
 
 @pytest.mark.parametrize("direction", [1, -1])
 def test_lif(tmp_path, data, direction):
-    pytest.importorskip("liffile")
+    pytest.importorskip("bioio_lif")
+    pytest.importorskip("liffile")  # of bioio-lif 2.0
     write_lif(tmp_path / "a.lif", data, direction * 1.5 * (data.shape[1] - 1))
     stack = open_stack(tmp_path / "a.lif")
     assert stack.voxel_size_um == pytest.approx((1.5, 0.5, 0.25))  # whichever way the stage went
@@ -407,14 +408,16 @@ def test_lif(tmp_path, data, direction):
     ids=["spectral", "tiles", "loop", "xzy", "xzt"],
 )
 def test_other_scans_of_leica_are_named(tmp_path, data, dim_ids, axes):
-    pytest.importorskip("liffile")
+    pytest.importorskip("bioio_lif")
+    pytest.importorskip("liffile")  # of bioio-lif 2.0
     write_lif(tmp_path / "a.lif", data, 6.0, dim_ids)
     with pytest.raises(ValueError, match=rf"a\.lif: expected planes of Y and X .* got a scan of {axes}; export it"):
         open_stack(tmp_path / "a.lif")
 
 
 def test_a_time_series_of_leica(tmp_path, data):
-    pytest.importorskip("liffile")
+    pytest.importorskip("bioio_lif")
+    pytest.importorskip("liffile")  # of bioio-lif 2.0
     write_lif(tmp_path / "a.lif", data, 6.0, (1, 2, 4))
     with pytest.raises(ValueError, match="a time series .*T=5"):
         open_stack(tmp_path / "a.lif")
