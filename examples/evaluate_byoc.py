@@ -32,7 +32,7 @@ from cell_sets import (
 )
 from data_arguments import add_data_arguments, load_cells, positive
 from diffusers_byoc import BYOCPipeline, __version__
-from diffusers_byoc.data import CellDataset, read_split, split_cells
+from diffusers_byoc.data import CellDataset, read_split, split_cells, write_split
 from diffusers_byoc.data.files import VOLUME_SUFFIXES, VolumeFileError
 from diffusers_byoc.metrics import (
     MORPHOLOGY_NAMES,
@@ -356,7 +356,10 @@ def all_cells(args, channel_names: tuple[str, ...]) -> CellDataset:
 
 
 def make_folds(args, cells: CellDataset) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(held-out, other) indices of each fold; the one fold of --split_file, or of --fold."""
+    """(held-out, other) indices of each fold; the one fold of --split_file, or of --fold.
+
+    Each is kept as OUTPUT_DIR/split_*.json, for `--split_file` of training or of another model's evaluation.
+    """
     if args.split_file:
         splits = [read_split(args.split_file, cells.population)]
     else:
@@ -375,6 +378,9 @@ def make_folds(args, cells: CellDataset) -> list[tuple[np.ndarray, np.ndarray]]:
                 f"expected at least {needed} real cells on each side of a split, got {smallest} of {len(cells)};"
                 " give more cells, or fewer folds"
             )
+    if PartialState().is_main_process:
+        for number, split in enumerate(splits):
+            write_split(Path(args.output_dir) / f"split_{number}.json", split)
     return folds
 
 

@@ -53,6 +53,9 @@ def test_volumes_made_elsewhere_are_judged_and_the_bad_rows_are_worse(phantoms, 
     for name in ("cells.png", "metrics.png", "distributions.png", "nearest.png"):
         assert (tmp_path / name).stat().st_size > 1000 and f"({name})" in table
 
+    splits = [json.loads((tmp_path / f"split_{number}.json").read_text()) for number in range(2)]
+    assert sorted(splits[0]["held_out"]) == sorted(splits[1]["train"]) and splits[0]["held_out"]
+
     # again, by two processes: nothing is computed twice, and nothing changes
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611")

@@ -30,11 +30,12 @@ def volume_classifier_test(
 ) -> ClassifierTest:
     """Train a small convolutional network, anew in each fold, to tell generated volumes from real ones.
 
-    It is shown the mean and the standard deviation of every block of 2³ voxels: a quarter of the numbers, in which a
-    missing texture is as plain as a wrong shape. Three strided convolutions with group norm, the mean and the maximum
-    over all places, one linear layer: about 70,000 weights. Cells are mirrored at random in training, as a cell has no
-    preferred side. The norms hide how bright a whole cell is: `classifier_test` on morphology sees that. A handful of cells can be learned by heart: below some hundred cells in each set an accuracy near
-    0.5 says little.
+    It is shown the mean and the standard deviation of every block of 2³ voxels: a quarter of the numbers, in which
+    a missing texture is as plain as a wrong shape. Three strided convolutions with group norm, the mean and the
+    maximum over all places, one linear layer: about 70,000 weights. Cells are mirrored at random in training, as a
+    cell has no preferred side. The norms hide how bright a whole cell is: `classifier_test` on morphology sees
+    that. A handful of cells can be learned by heart: below some hundred cells in each set an accuracy near 0.5
+    says little.
 
     Args:
         real: (N, M, D, H, W) in [0, 1].

@@ -39,8 +39,8 @@ def fair_num_threads() -> int:
 def keep_freed_memory() -> None:
     """Let glibc keep what a step frees for the next one, in place of handing every large buffer back to the system.
 
-    On a CPU, the pages of fresh buffers are a third of an autoencoder's training step at batch 8; kept ones are a fifth
-    more memory (`docs/performance.md`). Nothing happens under another C library.
+    On a CPU, the pages of fresh buffers are a third of an autoencoder's training step at batch 8; to keep them takes a
+    fifth more memory (`docs/performance.md`). Nothing happens under another C library.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
