@@ -7,9 +7,9 @@ pip install "diffusers_byoc[benchmarks]" brings what PyPI has of the peers; DIR 
 repository (git clone https://github.com/FirasGit/medicaldiffusion). What is missing is left out, and said so.
 
 Networks that are compared take turns in one process, under one allocator; a time is the best of `--repeats`. Each
-network runs in the fastest of the settings it supports as it is: float32 or bf16 (autocast, and for inference
-weights), contiguous or channels_last_3d. A ratio is a network's time over that in the table's first row, which is this
-package's.
+network runs in float32, as it comes, and in the fastest of the settings it supports without a change to its code:
+float32 or bf16 (autocast, and for inference weights), contiguous or channels_last_3d. A ratio is a network's time over
+that in the table's first row, which is this package's.
 """
 
 import argparse
@@ -131,14 +131,14 @@ def compare(
     sizes: Sizes,
     peak: Callable[[torch.dtype], float],
 ) -> None:
-    """One table: the first network is this package's, and stands twice: in float32 and in its fastest setting."""
+    """One table: every network in its fastest setting and in float32, as it comes; the first is this package's."""
     cases, notes = [], []
-    for index, (name, module, make_run) in enumerate(networks):
+    for name, module, make_run in networks:
         module = module.to(sizes.device)
         gflop = count_gflop(module, make_run)
         case, refused = fastest_case(name, module, settings, make_run, gflop)
         cases.append(case)
-        if index == 0 and case.setting != FLOAT32:
+        if case.setting != FLOAT32:
             cases.append(prepare(name, module, FLOAT32, make_run, gflop))
         if refused:
             notes.append(f"{name} cannot be used in: {', '.join(refused)}.")
