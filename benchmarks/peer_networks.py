@@ -174,11 +174,11 @@ class Peers:
 
     def autoencoders(self) -> Iterator[AutoencoderPeer]:
         """This package's first in each group."""
-        for group, widths, first_width in ((EQUAL, (16, 32, 64), 16), (PAPER, (32, 64, 128), 32)):
+        for group, widths, first_width in ((EQUAL, (32, 64), 16), (PAPER, (64, 128), 32)):
             yield AutoencoderPeer(
-                f"MultiCodebookVQModel {widths[0]}-{widths[-1]}",
+                f"MultiCodebookVQModel {widths[0]}-{widths[1]}",
                 group,
-                lambda w=widths: MultiCodebookVQModel(block_out_channels=w, layers_per_block=2),
+                lambda w=widths: MultiCodebookVQModel(block_out_channels=(w[0], *w), layers_per_block=(0, 2)),
                 lambda vqvae, volumes: vqvae.encode(volumes).latents,
                 lambda vqvae, latents: vqvae.decode(latents).sample,
                 byoc_training_step,
@@ -197,9 +197,9 @@ class Peers:
                 )
             if self.monai:
                 yield AutoencoderPeer(
-                    f"MONAI VQVAE {widths[1]}-{widths[2]}",
+                    f"MONAI VQVAE {widths[0]}-{widths[1]}",
                     group,
-                    lambda w=widths[1:]: self.monai.VQVAE(
+                    lambda w=widths: self.monai.VQVAE(
                         spatial_dims=3,
                         in_channels=NUM_CHANNELS,
                         out_channels=NUM_CHANNELS,

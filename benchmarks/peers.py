@@ -337,7 +337,7 @@ def benchmark_sampling(peers: Peers, sizes: Sizes, num_steps: int) -> None:
 
 
 def byoc_pipeline(unet: DualChannelUNet3D, sizes: Sizes) -> BYOCPipeline:
-    vqvae = MultiCodebookVQModel(block_out_channels=(16, 32, 64), layers_per_block=2)
+    vqvae = MultiCodebookVQModel(block_out_channels=(32, 32, 64), layers_per_block=(0, 2))
     scheduler = DDPMScheduler(
         beta_schedule="squaredcos_cap_v2",
         clip_sample=False,

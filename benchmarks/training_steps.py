@@ -3,9 +3,8 @@
     python benchmarks/training_steps.py
 
 "plain" is the same network in the contiguous memory format and float32, with PyTorch's own convolution on every grid
-and its fused attention. The share of the convolution peak is the
-convolutions' arithmetic over the time, against the best speed that one 3x3x3 convolution of 64 features on 16³
-reaches in the same run and dtype, forward and backward.
+and its fused attention. The share of the convolution peak is the convolutions' arithmetic over the time, against the
+best speed that one 3x3x3 convolution of 64 features on 16³ reaches in the same run and dtype, forward and backward.
 """
 
 from contextlib import ExitStack
@@ -23,7 +22,7 @@ from diffusers_byoc.models.convolution import Conv3d
 
 
 UNETS = {"demo": ((32, 64, 128), 1), "paper": ((64, 128, 256, 512), 2)}
-AUTOENCODERS = {"demo": ((16, 32, 64), 1), "default": ((32, 64, 128), 2)}
+AUTOENCODERS = {"demo": ((32, 32, 64), (0, 2)), "paper": ((64, 64, 128), (0, 2))}
 
 
 def convolution_peak() -> float:

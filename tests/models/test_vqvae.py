@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from diffusers_byoc import MultiCodebookVQModel
+from diffusers_byoc.models.encoder_decoder import ResidualBlock
 
 
 TINY = {
@@ -50,6 +51,22 @@ def test_shapes(num_channels, changes):
     output = vqvae(sample)
     assert output.sample.shape == sample.shape
     assert output.commit_loss.ndim == 0
+
+
+def test_residual_blocks_can_differ_between_resolutions():
+    def count(part):
+        return [sum(isinstance(m, ResidualBlock) for m in block.modules()) for block in part]
+
+    vqvae = model(block_out_channels=(8, 8, 16), layers_per_block=(0, 2))
+    assert count(vqvae.encoders[0].down_blocks) == [0, 2]
+    assert count(vqvae.decoder.up_blocks) == [2, 0]  # from the latents towards the volume
+    vqvae = model(block_out_channels=(8, 8, 16), layers_per_block=2)
+    assert count(vqvae.encoders[0].down_blocks) == count(vqvae.decoder.up_blocks) == [2, 2]
+
+
+def test_residual_blocks_of_too_few_resolutions_are_refused():
+    with pytest.raises(ValueError, match="Expected 2 layers_per_block.*got 1"):
+        model(block_out_channels=(8, 8, 16), layers_per_block=(2,))
 
 
 @pytest.mark.parametrize(("block_out_channels", "factor"), [((8,), 1), ((8, 16), 2), ((8, 8, 16), 4)])

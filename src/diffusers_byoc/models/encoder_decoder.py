@@ -39,10 +39,13 @@ class Encoder3D(nn.Module):
         widths = block_out_channels
         self.conv_in = _halving_conv(1, widths[0]) if len(widths) > 1 else Conv3d(1, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList()
-        for level in range(1, len(widths)):
+        for level, num_layers in enumerate(layers_per_block, 1):
             width_in, width = widths[level - 1], widths[level]
-            block = [Conv3d(width_in, width, 3, padding=1) if level == 1 else _halving_conv(width_in, width)]
-            block += [ResidualBlock(width, norm_num_groups, act_fn) for _ in range(layers_per_block)]
+            block = [ResidualBlock(width, norm_num_groups, act_fn) for _ in range(num_layers)]
+            if level > 1:
+                block.insert(0, _halving_conv(width_in, width))
+            elif width_in != width:
+                block.insert(0, Conv3d(width_in, width, 3, padding=1))
             self.down_blocks.append(nn.Sequential(*block))
         self.norm_out = _norm(widths[-1], norm_num_groups)
         self.nonlinearity = get_activation(act_fn)
@@ -70,10 +73,13 @@ class Decoder3D(nn.Module):
         widths = block_out_channels
         self.conv_in = Conv3d(latent_channels, widths[-1], 3, padding=1)
         self.up_blocks = nn.ModuleList()
-        for level in reversed(range(1, len(widths))):
+        for level, num_layers in reversed(list(enumerate(layers_per_block, 1))):
             width, width_out = widths[level], widths[level - 1]
-            block = [ResidualBlock(width, norm_num_groups, act_fn) for _ in range(layers_per_block)]
-            block += [Conv3d(width, width_out, 3, padding=1) if level == 1 else _doubling_conv(width, width_out)]
+            block = [ResidualBlock(width, norm_num_groups, act_fn) for _ in range(num_layers)]
+            if level > 1:
+                block.append(_doubling_conv(width, width_out))
+            elif width != width_out:
+                block.append(Conv3d(width, width_out, 3, padding=1))
             self.up_blocks.append(nn.Sequential(*block))
         self.norm_out = _norm(widths[0], norm_num_groups)
         self.nonlinearity = get_activation(act_fn)

@@ -64,7 +64,8 @@ class MultiCodebookVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         block_out_channels: features from the volume towards the latents; each entry after the first halves the grid,
             so three take 64³ to 16³. The first convolution halves at once: the first entry's features lie at half the
             resolution too, without residual blocks.
-        layers_per_block: residual blocks at each halved resolution.
+        layers_per_block: residual blocks at each halved resolution, one number for all or one for each, the largest
+            grid first. A block at half the resolution costs twice as much as one of twice the features at a quarter.
         norm_num_groups: groups of a group norm; `None` normalises each voxel's features alone, which confines the
             difference that decoding in tiles makes to the tiles' borders.
         act_fn: activation, by diffusers' names.
@@ -101,7 +102,7 @@ class MultiCodebookVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         latent_channels: int = 16,
         num_vq_embeddings: int = 1024,
         block_out_channels: tuple[int, ...] = (32, 64, 128),
-        layers_per_block: int = 2,
+        layers_per_block: int | tuple[int, ...] = 2,
         norm_num_groups: int | None = None,
         act_fn: str = "silu",
         sample_size: int = 64,
@@ -134,6 +135,15 @@ class MultiCodebookVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         if latent_scaling not in ("codebook_range", "standardize"):
             raise ValueError(
                 f"Expected latent_scaling 'codebook_range' or 'standardize', got {latent_scaling!r}. Choose one."
+            )
+
+        num_halvings = len(block_out_channels) - 1
+        if isinstance(layers_per_block, int):
+            layers_per_block = (layers_per_block,) * num_halvings
+        elif len(layers_per_block) != num_halvings:
+            raise ValueError(
+                f"Expected {num_halvings} layers_per_block, one for each entry of block_out_channels after the first, "
+                f"got {len(layers_per_block)}: {layers_per_block}. Give one number for all, or one for each halving."
             )
 
         num_encoders = 1 if share_encoder else num_channels
