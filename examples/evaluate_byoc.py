@@ -129,8 +129,10 @@ def make_extractors(args, channel_names: tuple[str, ...], voxel_size_um, device)
 
         extractors["morphology"] = (f"morphology {MORPHOLOGY_NAMES} {voxel_size_um} {thresholds} {channels}", measure)
     if "med3d" in args.features:
-        model = load_med3d(args.med3d).to(device, memory_format=torch.channels_last_3d)
+        model = load_med3d(args.med3d)
+        # summed on the CPU: not every device has float64, and each would round another way
         weights = torch.stack([weight.double().sum() for weight in model.state_dict().values()]).tolist()
+        model.to(device, memory_format=torch.channels_last_3d)
 
         def features(volumes):
             with torch.no_grad():

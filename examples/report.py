@@ -27,7 +27,7 @@ def write_report(
 
     real_cells = next(iter(DataLoader(cells, batch_size=min(64, len(cells)))))["volumes"]
     with torch.no_grad():
-        output = pipeline.vqvae(real_cells[:8])
+        reconstruction = pipeline.vqvae(real_cells[:8].to(pipeline.device)).sample.cpu()
     real = ((real_cells + 1) / 2).numpy()
     is_phantom = not (args.train_data_dir or args.dataset_name)
     origin = "phantoms" if is_phantom else "training cells"
@@ -60,7 +60,7 @@ def write_report(
         "",
         f"{type(pipeline.scheduler).__name__}, {pipeline.config.default_num_inference_steps} steps. "
         f"Reconstruction error of 8 training cells (mean squared, volumes in [-1, 1]): "
-        f"{reconstruction_loss(output.sample, real_cells[:8]).item():.5f}.",
+        f"{reconstruction_loss(reconstruction, real_cells[:8]).item():.5f}.",
         "",
         f"| cells | cell volume, {unit} | nucleus volume, {unit} | nucleus to cell | nucleus inside |"
         " one connected cell |",

@@ -559,7 +559,7 @@ def run(args: argparse.Namespace, state: PartialState, vqvae: MultiCodebookVQMod
     if args.stage != "autoencoder":
         train_diffusion(args, cells, vqvae, held_out_cells)
         if state.is_main_process:
-            pipeline = BYOCPipeline.from_pretrained(args.output_dir)  # what a user will load
+            pipeline = BYOCPipeline.from_pretrained(args.output_dir).to(state.device)  # what a user will load
             write_report(pipeline, cells, args, minutes=(time.perf_counter() - started) / 60)
             if args.push_to_hub:
                 push_pipeline(args, pipeline, cells, held_out_cells)

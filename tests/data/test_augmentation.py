@@ -124,9 +124,12 @@ def test_nothing_new_appears_around_a_rotated_cell(rotation):
 def test_a_device_gives_what_the_cpu_gives(rotation):
     volumes = ellipsoids()
     draws = draw(volumes, rotation=rotation, intensity_jitter=0.2)
-    on_device = augment_cells(volumes.to(torch.accelerator.current_accelerator()), *draws)
-    assert on_device.device.type == torch.accelerator.current_accelerator().type
-    torch.testing.assert_close(on_device.cpu(), augment_cells(volumes, *draws), atol=1e-4, rtol=0)
+    device = torch.accelerator.current_accelerator()
+    expected = augment_cells(volumes, *draws)
+    for poses_and_gammas in (draws, [x.to(device) for x in draws]):
+        on_device = augment_cells(volumes.to(device), *poses_and_gammas)
+        assert on_device.device.type == device.type
+        torch.testing.assert_close(on_device.cpu(), expected, atol=1e-4, rtol=0)
 
 
 def test_no_voxel_goes_through_numpy(monkeypatch):

@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.directory_watcher import DirectoryDeletedError
@@ -412,6 +413,21 @@ def test_bad_input_is_one_line_before_any_training(train, tmp_path, cells, argum
     message = str(stop.value)
     assert named in message and remedy in message and "\n" not in message
     assert not (tmp_path / "out").exists()
+
+
+def test_the_report_is_made_on_the_device(script, preset, unbroken, tmp_path, monkeypatch):
+    """Where the thousand steps of its cells take minutes, not hours."""
+    output_dir = tmp_path / "out"
+    shutil.copytree(unbroken[0], output_dir)
+    for stage in ("train_autoencoder", "train_diffusion"):
+        monkeypatch.setattr(script, stage, lambda *args: None)
+    pipelines = []
+    monkeypatch.setattr(script, "write_report", lambda pipeline, *args, **options: pipelines.append(pipeline))
+    args = script.parse_args(["--preset", str(preset), "--output_dir", str(output_dir)])
+    state = types.SimpleNamespace(num_processes=1, is_main_process=True, device=torch.device("meta"))
+    PartialState(cpu=True)
+    script.run(args, state, script.check_arguments(args, torch.device("cpu")))
+    assert [pipeline.device.type for pipeline in pipelines] == ["meta"]
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def augment_cells(volumes: Tensor, poses: Tensor, gammas: Tensor) -> Tensor:
 
     Args:
         volumes: (B, M, S, S, S) in [-1, 1], background -1, of any floating dtype, on any device.
-        poses: (B, 3, 3), orthogonal, on the CPU.
+        poses: (B, 3, 3), orthogonal.
         gammas: (B, M), positive; channels, taken from 0 (background) to 1, are raised to these powers.
 
     Returns:
@@ -94,6 +94,7 @@ def augment_cells(volumes: Tensor, poses: Tensor, gammas: Tensor) -> Tensor:
             f"`poses` and `gammas` must be drawn for {tuple(volumes.shape[:2])} cells and channels, got"
             f" {tuple(poses.shape)} and {tuple(gammas.shape)}"
         )
+    poses = poses.cpu()  # where every cell's decides what is done with it
     quarter_turns = _nearest_quarter_turns(poses)
     exact = torch.isclose(poses, quarter_turns, atol=1e-6).all(dim=(1, 2))
     if not exact.all():

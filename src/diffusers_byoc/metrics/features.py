@@ -27,7 +27,7 @@ def check_features(features: Features, name: str, min_cells: int = 2, allow_nan:
             not have, passes where `allow_nan` says so.
     """
     if hasattr(features, "detach"):
-        features = features.detach().double().cpu().numpy()
+        features = features.detach().cpu().double().numpy()  # not every device has float64
     features = np.asarray(features)
     if features.ndim != 2 or features.shape[1] == 0 or features.dtype.kind not in "buif":
         raise ValueError(
