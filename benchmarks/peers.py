@@ -231,7 +231,7 @@ def benchmark_autoencoders(peers: Peers, sizes: Sizes) -> None:
             networks = [(peer.name, module, job(peer)) for peer, module in members]
             title = f"autoencoder, {title}, batch 2, {group}"
             compare(title, networks, settings, sizes, peak[settings is TRAINING_SETTINGS])
-        print("\n".join(f"{peer.name} has these losses: {peer.losses}." for peer, _ in members))
+        print("\n".join(["", *(f"- {peer.name} has these losses: {peer.losses}." for peer, _ in members)]))
 
 
 def benchmark_quantizers(peers: Peers, sizes: Sizes) -> None:
