@@ -139,8 +139,8 @@ class Peers:
     def unets(self) -> Iterator[UNetPeer]:
         """This package's first in each group."""
         for group, widths, layers in (
-            (EQUAL, (32, 64, 128, 256), 2),
-            (PAPER, (64, 128, 256, 512), 2),
+            (EQUAL, (32, 64, 128, 256), (0, 2, 2, 2)),
+            (PAPER, (64, 128, 256, 512), (2, 2, 2, 2)),
         ):
             yield UNetPeer(
                 f"DualChannelUNet3D {widths[0]}-{widths[-1]}",
@@ -160,12 +160,12 @@ class Peers:
                 yield UNetPeer(
                     f"MONAI DiffusionModelUNet {widths[0]}-{widths[-1]}",
                     group,
-                    lambda w=widths, n=layers: self.monai.DiffusionModelUNet(
+                    lambda w=widths: self.monai.DiffusionModelUNet(
                         spatial_dims=3,
                         in_channels=NUM_FEATURES,
                         out_channels=NUM_FEATURES,
                         channels=w,
-                        num_res_blocks=n,
+                        num_res_blocks=2,
                         attention_levels=(False, False, True, True),
                         num_head_channels=32,
                     ),

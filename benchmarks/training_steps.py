@@ -21,7 +21,7 @@ from diffusers_byoc import DualChannelUNet3D, MultiCodebookVQModel
 from diffusers_byoc.models.convolution import Conv3d
 
 
-UNETS = {"demo": ((32, 64, 128), 1), "paper": ((64, 128, 256, 512), 2)}
+UNETS = {"demo": ((32, 64, 128), (0, 1, 1)), "paper": ((64, 128, 256, 512), 2)}
 AUTOENCODERS = {"demo": ((32, 32, 64), (0, 2)), "paper": ((64, 64, 128), (0, 2))}
 
 

@@ -13,9 +13,10 @@ def brute_force(vectors, codes):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("scale", [1.0, 100.0])  # at 100, squared distances overflow in float16
-def test_nearest_code_is_the_brute_force_minimum(dtype, scale):
+@pytest.mark.parametrize("num_codes", [1, 50, 64])  # 64 is a multiple of 16, which is searched in another way
+def test_nearest_code_is_the_brute_force_minimum(dtype, scale, num_codes):
     vectors = (scale * torch.randn(3000, 4)).to(dtype)
-    codes = (scale * torch.randn(50, 4)).to(dtype)
+    codes = (scale * torch.randn(num_codes, 4)).to(dtype)
     assert torch.equal(nearest_code(vectors, codes), brute_force(vectors, codes))
 
 

@@ -32,7 +32,14 @@ def inputs(unet, batch=2):
 @pytest.mark.parametrize("num_channels", [1, 2, 3])
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"norm_num_groups": 4}, {"num_class_embeds": 3}, {"layers_per_block": 2, "block_out_channels": (8,)}],
+    [
+        {},
+        {"norm_num_groups": 4},
+        {"num_class_embeds": 3},
+        {"layers_per_block": 2, "block_out_channels": (8,)},
+        {"layers_per_block": (0, 2)},
+        {"layers_per_block": [2, 0]},
+    ],
 )
 @torch.no_grad()
 def test_the_output_has_the_shape_of_the_input(num_channels, changes):
@@ -91,8 +98,21 @@ def test_class_labels_change_the_output():
     assert not torch.allclose(second[1], first[1])
 
 
-def test_every_parameter_takes_part():
-    unet = model(num_class_embeds=2).train()
+def test_a_resolution_without_blocks_keeps_one_on_the_way_up_without_attention():
+    unet = model(layers_per_block=(0, 2))
+    assert [len(block.attentions) for block in unet.down_blocks] == [0, 2]  # both at the coarser resolution
+    assert [len(block.attentions) for block in unet.up_blocks] == [0, 2, 0]
+    assert [block.resnet.conv2.out_channels for block in unet.up_blocks] == [16, 16, 8]
+
+
+def test_blocks_of_too_few_resolutions_are_refused():
+    with pytest.raises(ValueError, match="Expected 2 layers_per_block.*got 3"):
+        model(layers_per_block=(0, 2, 2))
+
+
+@pytest.mark.parametrize("layers_per_block", [2, (0, 2), (2, 0)])
+def test_every_parameter_takes_part(layers_per_block):
+    unet = model(num_class_embeds=2, layers_per_block=layers_per_block).train()
     unet(**inputs(unet)).sample.square().mean().backward()
     for name, parameter in unet.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name

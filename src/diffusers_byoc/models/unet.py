@@ -1,6 +1,7 @@
 """The DualChannelUNet (BYOC section 3.2, Table 3): one trunk that denoises all channels' latents jointly."""
 
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -79,20 +80,26 @@ class DualChannelUNet3D(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
     the others (eq. 13). Spatial and depth-wise attention follow the last residual block of each resolution, down and
     up, and the first of the two in the middle, as in Khader et al. (2023).
 
+    Half of the time goes into the finest resolution: `layers_per_block=(0, 2, 2, 2)` leaves one block there, on the
+    way up, and no attention. Training learns more in the same time so (`docs/performance.md`).
+
     Args:
         num_channels: M, the biological channels (2: cell, nucleus).
         latent_channels: n, features per channel (Table 2: 16).
         sample_size: edge d = h = w of the latent grid the model is made for. Other sizes work if they can be
             halved `len(block_out_channels) - 1` times.
         block_out_channels: features at each resolution, finest first (Table 3: 64 times 1, 2, 4, 8).
-        layers_per_block: residual blocks per resolution on the way down; one more on the way up.
+        layers_per_block: residual blocks at each resolution on the way down, and as many on the way up. A sequence
+            has one number for each resolution, finest first; 0 is none down, and one up without attention, which
+            joins what came in to what comes back.
         norm_num_groups: groups of the group norm; `None` is instance normalisation (Table 3).
         attention_head_dim: features per attention head.
         num_class_embeds: number of classes (drugs) that can be given as `class_labels`; `None` for none.
         act_fn: activation, by diffusers' names.
 
     Raises:
-        ValueError: for a `sample_size` that cannot be halved so often, or that reaches 1³ under instance norm.
+        ValueError: for a `sample_size` that cannot be halved so often, or that reaches 1³ under instance norm, or for
+            `layers_per_block` of another length than `block_out_channels`.
 
     Source: BYOC, section 3.2, eq. 13, Table 3.
     """
@@ -109,7 +116,7 @@ class DualChannelUNet3D(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
         latent_channels: int = 16,
         sample_size: int = 16,
         block_out_channels: tuple[int, ...] = (64, 128, 256, 512),
-        layers_per_block: int = 2,
+        layers_per_block: int | tuple[int, ...] = 2,
         norm_num_groups: int | None = None,
         attention_head_dim: int = 32,
         num_class_embeds: int | None = None,
@@ -119,6 +126,14 @@ class DualChannelUNet3D(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
         widths = tuple(block_out_channels)
         self.downsampling_factor = 2 ** (len(widths) - 1)
         self._check_grid((sample_size,) * 3, "sample_size")
+        if isinstance(layers_per_block, int):
+            layers_per_block = (layers_per_block,) * len(widths)
+        elif len(layers_per_block) != len(widths):
+            raise ValueError(
+                f"Expected {len(widths)} layers_per_block, one for each entry of block_out_channels, "
+                f"got {len(layers_per_block)}: {layers_per_block}. Give one number for all, or one for each resolution."
+            )
+        self._layers = tuple(layers_per_block)
 
         # 1. time and class
         time_dim = 4 * widths[0]
@@ -131,13 +146,11 @@ class DualChannelUNet3D(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
 
         # 3. down
         block_arguments = (time_dim, norm_num_groups, act_fn)
-        head_dims = [None] * (layers_per_block - 1) + [attention_head_dim]  # of each block at one resolution
         self.down_blocks, self.downsamplers = nn.ModuleList(), nn.ModuleList()
-        skip_widths = []
-        for level, width in enumerate(widths):
-            for head_dim in head_dims:
+        for level, (width, num_layers) in enumerate(zip(widths, self._layers, strict=True)):
+            for layer in range(num_layers):
+                head_dim = attention_head_dim if layer == num_layers - 1 else None
                 self.down_blocks.append(UNetBlock(width, width, *block_arguments, head_dim))
-                skip_widths.append(width)
             if level < len(widths) - 1:
                 self.downsamplers.append(Conv3d(width, widths[level + 1], 3, stride=2, padding=1))
 
@@ -148,12 +161,12 @@ class DualChannelUNet3D(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
 
         # 5. up
         self.up_blocks, self.upsamplers = nn.ModuleList(), nn.ModuleList()
-        for level in reversed(range(len(widths))):
-            for head_dim in head_dims:
-                in_features = widths[level] + skip_widths.pop()
-                self.up_blocks.append(UNetBlock(in_features, widths[level], *block_arguments, head_dim))
+        for level, (width, num_layers) in reversed(list(enumerate(zip(widths, self._layers, strict=True)))):
+            for layer in range(max(1, num_layers)):
+                head_dim = attention_head_dim if layer == num_layers - 1 else None
+                self.up_blocks.append(UNetBlock(2 * width, width, *block_arguments, head_dim))
             if level > 0:
-                self.upsamplers.append(Upsample(widths[level], widths[level - 1]))
+                self.upsamplers.append(Upsample(width, widths[level - 1]))
 
         # 6. out
         self.norm_out = InstanceNorm(widths[0], norm_num_groups)
@@ -206,25 +219,27 @@ class DualChannelUNet3D(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
         hidden_states = self.conv_in(to_fast_memory_format(sample))
 
         # 3. down
-        skips = []
-        layers_per_block = self.config.layers_per_block
-        for index, block in enumerate(self.down_blocks):
-            hidden_states = self._run(block, hidden_states, embedding)
-            skips.append(hidden_states)
-            level, layer = divmod(index, layers_per_block)
-            if layer == layers_per_block - 1 and level < len(self.downsamplers):
-                hidden_states = self.downsamplers[level](hidden_states)
+        skips, blocks = [], iter(self.down_blocks)
+        for level, num_layers in enumerate(self._layers):
+            if level > 0:
+                hidden_states = self.downsamplers[level - 1](hidden_states)
+            if num_layers == 0:
+                skips.append(hidden_states)
+            for block in islice(blocks, num_layers):
+                hidden_states = self._run(block, hidden_states, embedding)
+                skips.append(hidden_states)
 
         # 4. middle
         for block in self.mid_blocks:
             hidden_states = self._run(block, hidden_states, embedding)
 
         # 5. up
-        for index, block in enumerate(self.up_blocks):
-            hidden_states = self._run(block, torch.cat([hidden_states, skips.pop()], dim=1), embedding)
-            level, layer = divmod(index, layers_per_block)
-            if layer == layers_per_block - 1 and level < len(self.upsamplers):
-                hidden_states = self.upsamplers[level](hidden_states)
+        blocks, upsamplers = iter(self.up_blocks), iter(self.upsamplers)
+        for level, num_layers in reversed(list(enumerate(self._layers))):
+            for block in islice(blocks, max(1, num_layers)):
+                hidden_states = self._run(block, torch.cat([hidden_states, skips.pop()], dim=1), embedding)
+            if level > 0:
+                hidden_states = next(upsamplers)(hidden_states)
 
         # 6. out; the best linear guess of the noise is the input times a number that depends on the time alone, and a
         # trunk of instance norms should not have to carry the input through for it
