@@ -139,7 +139,7 @@ class Peers:
     def unets(self) -> Iterator[UNetPeer]:
         """This package's first in each group."""
         for group, widths, layers in (
-            (EQUAL, (32, 64, 128, 256), (0, 2, 2, 2)),
+            (EQUAL, (32, 64, 128, 256), (0, 1, 2, 2)),
             (PAPER, (64, 128, 256, 512), (2, 2, 2, 2)),
         ):
             yield UNetPeer(
