@@ -14,6 +14,7 @@ that in the table's first row, which is this package's.
 
 import argparse
 import copy
+import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -49,6 +50,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffusers_byoc import BYOCPipeline, DualChannelUNet3D, MultiCodebookVQModel
 from diffusers_byoc.models.attention import AxialAttention
 from diffusers_byoc.models.normalization import InstanceNorm
+
+
+# Room for the compiled kernels of all networks at once: a network alone has them all at hand, and one that takes turns
+# with others should not compile its own anew each time. oneDNN reads this when it first compiles.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
 
 
 @dataclass(frozen=True)
