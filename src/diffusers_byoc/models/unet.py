@@ -131,7 +131,7 @@ class DualChannelUNet3D(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
         elif len(layers_per_block) != len(widths):
             raise ValueError(
                 f"Expected {len(widths)} layers_per_block, one for each entry of block_out_channels, "
-                f"got {len(layers_per_block)}: {layers_per_block}. Give one number for all, or one for each resolution."
+                f"got {len(layers_per_block)}: {layers_per_block}. Give one number for all, or one for each."
             )
         self._layers = tuple(layers_per_block)
 
