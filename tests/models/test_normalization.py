@@ -87,8 +87,10 @@ def test_voxel_norm_is_layer_norm_over_the_features(memory_format):
     torch.testing.assert_close(norm(volume), plain(volume.permute(0, 2, 3, 4, 1)).permute(0, 4, 1, 2, 3))
 
 
-def test_fast_memory_format_changes_no_value():
-    volume = torch.randn(2, 3, 4, 4, 4)
+@pytest.mark.parametrize("num_features", [1, 3])
+def test_fast_memory_format_changes_no_value_and_convolutions_keep_it(num_features):
+    volume = torch.randn(2, num_features, 4, 4, 4)
     fast = to_fast_memory_format(volume)
     assert torch.equal(fast, volume)
-    assert fast.is_contiguous(memory_format=torch.channels_last_3d)
+    for tensor in (fast, nn.Conv3d(num_features, 5, 3, padding=1)(fast)):
+        assert tensor.is_contiguous(memory_format=torch.channels_last_3d)

@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_dispatch import attention_backend
 from peft import LoraConfig
 
 from diffusers_byoc import DualChannelUNet3D
@@ -168,6 +169,13 @@ def test_layerwise_casting_keeps_the_norms_and_embeddings():
 
 
 @torch.no_grad()
+def test_it_compiles_into_one_graph():
+    unet = model()
+    arguments = inputs(unet)
+    compiled = torch.compile(unet, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(**arguments).sample, unet(**arguments).sample)
+
+
 def test_fused_projections_change_nothing():
     unet = model()
     arguments = inputs(unet)
@@ -187,9 +195,10 @@ def test_attention_backends_agree(backend):
     unet = model()
     arguments = inputs(unet)
     expected = unet(**arguments).sample
-    unet.set_attention_backend(backend)
-    assert all(processor._attention_backend == backend for processor in unet.attn_processors.values())
-    torch.testing.assert_close(unet(**arguments).sample, expected, atol=1e-5, rtol=1e-4)
+    with attention_backend():  # restores the one that all models share, which the next line sets too
+        unet.set_attention_backend(backend)
+        assert all(processor._attention_backend == backend for processor in unet.attn_processors.values())
+        torch.testing.assert_close(unet(**arguments).sample, expected, atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()

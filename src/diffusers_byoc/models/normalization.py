@@ -128,4 +128,8 @@ class VoxelNorm(nn.Module):
 
 def to_fast_memory_format(tensor: Tensor) -> Tensor:
     """`tensor` (B, C, D, H, W) in the memory format its device convolves fastest: `channels_last_3d` on the CPU."""
-    return tensor.contiguous(memory_format=torch.channels_last_3d) if tensor.device.type == "cpu" else tensor
+    if tensor.device.type != "cpu":
+        return tensor
+    if tensor.shape[1] == 1:  # contiguous in both formats, and its strides say which a convolution writes
+        return tensor.contiguous().squeeze(1).unsqueeze(-1).movedim(-1, 1)
+    return tensor.contiguous(memory_format=torch.channels_last_3d)

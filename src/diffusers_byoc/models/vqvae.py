@@ -329,9 +329,11 @@ class MultiCodebookVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     def _encode_whole(self, volumes: Tensor) -> Tensor:
         if self.config.share_encoder:
-            latents = self.encoders[0](volumes.flatten(0, 1).unsqueeze(1))  # (B*M, n, d, h, w)
+            channels = to_fast_memory_format(volumes.flatten(0, 1).unsqueeze(1))
+            latents = self.encoders[0](channels)  # (B*M, n, d, h, w)
             return latents.unflatten(0, (-1, self.config.num_channels)).flatten(1, 2)  # (B, M*n, d, h, w)
-        return torch.cat([encoder(volumes[:, m : m + 1]) for m, encoder in enumerate(self.encoders)], 1)
+        channels = (to_fast_memory_format(channel) for channel in volumes.split(1, dim=1))
+        return torch.cat([encoder(channel) for encoder, channel in zip(self.encoders, channels, strict=True)], 1)
 
     def _decode(self, latents: Tensor) -> Tensor:
         if self.use_tiling:
