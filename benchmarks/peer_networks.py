@@ -12,7 +12,7 @@ from medicaldiffusion import HOW_TO_GET, MedicalDiffusion, vqgan_training_step
 from torch import Tensor, nn
 
 from diffusers_byoc import DualChannelUNet3D, MultiCodebookVQModel, PatchDiscriminator3D
-from diffusers_byoc.training import adaptive_weight, adversarial_loss, discriminator_loss, reconstruction_loss
+from diffusers_byoc.training import adaptive_weight, adversarial_surrogate, discriminator_loss, reconstruction_loss
 
 
 NUM_CHANNELS, CODE_LENGTH, NUM_CODES = 2, 16, 1024
@@ -298,9 +298,9 @@ def byoc_training_step(vqvae: MultiCodebookVQModel, volumes: Tensor, setting: Se
     def step() -> None:
         with setting.autocast(device):
             reconstruction, commit_loss, latents, indices = vqvae(volumes, return_dict=False)
-            discriminator.requires_grad_(False)
-            adversarial = adversarial_loss(discriminator(reconstruction))
-            discriminator.requires_grad_(True)
+            fake = reconstruction.detach().requires_grad_()
+            fake_logits = discriminator(fake)
+        adversarial = adversarial_surrogate(reconstruction, fake, fake_logits)
         loss_reconstruction = reconstruction_loss(reconstruction, volumes)
         weight = adaptive_weight(loss_reconstruction, adversarial, vqvae.decoder.conv_out.weight)
         optimizer.zero_grad()
@@ -308,7 +308,7 @@ def byoc_training_step(vqvae: MultiCodebookVQModel, volumes: Tensor, setting: Se
         optimizer.step()
 
         with setting.autocast(device):
-            loss = discriminator_loss(discriminator(volumes), discriminator(reconstruction.detach()))
+            loss = discriminator_loss(discriminator(volumes), fake_logits)
         discriminator_optimizer.zero_grad()
         loss.backward()
         discriminator_optimizer.step()

@@ -35,6 +35,7 @@ from diffusers_byoc.training import (
     Termination,
     adaptive_weight,
     adversarial_loss,
+    adversarial_surrogate,
     cache_latents,
     check_finite,
     diffusion_loss,
@@ -302,7 +303,7 @@ def train_autoencoder(
         vqvae, discriminator, optimizer, discriminator_optimizer
     )
     accelerator.register_for_checkpointing(lr_scheduler, discriminator_lr_scheduler)
-    bare_vqvae, bare_discriminator = accelerator.unwrap_model(vqvae), accelerator.unwrap_model(discriminator)
+    bare_vqvae = accelerator.unwrap_model(vqvae)
     first_step = load_checkpoint(accelerator, directory, args.resume_from_checkpoint)
 
     # 2. data: the batches that this process has left
@@ -330,20 +331,19 @@ def train_autoencoder(
             loss = loss_reconstruction + commit_loss
             losses = {"loss/reconstruction": loss_reconstruction, "loss/commitment": commit_loss}
             if step > args.discriminator_start:
-                bare_discriminator.requires_grad_(False)
-                with accelerator.autocast():
-                    adversarial = adversarial_loss(bare_discriminator(reconstruction))
-                bare_discriminator.requires_grad_(True)
+                fake = reconstruction.detach().requires_grad_()
+                fake_logits = discriminator(fake)
+                adversarial = adversarial_surrogate(reconstruction, fake, fake_logits)
                 weight = adaptive_weight(loss_reconstruction, adversarial, bare_vqvae.decoder.conv_out.weight)
                 loss = loss + args.discriminator_weight * weight * adversarial
-                losses["loss/adversarial"] = adversarial
+                losses["loss/adversarial"] = adversarial_loss(fake_logits)
             check_finite(accelerator, loss, "loss", step)
             accelerator.backward(loss)
             optimizer_step(accelerator, args, vqvae, optimizer, step)
 
             # discriminator
             if step > args.discriminator_start:
-                loss_discriminator = discriminator_loss(discriminator(volumes), discriminator(reconstruction.detach()))
+                loss_discriminator = discriminator_loss(discriminator(volumes), fake_logits)
                 check_finite(accelerator, loss_discriminator, "discriminator's loss", step)
                 accelerator.backward(loss_discriminator)
                 optimizer_step(accelerator, args, discriminator, discriminator_optimizer, step)

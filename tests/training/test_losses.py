@@ -3,9 +3,11 @@ import torch
 from diffusers import DDPMScheduler
 from torch import nn
 
+from diffusers_byoc.models import PatchDiscriminator3D
 from diffusers_byoc.training import (
     adaptive_weight,
     adversarial_loss,
+    adversarial_surrogate,
     diffusion_loss,
     discriminator_loss,
     reconstruction_loss,
@@ -80,6 +82,39 @@ def test_generator_wants_what_the_discriminator_does_not():
     loss.backward()
     assert loss.item() == pytest.approx(-fake.mean().item())
     torch.testing.assert_close(fake.grad, torch.full((8,), -1 / 8))
+
+
+def test_surrogate_gives_everyone_the_gradients_of_their_own_losses():
+    """As if the discriminator had been asked twice: by the autoencoder, frozen, and for its own loss."""
+    torch.manual_seed(0)
+    autoencoder, discriminator = nn.Conv3d(2, 2, 3, padding=1), PatchDiscriminator3D(2, (4, 8))
+    volumes = torch.randn(2, 2, 16, 16, 16)
+    networks = (autoencoder, discriminator)
+
+    reconstruction = autoencoder(volumes)
+    adversarial = adversarial_loss(discriminator(reconstruction))
+    expected = list(torch.autograd.grad(adversarial, autoencoder.parameters()))
+    loss = discriminator_loss(discriminator(volumes), discriminator(reconstruction.detach()))
+    expected += torch.autograd.grad(loss, discriminator.parameters())
+
+    reconstruction = autoencoder(volumes)
+    fake = reconstruction.detach().requires_grad_()
+    fake_logits = discriminator(fake)
+    surrogate = adversarial_surrogate(reconstruction, fake, fake_logits)
+    assert all(p.grad is None for m in networks for p in m.parameters()) and fake.grad is None
+    surrogate.backward()
+    assert all(p.grad is None for p in discriminator.parameters())
+    discriminator_loss(discriminator(volumes), fake_logits).backward()
+    for parameter, grad in zip((p for m in networks for p in m.parameters()), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, grad)
+
+
+def test_surrogate_keeps_gradients_too_small_for_half_precision():
+    fake = torch.ones(4096, requires_grad=True)
+    reconstruction = torch.zeros(4096, requires_grad=True)
+    logits = (fake.half() * 1e-4).repeat(16)  # those of the mean are below float16's smallest number
+    adversarial_surrogate(reconstruction, fake, logits).backward()
+    torch.testing.assert_close(reconstruction.grad, torch.full((4096,), -1e-4 / 4096), rtol=1e-3, atol=0)
 
 
 def test_adaptive_weight_is_the_ratio_of_the_gradients_norms():

@@ -4,6 +4,7 @@ from .latents import CachedLatents, cache_latents, encode_batches, latent_statis
 from .losses import (
     adaptive_weight,
     adversarial_loss,
+    adversarial_surrogate,
     diffusion_loss,
     discriminator_loss,
     min_snr_weights,
@@ -28,6 +29,7 @@ __all__ = [
     "Termination",
     "adaptive_weight",
     "adversarial_loss",
+    "adversarial_surrogate",
     "batch_indices",
     "cache_latents",
     "check_finite",
