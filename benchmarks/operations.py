@@ -12,11 +12,12 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from timing import best_ms
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffusers_byoc.models import nearest_code
 from diffusers_byoc.models.attention import attend_in_products
+from diffusers_byoc.models.convolution import DoublingConv3d, HalvingConv3d
 from diffusers_byoc.models.normalization import InstanceNorm, VoxelNorm
 
 
@@ -56,6 +57,13 @@ def main() -> None:
     ours = both(VoxelNorm(32).bfloat16(), volume)
     row("norm of each voxel, both, 32 x 32³ (plain: rms_norm)", best_ms(plain), best_ms(ours))
 
+    hidden_states, doubling = channels_last(BATCH, 32, 32, 32, 32), DoublingConv3d(32, 2).bfloat16()
+    plain = both(nn.ConvTranspose3d(32, 2, 4, stride=2, padding=1).bfloat16(), hidden_states)
+    row("doubling convolution, both, 32 x 32³ to 2 x 64³", best_ms(plain), best_ms(both(doubling, hidden_states)))
+    volume, halving = channels_last(BATCH, 2, 64, 64, 64), HalvingConv3d(2, 32).bfloat16()
+    plain = both(nn.Conv3d(2, 32, 4, stride=2, padding=1).bfloat16(), volume)
+    row("halving convolution, both, 2 x 64³ to 32 x 32³", best_ms(plain), best_ms(both(halving, volume)))
+
     def flash(*inputs: Tensor) -> Tensor:
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
             return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in inputs)).transpose(1, 2)
@@ -74,7 +82,7 @@ def main() -> None:
     print("| --- | --- | --- |")
     for dtype in (torch.float32, torch.bfloat16):
         for features, edge in GRIDS:
-            convolution = torch.nn.Conv3d(features, features, 3, padding=1, dtype=dtype)
+            convolution = nn.Conv3d(features, features, 3, padding=1, dtype=dtype)
             gigaflops = 2 * 2 * BATCH * edge**3 * features**2 * 27 / 1e9
             volume = channels_last(BATCH, features, edge, edge, edge, dtype=dtype)
             contiguous = volume.detach().contiguous().requires_grad_()

@@ -4,7 +4,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from .convolution import Conv3d
+from .convolution import Conv3d, HalvingConv3d
 from .normalization import VoxelNorm, to_fast_memory_format
 
 
@@ -22,7 +22,7 @@ class PatchDiscriminator3D(ModelMixin, ConfigMixin):
         layers: list[nn.Module] = []
         width_in = num_channels
         for level, width in enumerate(block_out_channels):
-            layers.append(Conv3d(width_in, width, 4, stride=2, padding=1))
+            layers.append(HalvingConv3d(width_in, width))
             if level > 0:  # normalising the first level would hide the intensity
                 layers.append(VoxelNorm(width))
             layers.append(nn.LeakyReLU(0.2))

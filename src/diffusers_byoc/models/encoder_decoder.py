@@ -6,7 +6,7 @@ import torch
 from diffusers.models.activations import get_activation
 from torch import Tensor, nn
 
-from .convolution import Conv3d
+from .convolution import Conv3d, DoublingConv3d, HalvingConv3d
 from .normalization import InstanceNorm, VoxelNorm
 
 
@@ -37,13 +37,13 @@ class Encoder3D(nn.Module):
     def __init__(self, latent_channels, block_out_channels, layers_per_block, norm_num_groups, act_fn):
         super().__init__()
         widths = block_out_channels
-        self.conv_in = _halving_conv(1, widths[0]) if len(widths) > 1 else Conv3d(1, widths[0], 3, padding=1)
+        self.conv_in = HalvingConv3d(1, widths[0]) if len(widths) > 1 else Conv3d(1, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList()
         for level, num_layers in enumerate(layers_per_block, 1):
             width_in, width = widths[level - 1], widths[level]
             block = [ResidualBlock(width, norm_num_groups, act_fn) for _ in range(num_layers)]
             if level > 1:
-                block.insert(0, _halving_conv(width_in, width))
+                block.insert(0, HalvingConv3d(width_in, width))
             elif width_in != width:
                 block.insert(0, Conv3d(width_in, width, 3, padding=1))
             self.down_blocks.append(nn.Sequential(*block))
@@ -77,13 +77,13 @@ class Decoder3D(nn.Module):
             width, width_out = widths[level], widths[level - 1]
             block = [ResidualBlock(width, norm_num_groups, act_fn) for _ in range(num_layers)]
             if level > 1:
-                block.append(_doubling_conv(width, width_out))
+                block.append(DoublingConv3d(width, width_out))
             elif width != width_out:
                 block.append(Conv3d(width, width_out, 3, padding=1))
             self.up_blocks.append(nn.Sequential(*block))
         self.norm_out = _norm(widths[0], norm_num_groups)
         self.nonlinearity = get_activation(act_fn)
-        last_conv = _doubling_conv if len(widths) > 1 else lambda *features: Conv3d(*features, 3, padding=1)
+        last_conv = DoublingConv3d if len(widths) > 1 else lambda *features: Conv3d(*features, 3, padding=1)
         self.conv_out = last_conv(widths[0], num_channels)
         self.gradient_checkpointing = False
 
@@ -116,14 +116,6 @@ def initialize_convolution(module: nn.Module) -> None:
         with torch.no_grad():
             module.weight.copy_(mixing[:, :, None, None, None] * kernel)
         nn.init.zeros_(module.bias)
-
-
-def _halving_conv(in_features: int, out_features: int) -> nn.Conv3d:
-    return Conv3d(in_features, out_features, 4, stride=2, padding=1)
-
-
-def _doubling_conv(in_features: int, out_features: int) -> nn.ConvTranspose3d:
-    return nn.ConvTranspose3d(in_features, out_features, 4, stride=2, padding=1)
 
 
 def _norm(num_features: int, norm_num_groups: int | None) -> nn.Module:
