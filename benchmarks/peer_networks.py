@@ -298,9 +298,7 @@ def byoc_training_step(vqvae: MultiCodebookVQModel, volumes: Tensor, setting: Se
     def step() -> None:
         with setting.autocast(device):
             reconstruction, commit_loss, latents, indices = vqvae(volumes, return_dict=False)
-            fake = reconstruction.detach().requires_grad_()
-            fake_logits = discriminator(fake)
-        adversarial = adversarial_surrogate(reconstruction, fake, fake_logits)
+            adversarial, fake_logits = adversarial_surrogate(reconstruction, discriminator)
         loss_reconstruction = reconstruction_loss(reconstruction, volumes)
         weight = adaptive_weight(loss_reconstruction, adversarial, vqvae.decoder.conv_out.weight)
         optimizer.zero_grad()

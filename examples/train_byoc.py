@@ -331,9 +331,7 @@ def train_autoencoder(
             loss = loss_reconstruction + commit_loss
             losses = {"loss/reconstruction": loss_reconstruction, "loss/commitment": commit_loss}
             if step > args.discriminator_start:
-                fake = reconstruction.detach().requires_grad_()
-                fake_logits = discriminator(fake)
-                adversarial = adversarial_surrogate(reconstruction, fake, fake_logits)
+                adversarial, fake_logits = adversarial_surrogate(reconstruction, discriminator)
                 weight = adaptive_weight(loss_reconstruction, adversarial, bare_vqvae.decoder.conv_out.weight)
                 loss = loss + args.discriminator_weight * weight * adversarial
                 losses["loss/adversarial"] = adversarial_loss(fake_logits)

@@ -46,14 +46,14 @@ class HalvingConv3d(Conv3d):
         super().__init__(in_features, out_features, 4, stride=2, padding=1)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        wants_gradient = hidden_states.requires_grad and all(size % 2 == 0 for size in hidden_states.shape[2:])
-        if not wants_gradient or not _in_cubes(hidden_states, self.in_channels):
+        is_even = all(size % 2 == 0 for size in hidden_states.shape[2:])
+        if not (_fits_in_cubes(hidden_states, self.in_channels) and hidden_states.requires_grad and is_even):
             return super().forward(hidden_states)
         voxels = F.pad(hidden_states.movedim(1, -1), (0, 0, 1, 1, 1, 1, 1, 1))
         voxels = voxels.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # (B, d, 2, h, 2, w, 2, C)
         cubes = voxels.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4)  # (B, d, h, w, 8*C)
         # (out, C, 2, 2, 2, 2, 2, 2): along each axis, which cube, and which voxel of it
-        weight = self.weight.unflatten(4, (2, 2)).unflatten(3, (2, 2)).unflatten(2, (2, 2))
+        weight = self.weight.reshape(*self.weight.shape[:2], 2, 2, 2, 2, 2, 2)
         weight = weight.permute(0, 3, 5, 7, 1, 2, 4, 6).flatten(1, 4)  # (out, 8*C, 2, 2, 2)
         return F.conv3d(cubes.movedim(-1, 1), weight, self.bias)
 
@@ -69,10 +69,10 @@ class DoublingConv3d(nn.ConvTranspose3d):
         super().__init__(in_features, out_features, 4, stride=2, padding=1)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        if not _in_cubes(hidden_states, self.out_channels):
+        if not _fits_in_cubes(hidden_states, self.out_channels):
             return super().forward(hidden_states)
         # (C, out, 2, 2, 2, 2, 2, 2): along each axis, which voxel of the input, last first, and which of the output
-        weight = self.weight.unflatten(4, (2, 2)).unflatten(3, (2, 2)).unflatten(2, (2, 2))
+        weight = self.weight.reshape(*self.weight.shape[:2], 2, 2, 2, 2, 2, 2)
         weight = weight.flip(2, 4, 6).permute(3, 5, 7, 1, 0, 2, 4, 6).flatten(0, 3)  # (8*out, C, 2, 2, 2)
         cubes = F.conv3d(hidden_states, weight, self.bias.repeat(8), padding=1)  # (B, 8*out, D+1, H+1, W+1)
         voxels = cubes.movedim(1, -1).unflatten(4, (2, 2, 2, -1)).permute(0, 1, 4, 2, 5, 3, 6, 7).contiguous()
@@ -80,7 +80,7 @@ class DoublingConv3d(nn.ConvTranspose3d):
         return voxels[:, 1:-1, 1:-1, 1:-1].movedim(-1, 1)
 
 
-def _in_cubes(hidden_states: Tensor, num_features: int) -> bool:
+def _fits_in_cubes(hidden_states: Tensor, num_features: int) -> bool:
     return hidden_states.device.type == "cpu" and num_features <= 8
 
 

@@ -26,20 +26,21 @@ def adversarial_loss(fake_logits: Tensor) -> Tensor:
     return -fake_logits.float().mean()
 
 
-def adversarial_surrogate(reconstruction: Tensor, fake: Tensor, fake_logits: Tensor) -> Tensor:
-    """A scalar with the gradient of `adversarial_loss(fake_logits)`, linear in the reconstruction.
+def adversarial_surrogate(reconstruction: Tensor, discriminator: nn.Module) -> tuple[Tensor, Tensor]:
+    """A scalar with the gradient of `adversarial_loss`, linear in the reconstruction, and the discriminator's logits.
 
     One pass through the discriminator is enough so, forward and back: the adaptive weight and the autoencoder both
-    derive this scalar, and the discriminator's own loss takes the same `fake_logits`.
+    derive the scalar, and the discriminator's own loss takes the logits, whose graph does not reach the autoencoder.
 
     Args:
         reconstruction: (B, M, D, H, W) with the autoencoder's graph.
-        fake: `reconstruction.detach().requires_grad_()`.
-        fake_logits: what the discriminator made of `fake`; its graph is kept.
+        discriminator: gives a logit for every patch of it.
     """
+    fake = reconstruction.detach().requires_grad_()
+    fake_logits = discriminator(fake.view_as(fake))  # hooks of FLOP counters and the like take no leaf
     # the gradient of the sum, divided in float32: fp16, where autocast computes in it, would lose that of the mean
     grad = torch.autograd.grad(-fake_logits.float().sum(), fake, retain_graph=True)[0]
-    return (reconstruction.float() * (grad.float() / fake_logits.numel())).sum()
+    return (reconstruction.float() * (grad.float() / fake_logits.numel())).sum(), fake_logits
 
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: nn.Parameter) -> Tensor:
