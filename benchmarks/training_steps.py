@@ -2,9 +2,10 @@
 
     python benchmarks/training_steps.py
 
-"plain" is the same network in the contiguous memory format and float32, with PyTorch's own convolution on every grid
-and its fused attention. The share of the convolution peak is the convolutions' arithmetic over the time, against the
-best speed that one 3x3x3 convolution of 64 features on 16³ reaches in the same run and dtype, forward and backward.
+"plain" is the same network in the contiguous memory format and float32, with PyTorch's own convolutions on every grid
+and its fused attention; "compiled" is the default after `.compile()`, as `--compile` of the training script does it.
+The share of the convolution peak is the convolutions' arithmetic over the time, against the best speed that one 3x3x3
+convolution of 64 features on 16³ reaches in the same run and dtype, forward and backward.
 """
 
 from contextlib import ExitStack
@@ -18,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import diffusers_byoc.models.unet as unet_module
 import diffusers_byoc.models.vqvae as vqvae_module
 from diffusers_byoc import DualChannelUNet3D, MultiCodebookVQModel
-from diffusers_byoc.models.convolution import Conv3d
+from diffusers_byoc.models.convolution import Conv3d, DoublingConv3d, HalvingConv3d
 
 
 UNETS = {"demo": ((32, 64, 128), (0, 1, 1)), "paper": ((64, 128, 256, 512), 2)}
@@ -50,8 +51,8 @@ def step_ms(model: nn.Module, dtype: torch.dtype, *inputs: Tensor) -> float:
 def main() -> None:
     peak = convolution_peak()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; convolution peak {peak:.0f} GFLOP/s\n")
-    print("| training step | parameters, M | plain, ms | default, ms | ratio | of the convolution peak |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    columns = ("parameters, M", "plain, ms", "default, ms", "ratio", "of the convolution peak", "compiled, ms")
+    print(f"| training step | {' | '.join(columns)} |\n{'| --- ' * 7}|")
     timesteps = torch.randint(0, 1000, (8,))
     latents, volumes = torch.randn(8, 32, 16, 16, 16), torch.randn(2, 2, 64, 64, 64)
     cases = [
@@ -68,13 +69,23 @@ def main() -> None:
         ours = step_ms(model, torch.bfloat16, *inputs)
         with ExitStack() as choices:
             choices.enter_context(patch.object(module, "to_fast_memory_format", lambda tensor: tensor))
-            choices.enter_context(patch.object(Conv3d, "forward", nn.Conv3d.forward))
+            for ours_class, plain_class in (
+                (Conv3d, nn.Conv3d),
+                (HalvingConv3d, nn.Conv3d),
+                (DoublingConv3d, nn.ConvTranspose3d),
+            ):
+                choices.enter_context(patch.object(ours_class, "forward", plain_class.forward))
             if model_class is DualChannelUNet3D:
                 model.set_attention_backend("native")
             plain = step_ms(model, torch.float32, *inputs)
+        if model_class is DualChannelUNet3D:
+            model.reset_attention_backend()
+        model.compile()
+        compiled = step_ms(model, torch.bfloat16, *inputs)
         share = counter.get_total_flops() / 1e6 / ours / peak
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
-        print(f"| {name} | {parameters:.1f} | {plain:.0f} | {ours:.0f} | {plain / ours:.1f} | {share:.0%} |")
+        numbers = f"{plain:.0f} | {ours:.0f} | {plain / ours:.1f} | {share:.0%} | {compiled:.0f}"
+        print(f"| {name} | {parameters:.1f} | {numbers} |", flush=True)
 
 
 if __name__ == "__main__":
