@@ -17,6 +17,7 @@ ALLOWED = {
     "training": {"training", "models", "data"},
     "baselines": {"baselines", "models", "data"},
 }
+ALLOWED["commands"] = {"commands", *ALLOWED}
 
 
 def imported_folders(source: str, module: tuple[str, ...]) -> set[str]:
