@@ -1,1 +1,1 @@
-"""The command lines: `byoc-prepare`, `byoc-train`, `byoc-generate`, `byoc-evaluate`. May import all; imported by none."""
+"""One module a command that pip brings, and the arguments they share. May import everything; nothing imports it."""
