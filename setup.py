@@ -9,7 +9,7 @@ readme = Path(__file__).parent / "README.md"
 
 extras = {
     # volumes from TIFF, .npy and Hugging Face data sets; phantom cells
-    "data": ["tifffile>=2024.8.10", "scipy>=1.11", "pandas>=2.1", "datasets>=3.0"],
+    "data": ["tifffile>=2024.8.10", "scipy>=1.11", "pandas>=2.1", "datasets>=3.0", "filelock>=3.12", "tqdm>=4.66"],
     # segmentation and shape of cells, distances between sets of cells, tests
     "metrics": ["scipy>=1.11", "scikit-image>=0.22", "scikit-learn>=1.5", "trimesh>=4.5"],
     # Med3D features, the paper's FID
@@ -23,7 +23,7 @@ extras = {
     # volumes to and from OME-Zarr
     "zarr": ["ome-zarr>=0.10", "zarr>=2.18"],
 }
-extras["train"] = ["accelerate>=1.1", "filelock>=3.12", "tensorboard>=2.15", "tqdm>=4.66", *extras["data"]]
+extras["train"] = ["accelerate>=1.1", "tensorboard>=2.15", *extras["data"]]
 extras["all"] = sorted({requirement for requirements in extras.values() for requirement in requirements})
 # Microscopes' own formats. Not in "all": bioio-czi is under the GPL, and so is what bioio-lif before 2.0 brings.
 free_readers = ["bioio>=3.0", "bioio-ome-tiff>=1.1", "bioio-ome-zarr>=1.2", "bioio-tifffile>=1.3", "bioio-nd2>=1.0"]

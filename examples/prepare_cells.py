@@ -22,7 +22,6 @@ import warnings
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow
@@ -34,11 +33,11 @@ from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 from tqdm.auto import tqdm
 
 from diffusers_byoc.data import encode_volume
-from diffusers_byoc.data.files import voxel_size_triple
 from diffusers_byoc.data.metadata import read_metadata
 from diffusers_byoc.data.pairing import find_files, pair_labels, pair_rows
 from diffusers_byoc.data.stacks import MASK_OUT, channel_indices, cut_cells, open_stack, read_channels
-from diffusers_byoc.training.interruptions import LOCK_NAME, lock_folder
+from diffusers_byoc.volumes import voxel_size_triple
+from diffusers_byoc.whole_files import LOCK_NAME, lock_folder, remove_left_overs, whole_or_absent
 
 
 REASONS = ("touches the border", "too small", "no nucleus", "not finite")
@@ -155,17 +154,6 @@ def features_of(class_names: list[str], columns: list[str]) -> Features:
             **{name: Value("string") for name in columns},
         }
     )
-
-
-@contextmanager
-def whole_or_absent(path: Path):
-    """A name to write under; the file gets its own at the end, and not if that is never reached."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def is_full_disk(error: Exception) -> bool:
@@ -309,8 +297,9 @@ def records_of(output_dir: Path, jobs: list[dict], settings: dict) -> list[dict]
             path.unlink()
     if foreign := sorted(path.name for name, path in shards.items() if name not in by_name):
         raise ValueError(f"{output_dir / 'data'}: {foreign[0]} is of no stack of --images; move it away")
-    for left_over in [*shards.values(), *output_dir.rglob("*.tmp")]:
-        left_over.unlink(missing_ok=True)
+    for left_over in shards.values():
+        left_over.unlink()
+    remove_left_overs(output_dir)
     return records
 
 

@@ -47,7 +47,6 @@ from diffusers_byoc.training import (
     keep_freed_memory,
     latent_statistics,
     load_checkpoint,
-    lock_folder,
     mean_losses,
     process_share,
     reconstruction_loss,
@@ -57,6 +56,7 @@ from diffusers_byoc.training import (
     validate_diffusion,
 )
 from diffusers_byoc.visualization import compare_volumes
+from diffusers_byoc.whole_files import lock_folder
 from publishing import create_repository, push_pipeline
 from report import write_report
 

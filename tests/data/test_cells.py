@@ -297,4 +297,4 @@ except ImportError as err:
     code = f"import sys\nsys.path[:] = {path!r}\n{code}"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     assert output.returncode == 0, output.stderr
-    assert "pip install diffusers_byoc[data]" in output.stdout
+    assert "diffusers_byoc[data]" in output.stdout

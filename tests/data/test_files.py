@@ -494,7 +494,7 @@ def test_npz_without_a_clear_volume(tmp_path, volume):
 def test_missing_tifffile_names_the_extra(tmp_path, monkeypatch):
     write_ome_tiff(tmp_path / "a.ome.tif", np.zeros(SHAPE))
     monkeypatch.setitem(sys.modules, "tifffile", None)
-    with pytest.raises(ImportError, match=r"pip install diffusers_byoc\[data\]"):
+    with pytest.raises(ImportError, match=r"pip install .diffusers_byoc\[data\]"):
         read_volume(tmp_path / "a.ome.tif")
 
 

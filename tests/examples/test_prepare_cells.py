@@ -218,7 +218,7 @@ def test_a_bad_stack_is_reported_and_does_not_stop_the_others(plate, prepare, ca
     assert errors[0] == errors[2] == "" and "ä10" in errors[1]
     assert "Traceback" not in errors[1] and errors[1] in capsys.readouterr().out
     assert importlib.import_module("re").search(message, errors[1])
-    assert len(cells_of()) == 8 and not list(Path("cells").rglob("*.tmp"))
+    assert len(cells_of()) == 8 and not list(Path("cells").rglob(".tmp-*"))
 
     # mended, it is all that is left to do
     path.write_bytes(good[0])
@@ -331,7 +331,7 @@ def test_a_full_disk_ends_the_run(plate, prepare, script, monkeypatch):
         patch.setattr(script, "cut_cells", cut_cells)
         with pytest.raises(SystemExit, match="cells: the disk is full; make room"):
             prepare()
-    assert not list(Path("cells").rglob("*.tmp"))
+    assert not list(Path("cells").rglob(".tmp-*"))
     assert prepare() == 0 and len(cells_of()) == 12
 
 
@@ -466,7 +466,7 @@ def test_killed_at_any_moment_it_goes_on(tmp_path):
     assert len(whole) == 12 * len(KEPT) and whole.to_dict() == broken.to_dict()
     for path in (tmp_path / "whole" / "data").iterdir():
         assert path.read_bytes() == (tmp_path / "broken" / "data" / path.name).read_bytes()
-    assert not list((tmp_path / "broken").rglob("*.tmp"))
+    assert not list((tmp_path / "broken").rglob(".tmp-*"))
 
 
 @pytest.mark.slow

@@ -51,8 +51,6 @@ def __getattr__(name: str):
     # phantoms need scipy, an extra; everything else here does without
     if name not in _PHANTOM_NAMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        from . import phantoms
-    except ModuleNotFoundError as err:
-        raise ImportError("phantom cells need scipy: pip install diffusers_byoc[data]") from err
+    from . import phantoms
+
     return getattr(phantoms, name)

@@ -6,7 +6,6 @@ import lzma
 import math
 import os
 import re
-import tempfile
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -15,6 +14,10 @@ from xml.etree import ElementTree
 
 import numpy as np
 import torch
+
+from ..optional import optional
+from ..volumes import voxel_size_triple
+from ..whole_files import whole_or_absent
 
 
 MAX_VOLUME_BYTES = 2**30  # one cell of two channels at uint16 is then at most 645 voxels wide
@@ -44,18 +47,6 @@ class Volume:
     data: np.ndarray
     voxel_size_um: tuple[float, float, float] | None = None
     channel_names: tuple[str, ...] | None = None
-
-
-def voxel_size_triple(voxel_size_um: float | tuple[float, float, float]) -> tuple[float, float, float]:
-    """(z, y, x) voxel size in µm from one number or three.
-
-    Raises:
-        ValueError: if it is not one or three positive, finite numbers.
-    """
-    sizes = (voxel_size_um,) * 3 if isinstance(voxel_size_um, (int, float)) else tuple(voxel_size_um)
-    if len(sizes) != 3 or not all(math.isfinite(size) and size > 0 for size in sizes):
-        raise ValueError(f"`voxel_size_um` must be one positive number or three (z, y, x), got {voxel_size_um!r}")
-    return tuple(float(size) for size in sizes)
 
 
 def read_volume(path: str | os.PathLike) -> Volume:
@@ -142,13 +133,8 @@ def write_volume(
     values = np.rint(values.astype(np.float64) * 65535).astype(np.uint16)
     voxel_size_um = None if voxel_size_um is None else voxel_size_triple(voxel_size_um)
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", suffix=".tmp", dir=path.parent) as folder:
-        temporary = Path(folder) / path.name
+    with whole_or_absent(path) as temporary:
         writer(temporary, Volume(values, voxel_size_um, tuple(channel_names)))
-        if path.is_dir():  # a folder that is not empty cannot be replaced in one step
-            path.rename(Path(folder) / "old")
-        os.replace(temporary, path)
 
 
 def write_ome_tiff(
@@ -178,20 +164,15 @@ def _write_ome_tiff(path: Path, volume: Volume) -> None:
 
 
 def _write_ome_zarr(path: Path, volume: Volume) -> None:
-    try:
-        import zarr
-        from ome_zarr.format import FormatV04
-        from ome_zarr.writer import write_multiscale
-    except ImportError as err:
-        raise ImportError("OME-Zarr needs ome-zarr: pip install diffusers_byoc[zarr]") from err
+    zarr = optional("zarr", "zarr")
     zarr_format = {"zarr_format": 2} if int(zarr.__version__.split(".")[0]) >= 3 else {}  # zarr 2 knows no other
     group = zarr.open_group(str(path), mode="w", **zarr_format)
     unit = {} if volume.voxel_size_um is None else {"unit": "micrometer"}
     scale = [1.0, *(volume.voxel_size_um or (1.0, 1.0, 1.0))]
-    write_multiscale(
+    optional("ome_zarr.writer", "zarr").write_multiscale(
         [volume.data],
         group,
-        fmt=FormatV04(),
+        fmt=optional("ome_zarr.format", "zarr").FormatV04(),
         axes=[{"name": "c", "type": "channel"}, *({"name": axis, "type": "space", **unit} for axis in "zyx")],
         coordinate_transformations=[[{"type": "scale", "scale": scale}]],
         storage_options={"chunks": (1, *volume.data.shape[1:])},
@@ -216,11 +197,7 @@ def _write_npz(path: Path, volume: Volume) -> None:
 
 
 def _tifffile():
-    try:
-        import tifffile
-    except ImportError as err:
-        raise ImportError("TIFF files need tifffile: pip install diffusers_byoc[data]") from err
-    return tifffile
+    return optional("tifffile", "data")
 
 
 class _ErrorRecords(logging.Handler):

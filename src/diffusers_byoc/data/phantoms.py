@@ -17,8 +17,11 @@ import math
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy import ndimage
 
+from ..optional import optional
+
+
+ndimage = optional("scipy.ndimage", "data")
 
 PHENOTYPES = ("binimetinib", "blebbistatin", "nocodazole")
 

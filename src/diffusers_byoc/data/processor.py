@@ -8,7 +8,7 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import Tensor
 
-from .files import voxel_size_triple
+from ..volumes import voxel_size_triple
 from .resampling import sample_grid
 
 

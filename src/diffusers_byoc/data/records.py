@@ -10,7 +10,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from .files import MAX_VOLUME_BYTES, Volume, VolumeFileError, voxel_size_triple
+from ..volumes import voxel_size_triple
+from .files import MAX_VOLUME_BYTES, Volume, VolumeFileError
 
 
 def encode_volume(volume: Volume) -> dict:

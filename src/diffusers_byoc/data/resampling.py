@@ -5,7 +5,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .files import MAX_VOLUME_BYTES, voxel_size_triple
+from ..optional import optional
+from ..volumes import voxel_size_triple
+from .files import MAX_VOLUME_BYTES
 
 
 def resample_volume(
@@ -86,8 +88,4 @@ def _take(data: np.ndarray, indices: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _ndimage():
-    try:
-        from scipy import ndimage
-    except ImportError as err:
-        raise ImportError("resampling needs scipy: pip install diffusers_byoc[data]") from err
-    return ndimage
+    return optional("scipy.ndimage", "data")

@@ -20,7 +20,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .files import MAX_VOLUME_BYTES, VOLUME_SUFFIXES, Volume, VolumeFileError, read_volume, voxel_size_triple
+from ..optional import optional
+from ..volumes import voxel_size_triple
+from ..whole_files import whole_or_absent
+from .files import MAX_VOLUME_BYTES, VOLUME_SUFFIXES, Volume, VolumeFileError, read_volume
 from .records import decode_volume, encode_volume
 
 
@@ -295,21 +298,13 @@ def write_shards(
     count, cells = 0, iter(cells)
     for shard, first in enumerate(cells):
         path = folder / f"train-{shard:05}.{suffix}"
-        temporary = path.with_name(f".{path.name}.tmp")
-        try:
+        with whole_or_absent(path) as temporary:
             count += write(temporary, _first_then(first, cells, cells_per_shard), count)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
     return count
 
 
 def import_datasets():
-    try:
-        import datasets
-    except ImportError as err:
-        raise ImportError("Parquet and Hub data sets need datasets: pip install diffusers_byoc[data]") from err
-    return datasets
+    return optional("datasets", "data")
 
 
 def check_columns(features: Mapping, volume_column: str, where: str) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..whole_files import whole_or_absent
+
 
 @dataclass(frozen=True)
 class Population:
@@ -100,14 +102,8 @@ def split_cells(
 
 def write_split(path: str | os.PathLike, split: Split) -> None:
     """Write `split` as JSON; the file appears whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with whole_or_absent(path) as temporary:
         temporary.write_text(json.dumps(asdict(split), indent=1), encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_split(path: str | os.PathLike, population: Population) -> Split:

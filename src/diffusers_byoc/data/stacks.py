@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..optional import optional
+from ..volumes import voxel_size_triple
 from .files import (
     Volume,
     VolumeFileError,
@@ -21,7 +23,6 @@ from .files import (
     _known,
     _ome_metadata,
     _tifffile,
-    voxel_size_triple,
 )
 from .resampling import resample_volume
 
@@ -95,11 +96,8 @@ def open_stack(path: str | os.PathLike, scene: str | None = None, max_gb: float 
         raise FileNotFoundError(f"{path}: no such file; check the path")
     if path.is_file() and path.stat().st_size == 0:
         raise VolumeFileError(f"{path}: expected a stack, got an empty file (0 bytes); export or copy it again")
-    try:
-        from bioio import BioImage
-        from bioio_base.exceptions import UnsupportedFileFormatError
-    except ImportError as err:
-        raise ImportError('stacks need bioio: pip install "diffusers_byoc[data,bioio]"') from err
+    BioImage = optional("bioio", "data,bioio").BioImage
+    UnsupportedFileFormatError = optional("bioio_base.exceptions", "data,bioio").UnsupportedFileFormatError
 
     with _damage_as_error(path):
         is_tiff, is_zarr = path.suffix.lower() in (".tif", ".tiff"), path.is_dir()
@@ -528,8 +526,4 @@ def _load(array) -> np.ndarray:
 
 
 def _ndimage():
-    try:
-        from scipy import ndimage
-    except ImportError as err:
-        raise ImportError('cutting cells needs scipy: pip install "diffusers_byoc[data]"') from err
-    return ndimage
+    return optional("scipy.ndimage", "data")

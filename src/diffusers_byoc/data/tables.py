@@ -5,8 +5,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from ..volumes import voxel_size_triple
 from .cells import ONLY_CLASS, CellDataset
-from .files import Volume, voxel_size_triple
+from .files import Volume
 from .processor import VolumeProcessor
 from .records import decode_volume
 from .shards import TarShards, check_columns, class_names_of, find_shards, import_datasets

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..optional import optional
 from .morphology import CellMorphology
-from .optional import optional
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def channel_consistency(cells: Sequence[CellMorphology]) -> ChannelConsistency:
     logarithms = np.log(volumes[(volumes > 0).all(1)])
     correlation, interval = float("nan"), (float("nan"), float("nan"))
     if len(logarithms) > 3 and (np.ptp(logarithms, axis=0) > 0).all():  # Fisher's interval needs four
-        found = optional("scipy.stats").pearsonr(*logarithms.T)
+        found = optional("scipy.stats", "metrics").pearsonr(*logarithms.T)
         correlation, interval = float(found.statistic), tuple(map(float, found.confidence_interval(0.95)))
     has_one = [cell.num_nucleus_components == 1 and cell.num_nuclei_inside == 1 for cell in cells]
     return ChannelConsistency(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .optional import optional
+from ..optional import optional
 
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def standardize_features(features: Features, reference: Features) -> np.ndarray:
         raise ValueError(
             f"expected the {reference.shape[1]} columns of the reference, got {features.shape[1]}; extract both alike"
         )
-    preprocessing = optional("sklearn.preprocessing")
+    preprocessing = optional("sklearn.preprocessing", "metrics")
     with np.errstate(invalid="ignore"):  # a column of nan has no mean, which is what nan_to_num answers
         scaler = preprocessing.StandardScaler().fit(reference)
     return np.nan_to_num(scaler.transform(features), nan=0.0).clip(-MAX_DEVIATIONS, MAX_DEVIATIONS)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..optional import optional
 from .features import check_pair
-from .optional import optional
 
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def frechet_distance(features_1: Features, features_2: Features) -> float:
         ImportError: if SciPy is missing.
     """
     features_1, features_2 = check_pair(features_1, features_2)
-    linalg = optional("scipy.linalg")
+    linalg = optional("scipy.linalg", "metrics")
     mean_difference = features_1.mean(0) - features_2.mean(0)
     factors = []
     for features in (features_1, features_2):

@@ -24,7 +24,8 @@ from huggingface_hub.errors import (
 )
 from torch import Tensor, nn
 
-from .optional import optional
+from ..optional import optional
+from ..volumes import check_unit_range
 
 
 optional("monai", "med3d")
@@ -162,11 +163,7 @@ class Med3DModel(PreTrainedModel):
         """
         if volumes.ndim != 5:
             raise ValueError(f"`volumes` must be (B, M, D, H, W), got shape {tuple(volumes.shape)}")
-        low, high = volumes.amin().item(), volumes.amax().item()
-        if not (low >= -1e-3 and high <= 1 + 1e-3):  # also catches NaN
-            raise ValueError(
-                f"`volumes` must lie in [0, 1], got [{low:g}, {high:g}]; map volumes in [-1, 1] with (volumes + 1) / 2"
-            )
+        check_unit_range(volumes)
         # 1. channels -> one, intensities -> the network's
         mean = volumes.mean(1, keepdim=True)  # (B, 1, D, H, W)
         if self.config.intensity_normalization == "symmetric":

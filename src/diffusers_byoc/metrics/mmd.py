@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..optional import optional
 from .features import check_features, check_pair
-from .optional import optional
 
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def median_distance(features: Features, seed: int = 0) -> float:
     features = check_features(features, "features")
     if len(features) > _MEDIAN_CELLS:
         features = np.random.default_rng(seed).choice(features, _MEDIAN_CELLS, replace=False)
-    median = float(np.median(optional("scipy.spatial.distance").pdist(features)))
+    median = float(np.median(optional("scipy.spatial.distance", "metrics").pdist(features)))
     if median == 0:
         raise ValueError("expected cells that differ, got a median distance of 0; give a bandwidth, or other features")
     return median
@@ -97,7 +97,7 @@ def mmd_rbf(features_1: Features, features_2: Features, bandwidth: float | None 
 
 def _kernel_sum(rows: np.ndarray, columns: np.ndarray, bandwidth: float) -> float:
     """Sum of the kernel over all pairs."""
-    pairwise = optional("sklearn.metrics.pairwise")
+    pairwise = optional("sklearn.metrics.pairwise", "metrics")
     gamma = 1 / (2 * bandwidth**2)
     chunks = (rows[start : start + _CHUNK] for start in range(0, len(rows), _CHUNK))
     return sum(pairwise.rbf_kernel(chunk, columns, gamma).sum() for chunk in chunks)

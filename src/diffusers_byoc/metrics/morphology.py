@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .optional import optional
+from ..optional import optional
+from ..volumes import check_unit_range, voxel_size_triple
 from .segmentation import Segmentation, segment_channel
 
 
@@ -130,7 +131,7 @@ def measure_cell(
         ImportError: if SciPy, scikit-image or trimesh is missing.
     """
     volume = _check_volume(volume, cell_channel, nucleus_channel)
-    spacing = _spacing(voxel_size_um)
+    spacing = np.array(voxel_size_triple(voxel_size_um))
     if thresholds is None:
         thresholds = (None, None)
     elif len(thresholds) != 2:
@@ -217,20 +218,8 @@ def _check_volume(volume: np.ndarray | torch.Tensor, cell_channel: int, nucleus_
                 f"{name} is {channel}, but the volume of shape {volume.shape} has {len(volume)} channels; "
                 "pass (M, D, H, W) with a cell and a nucleus channel."
             )
-    low, high = volume.min(), volume.max()
-    if not (low >= -1e-3 and high <= 1 + 1e-3):  # also catches NaN
-        raise ValueError(
-            f"a volume must lie in [0, 1], got [{low:g}, {high:g}]; map volumes in [-1, 1] with (volume + 1) / 2."
-        )
+    check_unit_range(volume, "a volume")
     return volume
-
-
-def _spacing(voxel_size_um: float | Sequence[float]) -> np.ndarray:
-    """(z, y, x) voxel edges in µm, or a ValueError."""
-    spacing = np.atleast_1d(np.asarray(voxel_size_um, dtype=float))
-    if spacing.shape not in ((1,), (3,)) or not (np.isfinite(spacing).all() and (spacing > 0).all()):
-        raise ValueError(f"voxel_size_um must be one positive number or (z, y, x) of them, got {voxel_size_um!r}.")
-    return np.broadcast_to(spacing, (3,))
 
 
 def _measure_channel(name: str, channel: np.ndarray, segmentation: Segmentation, spacing: np.ndarray) -> dict:
@@ -250,7 +239,7 @@ def _shape(mask: np.ndarray, spacing: np.ndarray) -> dict[str, float]:
     names += ("surface_um2", "sphericity", "solidity", "extent")
     if not mask.any():
         return dict.fromkeys(names, float("nan"))
-    measure = optional("skimage.measure")
+    measure = optional("skimage.measure", "metrics")
 
     # 1. moments: an ellipsoid of full axis a has the variance a² / 20 along it
     region = measure.regionprops(mask.astype(np.uint8), spacing=spacing)[0]
@@ -260,14 +249,14 @@ def _shape(mask: np.ndarray, spacing: np.ndarray) -> dict[str, float]:
     short, middle, long = np.sqrt(20 * np.linalg.eigvalsh(covariance))
 
     # 2. surface
-    trimesh = optional("trimesh")
+    trimesh = optional("trimesh", "metrics")
     vertices, faces, _, _ = measure.marching_cubes(
         np.pad(region.image, 1).astype(np.float32), 0.5, spacing=tuple(spacing)
     )
     mesh = trimesh.Trimesh(vertices, faces, process=False)
     trimesh.smoothing.filter_taubin(mesh, iterations=_SMOOTHING_PASSES)
     volume, area = abs(mesh.volume), mesh.area
-    hull_volume = optional("scipy.spatial").ConvexHull(mesh.vertices).volume
+    hull_volume = optional("scipy.spatial", "metrics").ConvexHull(mesh.vertices).volume
     ball_area = np.pi ** (1 / 3) * (6 * volume) ** (2 / 3)
     values = (long, middle, short, long / middle, middle / short)
     values += (area, ball_area / area, volume / hull_volume, region.extent)
@@ -279,7 +268,7 @@ def _brightness(channel: np.ndarray, mask: np.ndarray) -> dict[str, float]:
     names = ("intensity_mean", "intensity_std", *(f"texture_{texture}" for texture in textures))
     if not mask.any():
         return dict.fromkeys(names, float("nan"))
-    feature = optional("skimage.feature")
+    feature = optional("skimage.feature", "metrics")
 
     # gray levels 1 to 16 in the mask; 0, for what is outside, is struck from the matrix
     levels = np.clip((channel * _GRAY_LEVELS).astype(np.uint8), 0, _GRAY_LEVELS - 1) + 1

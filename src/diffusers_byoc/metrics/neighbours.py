@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..optional import optional
 from .features import check_features, check_pair
-from .optional import optional
 
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def neighbour_metrics(real: Features, generated: Features, k: int = 5) -> Neighb
         raise ValueError(f"k must be at least 1, got {k}")
     real, generated = check_pair(real, generated, min_cells=k + 1)
     real_radii, generated_radii = _neighbourhood_radii(real, k), _neighbourhood_radii(generated, k)
-    pairwise_distances = optional("sklearn.metrics").pairwise_distances
+    pairwise_distances = optional("sklearn.metrics", "metrics").pairwise_distances
 
     num_neighbourhoods, is_covered = [], np.zeros(len(real), bool)
     is_among_generated = np.zeros(len(real), bool)
@@ -127,7 +127,7 @@ def memorisation(samples: Features, training: Features, held_out: Features) -> M
     """
     samples, training = check_pair(samples, training, min_cells=1)
     held_out = check_features(held_out, "held_out", min_cells=1)
-    search = optional("sklearn.neighbors").NearestNeighbors(n_neighbors=1).fit(training)
+    search = optional("sklearn.neighbors", "metrics").NearestNeighbors(n_neighbors=1).fit(training)
     distances, nearest = (column[:, 0] for column in search.kneighbors(samples))
     held_out_distances = search.kneighbors(held_out)[0][:, 0]
     typical = np.median(held_out_distances)
@@ -135,7 +135,7 @@ def memorisation(samples: Features, training: Features, held_out: Features) -> M
         raise ValueError(
             "expected held-out cells that are not training cells, got copies of them (median distance 0); split anew"
         )
-    test = optional("scipy.stats").mannwhitneyu(distances, held_out_distances, alternative="less")
+    test = optional("scipy.stats", "metrics").mannwhitneyu(distances, held_out_distances, alternative="less")
     return Memorisation(
         distances=distances,
         nearest=nearest,
@@ -149,4 +149,5 @@ def memorisation(samples: Features, training: Features, held_out: Features) -> M
 def _neighbourhood_radii(features: np.ndarray, k: int) -> np.ndarray:
     """(N,) distance of each cell to its k-th neighbour, itself not counted."""
     # `kneighbors` without an argument leaves each cell out of its own neighbours
-    return optional("sklearn.neighbors").NearestNeighbors(n_neighbors=k).fit(features).kneighbors()[0][:, -1]
+    search = optional("sklearn.neighbors", "metrics").NearestNeighbors(n_neighbors=k).fit(features)
+    return search.kneighbors()[0][:, -1]

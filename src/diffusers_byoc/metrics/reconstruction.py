@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from .optional import optional
+from ..optional import optional
+from ..volumes import check_unit_range
 from .segmentation import segment_channel
 
 
@@ -71,7 +72,7 @@ def reconstruction_quality(
     thresholds = (None,) * num_channels if thresholds is None else tuple(thresholds)
     if len(thresholds) != num_channels:
         raise ValueError(f"thresholds must hold one for each of {num_channels} channels, got {thresholds}")
-    similarity = optional("skimage.metrics").structural_similarity
+    similarity = optional("skimage.metrics", "metrics").structural_similarity
 
     mse = ((volumes.astype(np.float64) - reconstructions) ** 2).mean((2, 3, 4))
     with np.errstate(divide="ignore"):
@@ -126,7 +127,7 @@ def codebook_usage(indices: np.ndarray | torch.Tensor, num_codes: int) -> Codebo
     if indices.min() < 0 or indices.max() >= num_codes:
         raise ValueError(f"indices must lie in [0, {num_codes}), got [{indices.min()}, {indices.max()}]")
     counts = np.stack([np.bincount(channel.ravel(), minlength=num_codes) for channel in indices.swapaxes(0, 1)])
-    entropy = optional("scipy.stats").entropy(counts, axis=1)
+    entropy = optional("scipy.stats", "metrics").entropy(counts, axis=1)
     return CodebookUsage(usage=(counts > 0).mean(1), perplexity=np.exp(entropy))
 
 
@@ -135,9 +136,5 @@ def _check_volumes(volumes: Volumes, name: str) -> np.ndarray:
     volumes = np.asarray(volumes, dtype=np.float32)
     if volumes.ndim != 5 or 0 in volumes.shape:
         raise ValueError(f"{name} must be (B, M, D, H, W), got shape {volumes.shape}")
-    low, high = volumes.min(), volumes.max()
-    if not (low >= -1e-3 and high <= 1 + 1e-3):  # also catches NaN
-        raise ValueError(
-            f"{name} must lie in [0, 1], got [{low:g}, {high:g}]; map volumes in [-1, 1] with (volumes + 1) / 2"
-        )
+    check_unit_range(volumes, name)
     return volumes

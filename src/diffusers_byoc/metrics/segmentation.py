@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .optional import optional
+from ..optional import optional
 
 
 #: A component with less than this share of its channel's largest one is a speck: noise, not a second cell.
@@ -55,12 +55,12 @@ def foreground(channel: np.ndarray, threshold: float | None = None) -> np.ndarra
         ImportError: if SciPy or scikit-image is missing.
     """
     if threshold is None:
-        mask = channel > optional("skimage.filters").threshold_otsu(channel)
+        mask = channel > optional("skimage.filters", "metrics").threshold_otsu(channel)
         if not mask.any() or channel[mask].mean() - channel[~mask].mean() < MIN_CONTRAST:
             return np.zeros_like(mask)
     else:
         mask = channel > threshold
-    return optional("scipy.ndimage").binary_fill_holes(mask)
+    return optional("scipy.ndimage", "metrics").binary_fill_holes(mask)
 
 
 def segment_channel(channel: np.ndarray, threshold: float | None = None) -> Segmentation:
@@ -77,7 +77,7 @@ def segment_channel(channel: np.ndarray, threshold: float | None = None) -> Segm
         ImportError: if SciPy or scikit-image is missing.
     """
     mask = foreground(channel, threshold)
-    components, num_components = optional("scipy.ndimage").label(mask, structure=np.ones((3, 3, 3)))
+    components, num_components = optional("scipy.ndimage", "metrics").label(mask, structure=np.ones((3, 3, 3)))
     if num_components == 0:
         return Segmentation(mask, components, 0, float("nan"))
     sizes = np.bincount(components.ravel())

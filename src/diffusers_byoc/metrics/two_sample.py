@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..optional import optional
 from .features import check_pair
-from .optional import optional
 
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def compare_features(
         raise ValueError(f"names must name the {real.shape[1]} columns, got {len(names)} names")
     if correction not in ("bh", "by"):
         raise ValueError(f"correction must be 'bh' or 'by', got {correction!r}")
-    stats = optional("scipy.stats")
+    stats = optional("scipy.stats", "metrics")
     rows = []
     for real_column, generated_column in zip(real.T, generated.T, strict=True):
         a, b = real_column[~np.isnan(real_column)], generated_column[~np.isnan(generated_column)]
@@ -130,7 +130,7 @@ def classifier_test(real: Features, generated: Features, num_folds: int = 5, see
         ImportError: if scikit-learn or SciPy is missing.
     """
     real, generated = check_pair(real, generated, min_cells=num_folds, allow_nan=True)
-    ensemble = optional("sklearn.ensemble")
+    ensemble = optional("sklearn.ensemble", "metrics")
 
     def judge(training, is_generated, judged, fold):
         # at fewer than 20 cells a leaf, the default, trees of few cells would have no branch
@@ -174,12 +174,12 @@ def cross_validated_test(
         cells[np.sort(generator.choice(len(cells), num_each, replace=False))] for cells in (real, generated)
     )
     cells, is_generated = np.concatenate([real, generated]), np.repeat([False, True], num_each)
-    folds = optional("sklearn.model_selection").StratifiedKFold(num_folds, shuffle=True, random_state=seed)
+    folds = optional("sklearn.model_selection", "metrics").StratifiedKFold(num_folds, shuffle=True, random_state=seed)
     num_right = 0
     for fold, (training, judged) in enumerate(folds.split(cells.reshape(len(cells), -1), is_generated)):
         verdict = judge(cells[training], is_generated[training], cells[judged], fold)
         num_right += int((np.asarray(verdict, bool) == is_generated[judged]).sum())
-    accuracy, norm = num_right / len(cells), optional("scipy.stats").norm
+    accuracy, norm = num_right / len(cells), optional("scipy.stats", "metrics").norm
     num_effective = len(cells) / (1 + num_folds / (num_folds - 1))
     z = norm.ppf(0.975)
     center = accuracy + z**2 / (2 * num_effective)

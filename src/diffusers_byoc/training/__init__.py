@@ -1,5 +1,5 @@
 from .checkpoints import CheckpointError, list_checkpoints, load_checkpoint, save_checkpoint
-from .interruptions import Termination, follow_launcher, ignore_termination, lock_folder
+from .interruptions import Termination, follow_launcher, ignore_termination
 from .latents import CachedLatents, cache_latents, encode_batches, latent_statistics
 from .losses import (
     adaptive_weight,
@@ -45,7 +45,6 @@ __all__ = [
     "latent_statistics",
     "list_checkpoints",
     "load_checkpoint",
-    "lock_folder",
     "mean_losses",
     "min_snr_weights",
     "process_share",

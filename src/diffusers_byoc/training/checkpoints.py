@@ -7,6 +7,8 @@ from pathlib import Path
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
+from ..whole_files import move_into_place, remove, remove_left_overs
+
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -56,17 +58,14 @@ def save_checkpoint(accelerator: Accelerator, directory: str | Path, step: int, 
         accelerator.save_state(str(partial))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            if path.exists():
-                _delete(path)
-            partial.rename(path)
+            move_into_place(partial, path)
             checkpoints = list_checkpoints(directory)
             position = checkpoints.index(path)
             oldest_kept = 0 if total_limit is None else max(0, position + 1 - total_limit)
             # later ones first: killed in between, `latest` must not find them
             for other in checkpoints[:position:-1] + checkpoints[:oldest_kept]:
-                _delete(other)
-            for leftover in Path(directory).glob("checkpoint-*.deleted"):  # of a run killed while deleting
-                shutil.rmtree(leftover, ignore_errors=True)
+                remove(other)
+            remove_left_overs(Path(directory))  # of a run killed while deleting
         accelerator.wait_for_everyone()
     except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError is how torch.save says it
         shutil.rmtree(partial, ignore_errors=True)
@@ -77,13 +76,6 @@ def save_checkpoint(accelerator: Accelerator, directory: str | Path, step: int, 
             f"{path} could not be written ({reason}). Make room there, or make it writable, and {remedy}."
         ) from error
     return path
-
-
-def _delete(path: Path) -> None:
-    deleted = path.with_name(path.name + ".deleted")
-    shutil.rmtree(deleted, ignore_errors=True)
-    path.rename(deleted)
-    shutil.rmtree(deleted, ignore_errors=True)
 
 
 def load_checkpoint(accelerator: Accelerator, directory: str | Path, name: str | None) -> int:

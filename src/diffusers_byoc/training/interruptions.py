@@ -1,56 +1,15 @@
-"""One run a folder, and a SIGTERM that ends a run after its step."""
+"""A SIGTERM that ends a run after its step."""
 
 import ctypes
 import os
 import signal
-import socket
 import sys
-from contextlib import contextmanager, suppress
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
 
-LOCK_NAME = "run.lock"
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
-
-
-@contextmanager
-def lock_folder(directory: str | Path):
-    """Hold `directory`, made if missing, for this process alone; the system lets go of it however the process ends.
-
-    Raises:
-        OSError: if another process holds it, or it cannot be written to.
-    """
-    from filelock import FileLock, Timeout
-
-    directory = Path(directory)
-    path, is_new = directory / LOCK_NAME, not directory.exists()
-    lock = FileLock(path)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock.acquire(blocking=False)
-        with suppress(OSError):  # Windows lets nobody write a locked file; the name is a courtesy
-            path.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
-    except Timeout as error:
-        holder = path.read_text(encoding="utf-8").strip() or "another process"
-        raise OSError(
-            f"{directory}: {holder} is writing into it. Wait for it to end, stop it, or give another --output_dir."
-        ) from error
-    except OSError as error:
-        raise OSError(
-            f"{directory} cannot be written to ({error.strerror or error}). Make it writable, or give another"
-            " --output_dir."
-        ) from error
-    try:
-        yield
-    finally:
-        with suppress(OSError):  # before letting go, so that no other process can hold the old file
-            path.unlink()
-        lock.release()
-        if is_new and not any(directory.iterdir()):
-            directory.rmdir()
 
 
 class Termination:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..models import MultiCodebookVQModel
+from ..whole_files import whole_or_absent
 
 
 @torch.no_grad()
@@ -94,9 +94,8 @@ def cache_latents(
             continue
         with accelerator.autocast():
             latents = encode_batches(vqvae, (batch["volumes"] for batch in loader))
-        partial = paths[shard].with_suffix(".partial")
-        save_file({"latents": latents.contiguous()}, partial, metadata={"fingerprint": fingerprint})
-        os.replace(partial, paths[shard])
+        with whole_or_absent(paths[shard]) as temporary:
+            save_file({"latents": latents.contiguous()}, temporary, metadata={"fingerprint": fingerprint})
     accelerator.wait_for_everyone()
     return CachedLatents(paths)
 

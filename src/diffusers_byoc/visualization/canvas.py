@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..optional import optional
+from ..volumes import check_unit_range
+
 
 if TYPE_CHECKING:
     import torch
@@ -111,11 +114,7 @@ def check_volumes(volumes: np.ndarray | torch.Tensor, name: str, channel_names: 
             f"{name} has {volumes.shape[1]} channels, but channel_names holds {len(channel_names)}: "
             f"{tuple(channel_names)}; pass one name per channel."
         )
-    low, high = volumes.min(), volumes.max()
-    if not (low >= -1e-3 and high <= 1 + 1e-3):  # also catches NaN
-        raise ValueError(
-            f"{name} must lie in [0, 1], got [{low:g}, {high:g}]; map volumes in [-1, 1] with (volumes + 1) / 2."
-        )
+    check_unit_range(volumes, name)
     return volumes
 
 
@@ -128,14 +127,6 @@ def check_sets(
     if not volumes:
         raise ValueError('volumes must hold at least one batch, got none; pass {"generated": volumes}.')
     return {name: check_volumes(batch, f"volumes[{name!r}]", channel_names) for name, batch in volumes.items()}
-
-
-def check_voxel_size(voxel_size_um: float | Sequence[float]) -> tuple[float, float, float]:
-    """(z, y, x) voxel edges in µm, or a ValueError."""
-    spacing = np.atleast_1d(np.asarray(voxel_size_um, dtype=float))
-    if spacing.shape not in ((1,), (3,)) or not (np.isfinite(spacing).all() and (spacing > 0).all()):
-        raise ValueError(f"voxel_size_um must be one positive number or (z, y, x) of them, got {voxel_size_um!r}.")
-    return tuple(float(step) for step in np.broadcast_to(spacing, (3,)))
 
 
 def check_texts(texts: Sequence[str] | None, name: str, num_cells: int) -> None:
@@ -154,14 +145,10 @@ def check_columns(num_columns: int | None) -> None:
 
 def new_figure(width_inches: float, height_inches: float, facecolor: str, layout: str | None = None) -> Figure:
     """A figure that belongs to no window and leaves matplotlib's state as it is."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('Pictures need matplotlib; run: pip install "diffusers_byoc[viz]"') from error
-
-    figure = Figure(figsize=(width_inches, height_inches), dpi=DPI, facecolor=facecolor, layout=layout)
-    FigureCanvasAgg(figure)
+    figure = optional("matplotlib.figure", "viz").Figure(
+        figsize=(width_inches, height_inches), dpi=DPI, facecolor=facecolor, layout=layout
+    )
+    optional("matplotlib.backends.backend_agg", "viz").FigureCanvasAgg(figure)
     return figure
 
 

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..volumes import voxel_size_triple
 from .canvas import (
     channel_colors,
     check_columns,
     check_sets,
     check_volumes,
-    check_voxel_size,
     composite_channels,
     draw_tiles,
     stretch_range,
@@ -49,7 +49,7 @@ def sample_library(
         ImportError: if matplotlib is missing.
     """
     sets = check_sets(volumes, channel_names)
-    spacing = check_voxel_size(voxel_size_um)
+    spacing = voxel_size_triple(voxel_size_um)
     check_columns(num_columns)
     images = {
         name: [composite_channels(volume.max(axis=1), display_range) for volume in batch]
@@ -89,7 +89,7 @@ def depth_planes(
     if len(volumes) != 1:
         raise ValueError(f"volume must be one cell, got {len(volumes)}; pass volumes[0].")
     _, height_um, width_um = (
-        size * step for size, step in zip(volumes.shape[2:], check_voxel_size(voxel_size_um), strict=True)
+        size * step for size, step in zip(volumes.shape[2:], voxel_size_triple(voxel_size_um), strict=True)
     )
     check_columns(num_columns)
     channels, num_planes = volumes[0], volumes.shape[2]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..volumes import voxel_size_triple
 from .canvas import (
     FAINT_COLOR,
     FRAME_COLOR,
@@ -15,7 +16,6 @@ from .canvas import (
     check_columns,
     check_texts,
     check_volumes,
-    check_voxel_size,
     composite_channels,
     draw_legend,
     draw_plane,
@@ -65,7 +65,7 @@ def orthogonal_slices(
     """
     volumes = check_volumes(volumes, "volumes", channel_names)
     check_texts(titles, "titles", len(volumes))
-    spacing = check_voxel_size(voxel_size_um)
+    spacing = voxel_size_triple(voxel_size_um)
     depth, height, width = (size * step for size, step in zip(volumes.shape[2:], spacing, strict=True))
 
     # 1. canvas: one column a cell, wide enough for the widest plane
@@ -220,7 +220,7 @@ def _draw_mosaics(
     show_planes: bool,
 ) -> Figure:
     """Groups of rows, a row a heading, each cell cut at its centre; titles stand above a group's first row."""
-    spacing = check_voxel_size(voxel_size_um)
+    spacing = voxel_size_triple(voxel_size_um)
     batches = [batch for group in groups for batch in group.values()]
     depth, height, width = (
         max(batch.shape[axis] for batch in batches) * step for axis, step in zip((2, 3, 4), spacing, strict=True)

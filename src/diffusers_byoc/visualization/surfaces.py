@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .canvas import channel_colors, check_columns, check_sets, check_texts, check_volumes, check_voxel_size, draw_tiles
+from ..optional import optional
+from ..volumes import voxel_size_triple
+from .canvas import channel_colors, check_columns, check_sets, check_texts, check_volumes, draw_tiles
 
 
 if TYPE_CHECKING:
@@ -164,7 +166,7 @@ def render_surfaces(
         raise ValueError(f"size_pixels must be at least 1, got {size_pixels}.")
     if field_um is not None and not 0 < field_um < np.inf:
         raise ValueError(f"field_um must be a positive length in µm, got {field_um}.")
-    surfaces = _Surfaces(volume, check_voxel_size(voxel_size_um), _check_thresholds(thresholds, len(volume)))
+    surfaces = _Surfaces(volume, voxel_size_triple(voxel_size_um), _check_thresholds(thresholds, len(volume)))
     return surfaces.render(opacities, azimuth_deg, elevation_deg, field_um or surfaces.field_um, size_pixels)
 
 
@@ -174,12 +176,8 @@ class _Surfaces:
     def __init__(
         self, volume: np.ndarray, spacing: tuple[float, float, float], thresholds: Sequence[float | None]
     ) -> None:
-        try:
-            from scipy.ndimage import gaussian_filter
-            from skimage.filters import threshold_otsu
-        except ImportError as error:
-            raise ImportError('Surfaces need scikit-image; run: pip install "diffusers_byoc[viz]"') from error
-
+        gaussian_filter = optional("scipy.ndimage", "viz").gaussian_filter
+        threshold_otsu = optional("skimage.filters", "viz").threshold_otsu
         self.spacing = np.asarray(spacing)
         sigma = _SMOOTHING_VOXELS * min(spacing) / self.spacing
         smoothed = np.stack([gaussian_filter(channel, sigma, mode="nearest") for channel in volume])
@@ -305,7 +303,7 @@ def _draw_surfaces(
     captions: Mapping[str, Sequence[str]] | None,
 ) -> Figure:
     """A tile for each view of each cell, all of one scale."""
-    spacing = check_voxel_size(voxel_size_um)
+    spacing = voxel_size_triple(voxel_size_um)
     thresholds = _check_thresholds(thresholds, len(channel_names))
     opacities = _check_opacities(opacities, len(channel_names))
     surfaces = {name: [_Surfaces(volume, spacing, thresholds) for volume in batch] for name, batch in sets.items()}
