@@ -17,7 +17,7 @@ from itertools import product
 
 import numpy as np
 
-from .optional import optional
+from ..optional import optional
 
 
 #: Shells of the radial spectrum, of equal width from 0 to √3/2 cycles per voxel, the corner of the spectrum.
@@ -117,7 +117,7 @@ def grid_excess(volume: np.ndarray, mask: np.ndarray) -> np.ndarray:
     window = _window(volume, mask)
     if not window.any():
         return np.full((len(volume), 2, len(GRID_FREQUENCIES)), np.nan)
-    gaussian_filter = optional("scipy.ndimage").gaussian_filter
+    gaussian_filter = optional("scipy.ndimage", "metrics").gaussian_filter
     ratios = []
     for channel in volume:
         detail = channel - gaussian_filter(channel, _HIGH_PASS)
@@ -157,7 +157,7 @@ def grid_test(excesses: np.ndarray | Sequence[np.ndarray]) -> tuple[GridTest, Gr
         share = float((chosen > GRID_EXCESS).any(1).mean())
         logarithms = np.log(chosen)
         means, errors = logarithms.mean(0), logarithms.std(0, ddof=1) / np.sqrt(len(chosen))
-        quantile = optional("scipy.stats").t.ppf(1 - 0.05 / chosen.shape[1], len(chosen) - 1)
+        quantile = optional("scipy.stats", "metrics").t.ppf(1 - 0.05 / chosen.shape[1], len(chosen) - 1)
         low = float(np.exp((means - quantile * errors).max()))
         frequency = GRID_FREQUENCIES[is_period][means.argmax() % is_period.sum()]
         tests.append(
@@ -180,13 +180,13 @@ def _window(volume: np.ndarray, mask: np.ndarray) -> np.ndarray:
             f"Expected a volume (M, D, H, W) and a mask (D, H, W), got {volume.shape} and {mask.shape}. Give the mask "
             "of that cell."
         )
-    depth = optional("scipy.ndimage").distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1, 1:-1]
+    depth = optional("scipy.ndimage", "metrics").distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1, 1:-1]
     return np.sin(np.pi / 2 * np.clip(depth / _TAPER, 0, 1)) ** 2
 
 
 def _power(signal: np.ndarray, window: np.ndarray) -> np.ndarray:
     """|Fourier transform|² of a windowed signal, on the half of the frequencies that a real signal needs."""
-    transform = optional("scipy.fft").rfftn(signal * window, _padded(window.shape))
+    transform = optional("scipy.fft", "metrics").rfftn(signal * window, _padded(window.shape))
     return np.abs(transform) ** 2 / (window**2).sum()
 
 
