@@ -15,7 +15,7 @@ ALLOWED = {
     "metrics": {"metrics"},
     "visualization": {"visualization"},
     "pipelines": {"pipelines", "models", "data"},
-    "training": {"training", "models", "data"},
+    "training": {"training", "models", "data", "metrics", "pipelines", "visualization"},
     "baselines": {"baselines", "models", "data"},
 }
 ALLOWED["commands"] = {"commands", *ALLOWED}
