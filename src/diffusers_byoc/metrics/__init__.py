@@ -4,7 +4,7 @@ Needs ``pip install "diffusers_byoc[metrics]"``, and for the features of Med3D `
 """
 
 from .consistency import ChannelConsistency, channel_consistency
-from .features import standardize_features
+from .feature_sets import standardize_features
 from .frechet import frechet_distance
 from .mmd import median_distance, mmd_linear, mmd_rbf
 from .morphology import MORPHOLOGY_NAMES, CellMorphology, measure_cell, measure_cells, morphology_features
