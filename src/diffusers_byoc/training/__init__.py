@@ -1,3 +1,5 @@
+from ..data.sets.batches import StepBatches, batch_indices
+from ..randomness import process_share, step_generator
 from .checkpoints import CheckpointError, list_checkpoints, load_checkpoint, save_checkpoint
 from .interruptions import Termination, follow_launcher, ignore_termination
 from .latents import CachedLatents, cache_latents, encode_batches, latent_statistics
@@ -18,7 +20,6 @@ from .processes import (
     keep_freed_memory,
     mean_losses,
 )
-from .randomness import StepBatches, batch_indices, process_share, step_generator
 from .validation import validate_autoencoder, validate_diffusion
 
 
