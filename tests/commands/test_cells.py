@@ -1,6 +1,5 @@
 """The cells that arguments name, and the batches that a training makes of them."""
 
-import argparse
 import json
 import os
 import subprocess

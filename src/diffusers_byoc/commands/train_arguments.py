@@ -10,6 +10,7 @@ from .data_arguments import add_loading_arguments, add_source_arguments, add_spl
 PRESETS = Path(__file__).parent / "presets"
 # the stages in their order, with the learning rate of each
 STAGES = {"autoencoder": 3e-4, "diffusion": 1e-4}
+NETWORKS = ("vqvae", "unet", "scheduler")  # whose configuration a preset overrides
 # one name for all stages; `--STAGE_NAME` wins over it
 COMMON = {
     "max_train_steps": (positive, "optimizer steps"),
@@ -34,6 +35,8 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         parser.error(f"{path}: not a JSON file ({error})")
+    if unknown := set(config) - {"arguments", *NETWORKS}:
+        parser.error(f"{path}: expected arguments, {', '.join(NETWORKS)}, got {sorted(unknown)}; correct the name")
     preset_arguments = config.get("arguments", {})
     unknown = set(preset_arguments) - set(vars(parser.parse_args([])))
     if unknown:
@@ -49,7 +52,8 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
         parser.error(f"checkpoint {args.resume_from_checkpoint} belongs to one stage: say --stage, or 'latest'")
     if args.push_to_hub and args.stage == "autoencoder":
         parser.error("--push_to_hub publishes the pipeline, which --stage autoencoder does not end with")
-    args.vqvae, args.unet, args.scheduler = (dict(config.get(name, {})) for name in ("vqvae", "unet", "scheduler"))
+    for name in NETWORKS:
+        setattr(args, name, dict(config.get(name, {})))
     if args.latent_scaling:
         args.vqvae["latent_scaling"] = args.latent_scaling
     if args.prediction_type:

@@ -121,11 +121,16 @@ def read_record(path: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
-def check_record(path: Path, record: Mapping[str, Any]) -> None:
+def check_record(path: Path, record: Mapping[str, Any], max_steps: int | None = None) -> None:
     """Refuse to resume with what would make it another run; of names that only one side has, nothing is known.
 
+    Args:
+        path: of the checkpoint.
+        record: as `save_checkpoint` would be given now.
+        max_steps: of the run, if known.
+
     Raises:
-        CheckpointError: naming the first that differs.
+        CheckpointError: naming the first that differs, or if the checkpoint goes beyond the last step.
     """
     saved, record = read_record(path), json.loads(json.dumps(record))
     for name in record:
@@ -134,6 +139,11 @@ def check_record(path: Path, record: Mapping[str, Any]) -> None:
                 f"Expected {name} {saved[name]!r}, with which {path} was made, got {record[name]!r}. Give the same, or"
                 " begin a new run in another --output_dir."
             )
+    if max_steps is not None and checkpoint_step(path) > max_steps:
+        raise CheckpointError(
+            f"Expected at least as many steps as {path} has made, got {max_steps}. Give more --max_train_steps, or"
+            " resume an earlier checkpoint by its name."
+        )
 
 
 def load_checkpoint(accelerator: Accelerator, path: Path) -> int:

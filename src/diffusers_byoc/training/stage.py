@@ -17,9 +17,7 @@ from tqdm.auto import tqdm
 
 from ..visualization import compare_volumes
 from .checkpoints import (
-    CheckpointError,
     check_record,
-    checkpoint_step,
     find_checkpoint,
     list_checkpoints,
     load_checkpoint,
@@ -145,12 +143,7 @@ class Stage:
                     " them, stop now and add --resume_from_checkpoint latest."
                 )
             return
-        check_record(path, self._record())
-        if checkpoint_step(path) > settings.max_train_steps:
-            raise CheckpointError(
-                f"Expected at least as many steps as {path} has made, got {settings.max_train_steps}. Give more"
-                " --max_train_steps, or resume an earlier checkpoint by its name."
-            )
+        check_record(path, self._record(), settings.max_train_steps)
         self.first_step = load_checkpoint(self.accelerator, path)
         print_once(f"Resumed from {path}.")
         for schedule in (state for state in states if isinstance(state, LambdaLR)):

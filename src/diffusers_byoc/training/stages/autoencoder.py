@@ -15,7 +15,7 @@ from ..losses import (
     reconstruction_loss,
 )
 from ..optimizers import make_optimizer
-from ..settings import StageSettings, configuration
+from ..settings import StageSettings
 from ..stage import Stage
 from ..validation import validate_autoencoder
 
@@ -69,8 +69,8 @@ def train_autoencoder(
     vqvae, discriminator, optimizer, discriminator_optimizer = accelerator.prepare(
         vqvae, discriminator, optimizer, discriminator_optimizer
     )
+    stage.resume(lr_scheduler, discriminator_lr_scheduler)
     bare_vqvae = accelerator.unwrap_model(vqvae)
-    stage.resume(lr_scheduler, discriminator_lr_scheduler, inputs=configuration("vqvae", bare_vqvae.config))
 
     # 2. data: the batches that this process has left
     batches = remaining_batches(cells, settings, stage.first_step)

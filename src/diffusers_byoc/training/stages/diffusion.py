@@ -20,7 +20,7 @@ from ..latents import CachedLatents, cache_latents, fingerprint_weights, latent_
 from ..losses import diffusion_loss
 from ..optimizers import make_optimizer
 from ..randomness import process_share
-from ..settings import StageSettings, configuration
+from ..settings import StageSettings
 from ..stage import Stage
 from ..validation import validate_diffusion
 
@@ -83,15 +83,12 @@ def train_diffusion(
         unet.compile()
     optimizer, lr_scheduler = make_optimizer(settings, unet.parameters(), settings.max_train_steps)
     unet, optimizer = accelerator.prepare(unet, optimizer)
-    inputs = configuration("unet", accelerator.unwrap_model(unet).config)
-    inputs |= configuration("scheduler", noise_scheduler.config)
-    inputs |= {"vqvae.latent_scaling": vqvae.config.latent_scaling, "autoencoder": fingerprint_weights(vqvae)}
     states, ema = [lr_scheduler], None
     if settings.use_ema:
         warmup = {"inv_gamma": settings.ema_inv_gamma, "power": settings.ema_power}
         ema = EMAModel(unet.parameters(), settings.ema_decay, use_ema_warmup=settings.use_ema_warmup, **warmup)
         states.append(ema)
-    stage.resume(*states, inputs=inputs)
+    stage.resume(*states, inputs={"autoencoder": fingerprint_weights(vqvae)})
     if ema:
         ema.to(accelerator.device)  # a restored one lies on the CPU
 
