@@ -1,4 +1,5 @@
-from .checkpoints import CheckpointError, list_checkpoints, load_checkpoint, save_checkpoint
+from .checkpoints import CheckpointError, find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from .hardware import fair_num_threads, fastest_precision, is_cpu_training, keep_freed_memory
 from .interruptions import Termination, follow_launcher, ignore_termination
 from .latents import CachedLatents, cache_latents, encode_batches, latent_statistics
 from .losses import (
@@ -10,21 +11,17 @@ from .losses import (
     min_snr_weights,
     reconstruction_loss,
 )
-from .processes import (
-    check_finite,
-    fair_num_threads,
-    fastest_precision,
-    is_cpu_training,
-    keep_freed_memory,
-    mean_losses,
-)
 from .randomness import StepBatches, batch_indices, process_share, step_generator
+from .settings import StageSettings
+from .stage import Stage
 from .validation import validate_autoencoder, validate_diffusion
 
 
 __all__ = [
     "CachedLatents",
     "CheckpointError",
+    "Stage",
+    "StageSettings",
     "StepBatches",
     "Termination",
     "adaptive_weight",
@@ -32,12 +29,12 @@ __all__ = [
     "adversarial_surrogate",
     "batch_indices",
     "cache_latents",
-    "check_finite",
     "diffusion_loss",
     "discriminator_loss",
     "encode_batches",
     "fair_num_threads",
     "fastest_precision",
+    "find_checkpoint",
     "follow_launcher",
     "ignore_termination",
     "is_cpu_training",
@@ -45,7 +42,6 @@ __all__ = [
     "latent_statistics",
     "list_checkpoints",
     "load_checkpoint",
-    "mean_losses",
     "min_snr_weights",
     "process_share",
     "reconstruction_loss",

@@ -4,12 +4,13 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..models import MultiCodebookVQModel
@@ -82,11 +83,13 @@ def cache_latents(
             path.unlink()
     accelerator.wait_for_everyone()
 
-    weights = _fingerprint_weights(vqvae, accelerator.mixed_precision)
+    # how latents are scaled for the diffusion comes after encoding
+    config = {key: value for key, value in vqvae.config.items() if not key.startswith(("latents_", "_", "latent_sc"))}
+    weights = fingerprint_weights(vqvae.encoders, config, accelerator.mixed_precision)
     for shard in range(accelerator.process_index, num_shards, accelerator.num_processes):
         rows = range(shard * shard_size, min((shard + 1) * shard_size, len(cells)))
         loader = DataLoader(Subset(cells, rows), batch_size=8, num_workers=num_workers)
-        fingerprint = hashlib.sha256(weights)
+        fingerprint = hashlib.sha256(weights.encode())
         for batch in loader:
             fingerprint.update(batch["volumes"].numpy())
         fingerprint = fingerprint.hexdigest()
@@ -100,14 +103,13 @@ def cache_latents(
     return CachedLatents(paths)
 
 
-def _fingerprint_weights(vqvae: MultiCodebookVQModel, precision: str) -> bytes:
-    # how latents are scaled for the diffusion comes after encoding
-    config = {key: value for key, value in vqvae.config.items() if not key.startswith(("latents_", "_", "latent_sc"))}
-    fingerprint = hashlib.sha256(json.dumps([config, precision], sort_keys=True, default=str).encode())
-    for name, weight in sorted(vqvae.encoders.state_dict().items()):
+def fingerprint_weights(network: nn.Module, *others: Any) -> str:
+    """Changes with any weight or buffer of a network, and with `others`, as JSON."""
+    fingerprint = hashlib.sha256(json.dumps(others, sort_keys=True, default=str).encode())
+    for name, weight in sorted(network.state_dict().items()):
         fingerprint.update(f"{name} {weight.dtype}".encode())
         fingerprint.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return fingerprint.digest()
+    return fingerprint.hexdigest()
 
 
 def _read_fingerprint(path: Path) -> str | None:
