@@ -20,10 +20,10 @@ from diffusers import DDPMScheduler
 from safetensors import SafetensorError
 
 from ..models import DualChannelUNet3D, MultiCodebookVQModel
+from ..models.fingerprint import fingerprint_weights
 from ..pipelines import BYOCPipeline
 from ..training import Stage, StageSettings, fastest_precision, follow_launcher, is_cpu_training
 from ..training.checkpoints import check_record, find_checkpoint, read_record
-from ..training.latents import fingerprint_weights
 from ..training.optimizers import optimizer_class
 from ..training.publishing import create_repository, push_pipeline
 from ..training.report import write_report
