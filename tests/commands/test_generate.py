@@ -27,8 +27,10 @@ def generate(output_dir, *arguments, pretrained="plain"):
 
 
 def intensities(path):
-    data = zarr.open(str(path), mode="r")["0"][:] if path.suffix == ".zarr" else read_volume(path).data
-    return data / 65535
+    if path.suffix != ".zarr":
+        return read_volume(path).data / 65535
+    image = zarr.open(str(path), mode="r")
+    return image[image.attrs["multiscales"][0]["datasets"][0]["path"]][:] / 65535
 
 
 def load(name):
