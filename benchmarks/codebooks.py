@@ -19,7 +19,7 @@ from timing import machine
 
 from diffusers_byoc import MultiCodebookVQModel
 from diffusers_byoc.data import PhantomCells, VolumeProcessor
-from diffusers_byoc.models.quantizer import codebook_usage
+from diffusers_byoc.models.quantizer import usage_and_perplexity
 
 
 ROOT = Path(__file__).parents[1]
@@ -65,7 +65,7 @@ def judge(vqvae: MultiCodebookVQModel, cells: PhantomCells) -> list[str]:
         counts.append(torch.stack([torch.bincount(indices, minlength=num_codes) for indices in per_channel]))
         errors.append((output.sample - volumes).square().mean((0, 2, 3, 4)))
     counts, errors = torch.stack(counts), torch.stack(errors).mean(0)  # (batches, M, K), (M,)
-    overall = [codebook_usage(count) for count in counts.sum(0)]
+    overall = [usage_and_perplexity(count) for count in counts.sum(0)]
     in_a_batch = (counts > 0).float().mean((0, 2))
     columns = [
         [f"{usage:.0%}" for usage, _ in overall],

@@ -18,7 +18,7 @@ ALLOWED = {
     "training": {"training", "models", "data", "metrics", "pipelines", "visualization"},
     "baselines": {"baselines", "models", "data"},
 }
-ALLOWED["commands"] = {"commands", *ALLOWED}
+ALLOWED["commands"] = {"commands", "__version__", *ALLOWED}
 
 
 def imported_folders(source: str, module: tuple[str, ...]) -> set[str]:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from accelerate.logging import get_logger
 from diffusers import DDPMScheduler
 from safetensors import SafetensorError
 
+from .. import __version__
 from ..models import DualChannelUNet3D, MultiCodebookVQModel
 from ..models.fingerprint import fingerprint_weights
 from ..pipelines import BYOCPipeline
@@ -37,7 +38,7 @@ from .train_arguments import STAGES, set_train_steps
 
 RECORD_NAME = "arguments.json"
 SETTINGS = {"autoencoder": AutoencoderSettings, "diffusion": DiffusionSettings}
-PACKAGES = ("diffusers_byoc", "torch", "diffusers", "accelerate", "safetensors", "numpy")
+PACKAGES = ("torch", "diffusers", "accelerate", "safetensors", "numpy")
 logger = get_logger(__name__, log_level="INFO")
 
 
@@ -176,10 +177,12 @@ def check_arguments(args: argparse.Namespace, device: torch.device) -> MultiCode
 
 def data_inputs(args: argparse.Namespace) -> dict:
     """The arguments that make other cells of the same files, by name; split and files are checked elsewhere."""
-    names = ["sample_size", "voxel_size_um", "oversize", "label", "image_column", "label_column", "num_phantoms"]
+    names = ["sample_size", "voxel_size_um", "oversize", "label", "image_column", "label_column", "streaming"]
+    if not (args.train_data_dir or args.dataset_name):
+        names.append("num_phantoms")
     if args.streaming:  # whose order depends on them
-        names.append("dataloader_num_workers")
-    return {name: getattr(args, name) for name in [*names, "streaming"]}
+        names += ["dataloader_num_workers", "shuffle_buffer_size"]
+    return {name: getattr(args, name) for name in names}
 
 
 def check_resumable(args: argparse.Namespace, stage: str, num_processes: int) -> None:
@@ -209,20 +212,14 @@ def write_record(args: argparse.Namespace, data: dict, num_processes: int) -> No
     record = {
         "arguments": {name: value for name, value in sorted(vars(args).items()) if name not in overrides},
         "networks": {name: getattr(args, name) for name in overrides},
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version(), "diffusers_byoc": __version__}
+        | {name: version(name) for name in PACKAGES},
         "data": data,
         "num_processes": num_processes,
     }
     stages |= dict.fromkeys(stages_of(args), record)
     with whole_or_absent(path) as temporary:
         temporary.write_text(json.dumps(stages, indent=1), encoding="utf-8")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # run from a clone
-        return None
 
 
 def describe_training(args: argparse.Namespace) -> str:

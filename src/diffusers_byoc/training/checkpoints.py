@@ -100,6 +100,7 @@ def find_checkpoint(directory: str | Path, name: str | None) -> Path | None:
 
     Raises:
         FileNotFoundError: if a checkpoint is named that does not exist.
+        ValueError: if it is called otherwise than checkpoint-STEP.
     """
     if name is None:
         return None
@@ -110,6 +111,7 @@ def find_checkpoint(directory: str | Path, name: str | None) -> Path | None:
     if not path.is_dir():
         present = ", ".join(p.name for p in checkpoints) or "none"
         raise FileNotFoundError(f"Expected the checkpoint {path}, got none of this name. Name one of: {present}.")
+    checkpoint_step(path)
     return path
 
 
