@@ -190,8 +190,8 @@ def check_sample_size(args: argparse.Namespace, vqvae: MultiCodebookVQModel | No
         below = args.sample_size // step * step
         fitting = " or ".join(str(size) for size in (below, below + step) if size >= smallest) or smallest
         raise ValueError(
-            f"Expected a --sample_size that is a multiple of {step}, at least {smallest}, as the networks halve it, got"
-            f" {args.sample_size}. Give {fitting}, or networks of fewer block_out_channels."
+            f"Expected a --sample_size that is a multiple of {step} and at least {smallest}, as the networks halve it,"
+            f" got {args.sample_size}. Give {fitting}, or networks of fewer block_out_channels."
         )
 
 
