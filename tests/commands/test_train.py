@@ -403,8 +403,8 @@ def holed(cell):
         ({"three": make_cell(0, num_channels=3)}, [], "three.npy", "keep these channels only"),
         ({"flat": make_cell(0)[:, 5]}, [], "flat.npy", "channel"),
         ({"large": make_cell(0, size=44)}, [], "large.npy", "oversize='rescale'"),
-        ({"good": make_cell(0)}, ["--sample_size", 30], "sample_size", "Choose another"),
-        ({"good": make_cell(0)}, ["--sample_size", 8], "sample_size", "larger size"),  # the U-Net's, not stage one's
+        ({"good": make_cell(0)}, ["--sample_size", 30], "--sample_size", "Give 24 or 32, or"),
+        ({"good": make_cell(0)}, ["--sample_size", 8], "--sample_size", "Give 16, or"),  # the U-Net's, not stage one's
         ({"good": make_cell(0)}, ["--mixed_precision", "fp16"], "fp16", "Say bf16, no or auto"),
         ({"good": make_cell(0)}, ["--stage", "diffusion"], "vqvae", "--stage autoencoder first"),
     ],
@@ -807,6 +807,13 @@ def test_the_moving_average_of_the_weights(unbroken, train, no_report, arguments
         for decay, weight in zip(decays, weights[1:], strict=True):
             average = decay * average + (1 - decay) * weight[name]
         torch.testing.assert_close(got.detach(), average, rtol=1e-4, atol=1e-5)
+
+
+def test_an_autoencoder_serves_cubes_of_another_size(unbroken, train, no_report):
+    arguments = ["--vqvae_path", unbroken[0] / "vqvae", "--sample_size", 40, "--max_train_steps", 1]
+    pipeline = BYOCPipeline.from_pretrained(train("--stage", "diffusion", *arguments))
+    assert pipeline(num_inference_steps=1).volumes.shape == (1, 2, 40, 40, 40)
+    assert pipeline.volume_processor.config.sample_size == pipeline.vqvae.config.sample_size == 40
 
 
 def test_accumulated_batches_are_one_large_batch(unbroken, train, no_report, monkeypatch, tmp_path):

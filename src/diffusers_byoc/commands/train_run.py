@@ -21,10 +21,10 @@ from safetensors import SafetensorError
 
 from .. import __version__
 from ..models import DualChannelUNet3D, MultiCodebookVQModel
+from ..models.fingerprint import fingerprint_weights
 from ..pipelines import BYOCPipeline
 from ..training import Stage, StageSettings, fastest_precision, follow_launcher, is_cpu_training
 from ..training.checkpoints import check_record, find_checkpoint, read_record
-from ..training.latents import fingerprint_weights
 from ..training.optimizers import optimizer_class
 from ..training.publishing import create_repository, push_pipeline
 from ..training.report import write_report
@@ -166,15 +166,38 @@ def check_arguments(args: argparse.Namespace, device: torch.device) -> MultiCode
                 " --vqvae_path."
             )
         vqvae = MultiCodebookVQModel.from_pretrained(args.vqvae_path or path)
+        check_sample_size(args, vqvae)
+        vqvae.register_to_config(sample_size=args.sample_size)
         if args.latent_scaling:
             vqvae.register_to_config(latent_scaling=args.latent_scaling)
-    else:
-        with torch.device("meta"):  # no memory, no random numbers
-            vqvae = make_autoencoder(args)
-    if args.stage != "autoencoder":
-        with torch.device("meta"):
-            make_unet(args, vqvae, num_classes=1)
-    return vqvae
+        return vqvae
+    check_sample_size(args)
+    with torch.device("meta"):  # no memory, no random numbers
+        return make_autoencoder(args)
+
+
+def check_sample_size(args: argparse.Namespace, vqvae: MultiCodebookVQModel | None = None) -> None:
+    """Refuse a size that the networks cannot halve as often as they do, and name those next to it that they can.
+
+    Args:
+        args: `sample_size`, `stage` and the networks' overrides.
+        vqvae: the autoencoder, if it is trained already.
+    """
+    any_size = argparse.Namespace(**vars(args) | {"sample_size": 2**12})
+    with torch.device("meta"):
+        vqvae = vqvae or make_autoencoder(any_size)
+        step = smallest = vqvae.downsampling_factor
+        if args.stage != "autoencoder":
+            unet = make_unet(any_size, vqvae, num_classes=1)
+            step *= unet.downsampling_factor
+            smallest = step if unet.config.norm_num_groups else 2 * step  # instance norm of one voxel is nothing
+    if args.sample_size % step or args.sample_size < smallest:
+        below = args.sample_size // step * step
+        fitting = " or ".join(str(size) for size in (below, below + step) if size >= smallest) or smallest
+        raise ValueError(
+            f"Expected a --sample_size that is a multiple of {step} and at least {smallest}, as the networks halve it,"
+            f" got {args.sample_size}. Give {fitting}, or networks of fewer block_out_channels."
+        )
 
 
 # ---------------------------------------------------------------------- what a run resumes with, and its record

@@ -14,9 +14,10 @@ from torch.utils.data import Subset
 
 from ...data import CellDataset, StreamedCells
 from ...models import DualChannelUNet3D, MultiCodebookVQModel
+from ...models.fingerprint import fingerprint_weights
 from ...pipelines import BYOCPipeline
 from ..batches import augment, indexable, remaining_batches, sample_cells
-from ..latents import CachedLatents, cache_latents, fingerprint_weights, latent_statistics
+from ..latents import CachedLatents, cache_latents, latent_statistics
 from ..losses import diffusion_loss
 from ..optimizers import make_optimizer
 from ..randomness import process_share
