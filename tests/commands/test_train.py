@@ -494,6 +494,14 @@ def test_bad_presets(tmp_path, text, message, capsys):
     assert f"{path}: {message}" in capsys.readouterr().err
 
 
+def test_help_and_mistakes_do_not_wait_for_torch():
+    code = "import sys; from diffusers_byoc.commands.train import main\n" + (
+        "try: main(sys.argv[1:])\nexcept SystemExit as stop: print(stop.code, 'torch' in sys.modules)"
+    )
+    assert run_process(["-c", code, "--help"]).stdout.endswith("\n0 False\n")
+    assert run_process(["-c", code, "--stage", "both"]).stdout == "2 False\n"
+
+
 def test_the_command_line_outranks_the_preset(preset):
     args = parse("--preset", preset, "--num_samples", 5)
     assert args.num_samples == 5 and args.num_phantoms == 10 and args.ema_decay == 0.995
@@ -734,6 +742,13 @@ def test_a_finished_run_is_extended(unbroken, train, no_report, tmp_path):
     assert BYOCPipeline.from_pretrained(output_dir).config.default_num_inference_steps == 2
     record = json.loads((output_dir / "arguments.json").read_text())["diffusion"]["arguments"]
     assert record["diffusion_max_train_steps"] == 6
+
+
+def test_another_precision_may_go_on(unbroken, train, no_report, tmp_path):
+    output_dir = shutil.copytree(unbroken[0], tmp_path / "copy")
+    more = ["--diffusion_max_train_steps", 5, "--mixed_precision", "bf16", "--dataloader_num_workers", 1]
+    train("--resume_from_checkpoint", "latest", *more, output_dir=output_dir)
+    assert sorted(scalars(output_dir, "diffusion")["loss/diffusion"]) == [1, 2, 3, 4, 5]
 
 
 def test_a_longer_autoencoder_has_its_diffusion_trained_anew(unbroken, train, no_report, tmp_path, caplog):

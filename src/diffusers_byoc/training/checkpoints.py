@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import SCALER_NAME
 from safetensors import SafetensorError
 
 from ..whole_files import move_into_place, remove, remove_left_overs
@@ -147,7 +148,15 @@ def check_record(path: Path, record: Mapping[str, Any], max_steps: int | None = 
 
 
 def load_checkpoint(accelerator: Accelerator, path: Path) -> int:
-    """Restore `accelerator`, with everything prepared and registered as when saving; return the checkpoint's step."""
-    step = checkpoint_step(path)
-    accelerator.load_state(str(path))
-    return step
+    """Restore `accelerator`, with everything prepared and registered as when saving; return the checkpoint's step.
+
+    The scaler of fp16 begins anew where the checkpoint was made in another precision.
+    """
+    scaler = accelerator.scaler
+    if not (path / SCALER_NAME).is_file():
+        accelerator.scaler = None
+    try:
+        accelerator.load_state(str(path))
+    finally:
+        accelerator.scaler = scaler
+    return checkpoint_step(path)
