@@ -36,6 +36,7 @@ from diffusers_byoc.whole_files import lock_folder
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "examples" / "train_byoc.py"
 STAGES = "diffusers_byoc.training.stages"
+CHECKPOINTS = "diffusers_byoc.training.checkpoints"
 REAL_CELLS = REPOSITORY.parent / "shared" / "data" / "mitotic_cells"
 
 TINY = {
@@ -623,14 +624,15 @@ def test_kills_while_saving_and_between_the_stages_lose_nothing(unbroken, preset
     command = [SCRIPT, "--preset", preset, "--output_dir", tmp_path, "--resume_from_checkpoint", "latest"]
     for owner, function, call, last in (
         ("torch", "save", 2, None),  # half of the first checkpoint is written
-        ("pathlib:Path", "rename", 1, None),  # all of it, but it has no name yet
-        ("pathlib:Path", "rename", 3, "autoencoder/checkpoint-4"),  # the earlier one is about to be deleted
+        (CHECKPOINTS, "move_into_place", 1, None),  # all of it, but it has no name yet
+        (CHECKPOINTS, "remove", 1, "autoencoder/checkpoint-4"),  # the earlier one is about to be removed
         ("diffusers_byoc:MultiCodebookVQModel", "save_pretrained", 1, "autoencoder/checkpoint-4"),
         (f"{STAGES}.diffusion", "cache_latents", 1, "autoencoder/checkpoint-4"),
-        ("os", "replace", 1, "autoencoder/checkpoint-4"),  # latents are encoded, but have no name yet
+        # latents are encoded, but have no name yet; the run's record is the first to get one
+        ("diffusers_byoc.whole_files", "move_into_place", 2, "autoencoder/checkpoint-4"),
         (f"{STAGES}.diffusion", "diffusion_loss", 1, "autoencoder/checkpoint-4"),
         ("torch", "save", 2, "autoencoder/checkpoint-4"),  # half of the second stage's first checkpoint
-        ("pathlib:Path", "rename", 3, "diffusion/checkpoint-4"),
+        (CHECKPOINTS, "remove", 1, "diffusion/checkpoint-4"),
         ("diffusers_byoc:BYOCPipeline", "save_pretrained", 1, "diffusion/checkpoint-4"),
     ):
         killed = run_process(["-c", KILLED, owner, function, call, *command], check=False)
