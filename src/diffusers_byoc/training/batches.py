@@ -1,12 +1,16 @@
 """The batches that a stage is fed with: each a function of its number, shared out among the processes."""
 
+from collections.abc import Iterator
+
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..data import CellDataset, StreamBatches, StreamedCells, augment_cells, draw_augmentation
+from ..models import MultiCodebookVQModel
 from .interruptions import ignore_termination
+from .latents import CachedLatents
 from .randomness import StepBatches, process_share, step_generator
 from .settings import StageSettings
 
@@ -30,6 +34,41 @@ def remaining_batches(cells: CellDataset | StreamedCells, settings: StageSetting
     accumulation = settings.gradient_accumulation_steps
     num_batches = (settings.max_train_steps - first_step) * accumulation
     return batch_loader(cells, settings, first_step * accumulation, num_batches)
+
+
+def latent_batches(
+    accelerator: Accelerator,
+    settings: StageSettings,
+    cells: CellDataset | StreamedCells,
+    vqvae: MultiCodebookVQModel,
+    latents: CachedLatents | None,
+    first_step: int,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """What this process has left to see of a stage that trains on latents.
+
+    Args:
+        accelerator: gives autocast and the device.
+        settings: of the stage.
+        cells: to train on.
+        vqvae: trained, on the device.
+        latents: those of all `cells`; None to encode the batches, augmented as the settings say.
+        first_step: steps made before.
+
+    Yields:
+        Normalised latents (B, M*n, d, h, w) and class labels (B,).
+    """
+    loader = remaining_batches(cells, settings, first_step)
+    if latents is None:
+        for micro_step, batch in enumerate(loader, first_step * settings.gradient_accumulation_steps):
+            volumes = augment(batch["volumes"].to(accelerator.device), settings, micro_step)
+            with torch.no_grad(), accelerator.autocast():
+                clean = vqvae.encode(volumes).latents.float()
+            yield vqvae.normalize_latents(clean), batch["class_labels"].to(accelerator.device)
+    else:
+        labels = torch.tensor(cells.labels)
+        for indices in loader.batch_sampler:
+            clean = latents[indices].to(accelerator.device)
+            yield vqvae.normalize_latents(clean), labels[indices].to(accelerator.device)
 
 
 def augment(volumes: Tensor, settings: StageSettings, micro_step: int) -> Tensor:

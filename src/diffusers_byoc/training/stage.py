@@ -97,7 +97,8 @@ class Stage:
             deepspeed_config["train_micro_batch_size_per_gpu"] = settings.train_batch_size
             if precision == "bf16":
                 deepspeed_config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
-        config = {k: v for k, v in asdict(settings).items() if isinstance(v, (int, float, str, bool))}
+        config = asdict(settings) | self.inputs
+        config = {name: value for name, value in config.items() if isinstance(value, (int, float, str, bool))}
         wandb = {"dir": str(self.output_dir), "name": f"{self.output_dir.name}/{self.name}"}
         self.accelerator.init_trackers(self.name, config, {"wandb": wandb})
         set_seed(settings.seed)
