@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 
+from ..randomness import step_generator
 from ..visualization import compare_volumes
 from .checkpoints import (
     check_record,
@@ -25,7 +26,6 @@ from .checkpoints import (
 )
 from .hardware import fair_num_threads, fastest_precision, is_cpu_training, keep_freed_memory
 from .interruptions import Termination
-from .randomness import step_generator
 from .settings import StageSettings
 
 

@@ -9,15 +9,15 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
 from torch.utils.data import Subset
 
-from ...data import CellDataset, StreamedCells
+from ...data import Cells
 from ...models import DualChannelUNet3D, MultiCodebookVQModel
 from ...models.fingerprint import fingerprint_weights
 from ...pipelines import BYOCPipeline
-from ..batches import indexable, latent_batches, sample_cells
+from ...randomness import process_share
+from ..batches import latent_batches, sample_cells
 from ..latents import cache_latents, latent_statistics
 from ..losses import diffusion_loss
 from ..optimizers import make_optimizer
-from ..randomness import process_share
 from ..settings import StageSettings
 from ..stage import Stage
 from ..validation import validate_diffusion
@@ -56,8 +56,8 @@ def train_diffusion(
     unet: DualChannelUNet3D,
     noise_scheduler: DDPMScheduler,
     vqvae: MultiCodebookVQModel,
-    cells: CellDataset | StreamedCells,
-    held_out_cells: CellDataset | StreamedCells | None = None,
+    cells: Cells,
+    held_out_cells: Cells | None = None,
 ) -> BYOCPipeline:
     """Train `unet` on the latents of `cells`.
 
@@ -93,7 +93,7 @@ def train_diffusion(
     # 2. data: latents encoded once and read from the disk; but batch by batch, and only some beforehand, where
     # augmentation gives each epoch others, or a stream may outgrow the disk
     vqvae.to(accelerator.device).requires_grad_(False).eval()
-    is_kept = not (settings.is_augmented or isinstance(cells, StreamedCells))
+    is_kept = cells.is_indexable and not settings.is_augmented
     known = cells if is_kept else sample_cells(cells, 256, settings.seed)
     folder, workers = stage.output_dir / "latents", settings.dataloader_num_workers
     latents = cache_latents(vqvae, known, folder / "train", accelerator, num_workers=workers)
@@ -103,7 +103,7 @@ def train_diffusion(
     accelerator.log(statistics, step=0)
     logger.info(f"latents, normalised: {', '.join(f'{name} {value:.3f}' for name, value in statistics.items())}")
     if held_out_cells is not None:
-        validation_cells = indexable(held_out_cells, settings.num_validation_cells, settings.seed)
+        validation_cells = held_out_cells.indexable(settings.num_validation_cells, settings.seed)
         rows = range(min(len(validation_cells), settings.num_validation_cells))
         held_out_latents = cache_latents(vqvae, Subset(validation_cells, rows), folder / "held_out", accelerator)
         held_out_labels = None
@@ -174,7 +174,7 @@ def train_diffusion(
 
 def make_pipeline(
     settings: DiffusionSettings,
-    cells: CellDataset | StreamedCells,
+    cells: Cells,
     vqvae: MultiCodebookVQModel,
     unet: DualChannelUNet3D,
     noise_scheduler: DDPMScheduler,
