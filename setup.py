@@ -57,6 +57,13 @@ setup(
     keywords="diffusion, microscopy, light-sheet, single cell, 3D, VQ-VAE, diffusers",
     package_dir={"": "src"},
     packages=find_packages("src"),
+    package_data={"diffusers_byoc": ["commands/presets/*.json", "training/model_card.md"]},
+    entry_points={
+        "console_scripts": [
+            "byoc-generate = diffusers_byoc.commands.generate:main",
+            "byoc-train = diffusers_byoc.commands.train:main",
+        ]
+    },
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.6",

@@ -15,9 +15,10 @@ ALLOWED = {
     "metrics": {"metrics"},
     "visualization": {"visualization"},
     "pipelines": {"pipelines", "models", "data"},
-    "training": {"training", "models", "data"},
+    "training": {"training", "models", "data", "metrics", "pipelines", "visualization"},
     "baselines": {"baselines", "models", "data"},
 }
+ALLOWED["commands"] = {"commands", "__version__", *ALLOWED}
 
 
 def imported_folders(source: str, module: tuple[str, ...]) -> set[str]:

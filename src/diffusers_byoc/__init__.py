@@ -1,28 +1,60 @@
-"""Build Your Own Cell: multichannel 3D microscopy volumes of single cells, as a diffusers extension."""
+"""Build Your Own Cell: multichannel 3D microscopy volumes of single cells, as a diffusers extension.
 
-import diffusers
-from diffusers import ModelMixin
-from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+Importing the package imports neither torch nor diffusers; the first use of a name does.
+"""
 
-from .data import VolumeProcessor
-from .models import DualChannelUNet3D, MultiCodebookVQModel, PatchDiscriminator3D
-from .pipelines import USABLE_SCHEDULERS, BYOCPipeline, BYOCPipelineOutput
+import importlib
+from typing import TYPE_CHECKING
+
+from .diffusers_face import show_to_diffusers
 
 
 __version__ = "0.1.0"
 
-# Saved pipelines then name their components ["diffusers_byoc", CLASS], which loads from a Hub too and survives moving
-# files; `DiffusionPipeline.from_pretrained` finds the pipeline class as an attribute of diffusers.
-LOADABLE_CLASSES["diffusers_byoc"] = {"ModelMixin": ["save_pretrained", "from_pretrained"]}
-diffusers.BYOCPipeline = BYOCPipeline
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
+
+    from .data import VolumeProcessor
+    from .models import DualChannelUNet3D, MultiCodebookVQModel, PatchDiscriminator3D
+    from .pipelines import USABLE_SCHEDULERS, BYOCPipeline, BYOCPipelineOutput
 
 __all__ = [
     "USABLE_SCHEDULERS",
     "BYOCPipeline",
     "BYOCPipelineOutput",
     "DualChannelUNet3D",
-    "ModelMixin",
+    "ModelMixin",  # not ours: diffusers looks for a component's base class in the package of the component
     "MultiCodebookVQModel",
     "PatchDiscriminator3D",
     "VolumeProcessor",
 ]
+
+_MODULES = {
+    "USABLE_SCHEDULERS": ".pipelines",
+    "BYOCPipeline": ".pipelines",
+    "BYOCPipelineOutput": ".pipelines",
+    "DualChannelUNet3D": ".models",
+    "ModelMixin": "diffusers",
+    "MultiCodebookVQModel": ".models",
+    "PatchDiscriminator3D": ".models",
+    "VolumeProcessor": ".data",
+}
+_FOLDERS = ("data", "models", "pipelines")  # as `import diffusers_byoc` has always given them
+
+
+def __getattr__(name: str):
+    if name in _MODULES:
+        value = getattr(importlib.import_module(_MODULES[name], __name__), name)
+    elif name in _FOLDERS:
+        value = importlib.import_module(f".{name}", __name__)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_FOLDERS})
+
+
+show_to_diffusers()

@@ -119,6 +119,39 @@ def test_given_latents_replace_the_noise(pipeline):
     assert np.array_equal(drawn, given)
 
 
+def test_whole_numbers_of_numpy_are_whole_numbers(pipeline):
+    expected = pipeline(num_samples=2, num_inference_steps=2, generator=seeded()).volumes
+    arguments = {"num_samples": np.int64(2), "num_inference_steps": np.int32(2)}
+    assert np.array_equal(pipeline(**arguments, generator=seeded()).volumes, expected)
+
+
+def test_the_number_of_samples_is_that_of_what_is_given_for_each(pipeline):
+    assert len(pipeline().volumes) == 1
+    assert len(pipeline(latents=torch.randn(3, 8, 4, 4, 4)).volumes) == 3
+    assert len(pipeline(generator=[seeded(), seeded()]).volumes) == 2
+
+
+def test_what_predict_returns_is_what_is_denoised_with(pipeline):
+    noise = torch.randn(1, 8, 4, 4, 4)
+    asked = []
+
+    class Guided(BYOCPipeline):
+        def predict(self, latents, timestep, class_labels=None):
+            asked.append((int(timestep), latents.dtype, class_labels))
+            return 2 * super().predict(latents, timestep, class_labels)
+
+    guided = Guided.from_pipe(pipeline)
+    guided.set_progress_bar_config(disable=True)
+    latents = guided(latents=noise, output_type="latent").volumes
+    assert asked == [(int(timestep), torch.float32, None) for timestep in pipeline.scheduler.timesteps]
+    expected = noise
+    for timestep in pipeline.scheduler.timesteps:
+        with torch.no_grad():
+            prediction = 2 * pipeline.unet(expected, timestep).sample
+        expected = pipeline.scheduler.step(prediction, timestep, expected).prev_sample
+    torch.testing.assert_close(latents, expected)
+
+
 def test_the_default_number_of_steps_is_the_pipelines(pipeline):
     pipeline()
     assert pipeline.num_timesteps == 3
@@ -147,7 +180,9 @@ def test_class_labels_by_name_and_index(labelled):
     by_name = sample(["blebbistatin", "nocodazole"])
     assert np.array_equal(by_name, sample([1, 2]))
     assert np.array_equal(by_name, sample(torch.tensor([1, 2])))
-    assert np.array_equal(by_name, sample(["blebbistatin", 2], num_samples=1))  # a label per cell says how many
+    assert np.array_equal(by_name, sample(np.array([1, 2])))
+    assert np.array_equal(by_name, sample([np.int64(1), "nocodazole"]))
+    assert np.array_equal(by_name, sample(["blebbistatin", 2], num_samples=None))  # a label per cell says how many
     assert not np.array_equal(by_name[0], by_name[1])
     same = sample("nocodazole")
     np.testing.assert_allclose(same[0], same[1], atol=1e-5)
@@ -182,6 +217,8 @@ def test_arguments_that_do_not_fit_are_refused(pipeline, arguments, message):
         ({"class_labels": 3}, r"\[0, 3\).*got 3"),
         ({"class_labels": -1}, r"\[0, 3\).*got -1"),
         ({"class_labels": [0, 1], "num_samples": 3}, r"one per sample \(3\), got 2"),
+        ({"class_labels": [0, 1], "num_samples": 1}, r"one per sample \(1\), got 2"),
+        ({"class_labels": [0, 1.5]}, r"\[0, 3\).*got 1.5"),
         ({"class_labels": []}, "num_samples of at least 1, got 0"),
     ],
 )

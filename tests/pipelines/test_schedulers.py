@@ -5,6 +5,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, HeunDiscreteScheduler, PNDMS
 from diffusers.utils import is_scipy_available, is_torchsde_available
 
 from diffusers_byoc import USABLE_SCHEDULERS, BYOCPipeline, DualChannelUNet3D, MultiCodebookVQModel
+from diffusers_byoc.pipelines.schedulers import SCHEDULERS_FOR
 
 
 # Every other scheduler class of diffusers that reads a DDPM configuration
@@ -143,3 +144,54 @@ def test_the_prediction_type_is_remembered_by_the_saved_pipeline(tmp_path):
     loaded.scheduler = DDIMScheduler.from_config(loaded.scheduler.config, prediction_type="epsilon")
     with pytest.raises(ValueError, match="'v_prediction'.*got DDIMScheduler with prediction_type='epsilon'"):
         loaded(num_inference_steps=2)
+
+
+@pytest.mark.parametrize("name", USABLE_SCHEDULERS)
+def test_a_model_of_samples_is_sampled_or_its_scheduler_refused(name):
+    if name == "DPMSolverSDEScheduler" and not is_torchsde_available():
+        pytest.skip("DPMSolverSDEScheduler needs torchsde")
+    if name == "LMSDiscreteScheduler" and not is_scipy_available():
+        pytest.skip("LMSDiscreteScheduler needs scipy")
+    pipeline = make_pipeline(prediction_type="sample")
+    pipeline.scheduler = from_config(name, pipeline)
+    if name in SCHEDULERS_FOR["sample"]:
+        assert torch.isfinite(pipeline(num_inference_steps=12, output_type="latent").volumes).all()
+    else:
+        with pytest.raises(ValueError, match=f"prediction_type='sample', got {name}. Use one of: DDPMScheduler, "):
+            pipeline(num_inference_steps=12)
+
+
+@pytest.mark.parametrize(
+    ("changes", "got"),
+    [
+        ({"beta_schedule": "linear"}, "beta_end=0.02, beta_schedule='linear', beta_start=0.0001"),
+        ({"num_train_timesteps": 500}, "beta_schedule='squaredcos_cap_v2', num_train_timesteps=500. "),
+    ],
+)
+def test_another_noise_schedule_than_the_models_is_refused(changes, got, tmp_path):
+    make_pipeline().save_pretrained(tmp_path)
+    pipeline = BYOCPipeline.from_pretrained(tmp_path)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **changes)
+    with pytest.raises(ValueError, match="schedule='squaredcos_cap_v2', num_train_timesteps=1000 .*got DDIM") as error:
+        pipeline(num_inference_steps=2)
+    message = str(error.value)
+    assert got in message
+    call = message[message.index("DDIMScheduler.from_config") :].rstrip(".")
+    pipeline.scheduler = eval(call, {"DDIMScheduler": DDIMScheduler, "pipe": pipeline})  # what the message advises
+    pipeline(num_inference_steps=2)
+
+
+def test_defaults_of_another_scheduler_do_not_replace_the_bounds_of_a_linear_schedule():
+    pipeline = make_pipeline()
+    linear = DDPMScheduler(clip_sample=False)  # Heun's defaults are other ones than these
+    pipeline = BYOCPipeline(pipeline.vqvae, pipeline.unet, linear)
+    pipeline.scheduler = HeunDiscreteScheduler.from_config(linear.config, timestep_spacing="leading")
+    with pytest.raises(ValueError, match="beta_start=0.0001.*got HeunDiscreteScheduler.*beta_start=0.00085"):
+        pipeline(num_inference_steps=2)
+
+
+def test_flow_sigmas_are_refused():
+    pipeline = make_pipeline()
+    pipeline.scheduler = diffusers.UniPCMultistepScheduler.from_config(pipeline.scheduler.config, use_flow_sigmas=True)
+    with pytest.raises(ValueError, match="use_flow_sigmas=False .*got UniPCMultistepScheduler"):
+        pipeline(num_inference_steps=2)

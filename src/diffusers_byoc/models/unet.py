@@ -10,11 +10,11 @@ from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.activations import get_activation
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
-from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from .attention import AxialAttention
+from .checked_loading import CheckedModelMixin
 from .convolution import Conv3d
 from .normalization import InstanceNorm, to_fast_memory_format
 
@@ -73,7 +73,7 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(hidden_states, scale_factor=2.0, mode="nearest"))
 
 
-class DualChannelUNet3D(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
+class DualChannelUNet3D(CheckedModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
     """3D U-Net over the paired latents of M biological channels.
 
     The channels' latents lie side by side along the feature axis, so every layer's output for one channel depends on
@@ -200,20 +200,7 @@ class DualChannelUNet3D(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
         self._check_sample(sample)
 
         # 1. time and class
-        if not torch.is_tensor(timestep):
-            timestep = torch.tensor([timestep], device=sample.device)
-        timesteps = timestep.reshape(-1).to(sample.device).expand(len(sample))
-        time_features = self.time_proj(timesteps).to(sample.dtype)  # sines are computed in float32
-        embedding = self.time_embedding(time_features)  # (B, time_dim)
-        if (self.class_embedding is None) != (class_labels is None):
-            wanted = "no class_labels" if self.class_embedding is None else "class_labels (B,)"
-            raise ValueError(
-                f"Expected {wanted} for num_class_embeds={self.config.num_class_embeds}, got {class_labels!r}. "
-                "Pass class labels exactly to a model that was built with num_class_embeds."
-            )
-        if class_labels is not None:
-            embedding = embedding + self.class_embedding(class_labels).to(embedding.dtype)
-        embedding = self.nonlinearity(embedding)
+        embedding = self.embed_conditions(sample, timestep, class_labels)
 
         # 2. in
         hidden_states = self.conv_in(to_fast_memory_format(sample))
@@ -246,6 +233,39 @@ class DualChannelUNet3D(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
         gain = self.input_gain(embedding)[:, :, None, None, None]
         sample = self.conv_out(self.nonlinearity(self.norm_out(hidden_states))) + gain * sample
         return DualChannelUNet3DOutput(sample=sample) if return_dict else (sample,)
+
+    def embed_conditions(
+        self, sample: Tensor, timestep: Tensor | float | int, class_labels: Tensor | None = None
+    ) -> Tensor:
+        """All that the prediction depends on beside the latents, as one vector a sample; every block takes it.
+
+        Each condition is a summand, and one that is not given adds nothing: the place for a further kind.
+
+        Args:
+            sample: (B, M*n, d, h, w); says how many samples there are, where, and in what arithmetic.
+            timestep: one for all samples, or (B,).
+            class_labels: (B,) int64 in [0, num_class_embeds).
+
+        Returns:
+            (B, 4 * block_out_channels[0]).
+
+        Raises:
+            ValueError: for class labels where there should be none, or the reverse.
+        """
+        if not torch.is_tensor(timestep):
+            timestep = torch.tensor([timestep], device=sample.device)
+        timesteps = timestep.reshape(-1).to(sample.device).expand(len(sample))
+        time_features = self.time_proj(timesteps).to(sample.dtype)  # sines are computed in float32
+        embedding = self.time_embedding(time_features)  # (B, time_dim)
+        if (self.class_embedding is None) != (class_labels is None):
+            wanted = "no class_labels" if self.class_embedding is None else "class_labels (B,)"
+            raise ValueError(
+                f"Expected {wanted} for num_class_embeds={self.config.num_class_embeds}, got {class_labels!r}. "
+                "Pass class labels exactly to a model that was built with num_class_embeds."
+            )
+        if class_labels is not None:
+            embedding = embedding + self.class_embedding(class_labels).to(embedding.dtype)
+        return self.nonlinearity(embedding)
 
     def _run(self, block: nn.Module, hidden_states: Tensor, embedding: Tensor) -> Tensor:
         if torch.is_grad_enabled() and self.gradient_checkpointing:

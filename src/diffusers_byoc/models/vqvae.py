@@ -7,14 +7,14 @@ import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput
-from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
+from .checked_loading import CheckedModelMixin
 from .encoder_decoder import Decoder3D, Encoder3D, initialize_convolution
 from .normalization import to_fast_memory_format
-from .quantizer import Codebook, codebook_usage, quantize_rows
+from .quantizer import Codebook, quantize_rows, usage_and_perplexity
 from .tiling import blend_tiles
 
 
@@ -50,7 +50,7 @@ class MultiCodebookVQOutput(BaseOutput):
     indices: Tensor
 
 
-class MultiCodebookVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
+class MultiCodebookVQModel(CheckedModelMixin, AutoencoderMixin, ConfigMixin):
     """Vector-quantising autoencoder for volumes of M biological channels, with one codebook per channel.
 
     Each channel is encoded alone, by the same encoder (eq. 1), and quantised with its own codebook (eq. 3-4); one
@@ -314,7 +314,7 @@ class MultiCodebookVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
                 self.config.revival_threshold,
                 generator,
             )
-            usage, perplexity = codebook_usage(count)
+            usage, perplexity = usage_and_perplexity(count)
             statistics[f"usage/{name}"] = usage.item()
             statistics[f"perplexity/{name}"] = perplexity.item()
             statistics[f"revived/{name}"] = float(num_revived)

@@ -1,5 +1,7 @@
 """BYOC inference (section 3.2, "Final assembly"): noise to latents (eq. 13), latents to codes, codes to cells."""
 
+import inspect
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,7 +13,8 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ..data import VolumeProcessor
 from ..models import DualChannelUNet3D, MultiCodebookVQModel
-from .schedulers import check_scheduler
+from . import schedulers
+from .fit import check_fit
 
 
 @dataclass
@@ -29,10 +32,16 @@ class BYOCPipeline(DiffusionPipeline):
         unet: denoiser of the latents.
         scheduler: any of `USABLE_SCHEDULERS`, with the prediction type that `unet` was trained for.
         default_num_inference_steps: denoising steps where a call names none; saved with the pipeline.
-        prediction_type: what `unet` was trained to predict; `None` takes the scheduler's word for it.
+        prediction_type: what `unet` was trained to predict: "epsilon" (the noise), "v_prediction" or "sample"; `None`
+            takes the scheduler's word for it.
+        noise_schedule: how much noise `unet` was trained to find at which timestep, the part of a scheduler's
+            configuration that says so; `None` takes the scheduler's.
         label2id: names of the classes (drugs), for `class_labels`; `None` for a model without names.
         volume_processor_config: configuration of the `VolumeProcessor` the training volumes went through, with the
             voxel size that they had; see `volume_processor`.
+
+    Raises:
+        ValueError: if the components, or what the configuration says of them, do not fit together.
 
     Source: BYOC, section 3.2.
     """
@@ -47,21 +56,24 @@ class BYOCPipeline(DiffusionPipeline):
         scheduler: DDPMScheduler,
         default_num_inference_steps: int = 1000,
         prediction_type: str | None = None,
+        noise_schedule: dict | None = None,
         label2id: dict[str, int] | None = None,
         volume_processor_config: dict | None = None,
     ):
         super().__init__()
         self.register_modules(vqvae=vqvae, unet=unet, scheduler=scheduler)
         if prediction_type is None:
-            prediction_type = getattr(scheduler.config, "prediction_type", "epsilon")
+            prediction_type = scheduler.config.get("prediction_type", "epsilon")
         self.register_to_config(
             default_num_inference_steps=default_num_inference_steps,
             prediction_type=prediction_type,
+            noise_schedule=schedulers.noise_schedule(scheduler) if noise_schedule is None else noise_schedule,
             label2id=label2id,
             # without its private keys: "_use_default_values" makes `from_config` forget what was changed since
             volume_processor_config=volume_processor_config
             and {key: value for key, value in volume_processor_config.items() if not key.startswith("_")},
         )
+        check_fit(self)
 
     @property
     def volume_processor(self) -> VolumeProcessor:
@@ -80,10 +92,24 @@ class BYOCPipeline(DiffusionPipeline):
         """Denoising steps of the latest call."""
         return self._num_timesteps
 
+    def predict(self, latents: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None = None):
+        """What the U-Net makes of the latents at one step: the place where conditions and guidance come in.
+
+        Args:
+            latents: (B, M*n, d, h, w) float32, in the scheduler's units.
+            timestep: scalar, of the scheduler's `timesteps`.
+            class_labels: (B,) int64, for a model with classes.
+
+        Returns:
+            (B, M*n, d, h, w) float32, of the pipeline's `prediction_type`.
+        """
+        model_input = self.scheduler.scale_model_input(latents, timestep).to(self.unet.dtype)
+        return self.unet(model_input, timestep, class_labels=class_labels, return_dict=False)[0].float()
+
     @torch.no_grad()
     def __call__(
         self,
-        num_samples: int = 1,
+        num_samples: int | None = None,
         class_labels: int | str | list[int | str] | None = None,
         num_inference_steps: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -96,7 +122,7 @@ class BYOCPipeline(DiffusionPipeline):
         """Generate cells.
 
         Args:
-            num_samples: how many; where `class_labels` is a list, it need not be given.
+            num_samples: how many; `None` makes as many as there are `class_labels`, `latents` or generators, or one.
             class_labels: the class (drug) of every cell, or a list with one for each: an index, or a name in the
                 pipeline's `label2id`. Required exactly if the model was trained with classes.
             num_inference_steps: denoising steps; `None` takes the pipeline's `default_num_inference_steps`.
@@ -115,33 +141,33 @@ class BYOCPipeline(DiffusionPipeline):
             ValueError: for arguments that fit neither each other nor the model.
         """
         # 1. check
-        if isinstance(class_labels, torch.Tensor):
+        if hasattr(class_labels, "tolist"):  # a tensor or an array
             class_labels = class_labels.tolist()
         if isinstance(class_labels, (list, tuple)):
             class_labels = list(_flat(class_labels))
-            num_samples = len(class_labels) if num_samples == 1 else num_samples
+        if num_samples is None:
+            lists = (x for x in (class_labels, latents, generator) if isinstance(x, (list, torch.Tensor)))
+            num_samples = len(next(lists, [None]))
         callback_on_step_end_tensor_inputs = callback_on_step_end_tensor_inputs or ["latents"]
-        self.check_inputs(num_samples, num_inference_steps, output_type, callback_on_step_end_tensor_inputs)
         steps = self.config.default_num_inference_steps if num_inference_steps is None else num_inference_steps
-        check_scheduler(self.scheduler, self.config.prediction_type, steps)
+        self.check_inputs(num_samples, steps, output_type, callback_on_step_end_tensor_inputs)
+        schedulers.check_scheduler(self.scheduler, self.config.prediction_type, self.config.noise_schedule, steps)
         device = self._execution_device
-        class_labels = self._prepare_class_labels(class_labels, num_samples, device)
+        class_labels = self.prepare_class_labels(class_labels, num_samples, device)
 
         # 2. noise, and the scheduler's steps
         self.scheduler.set_timesteps(steps, device=device)
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
         latents = self.prepare_latents(num_samples, generator, latents, device)
-        step_arguments = {"generator": generator} if "generator" in _parameters(self.scheduler.step) else {}
+        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        step_arguments = {"generator": generator} if takes_generator else {}
 
         # 3. denoise; the latents stay in float32, as some schedulers start near 20,000
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for step, timestep in enumerate(timesteps):
-                model_input = self.scheduler.scale_model_input(latents, timestep).to(self.unet.dtype)
-                prediction = self.unet(model_input, timestep, class_labels=class_labels, return_dict=False)[0]
-                latents = self.scheduler.step(
-                    prediction.float(), timestep, latents, **step_arguments, return_dict=False
-                )[0]
+                prediction = self.predict(latents, timestep, class_labels)
+                latents = self.scheduler.step(prediction, timestep, latents, **step_arguments, return_dict=False)[0]
                 if callback_on_step_end is not None:
                     tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
                     latents = callback_on_step_end(self, step, timestep, tensors).pop("latents", latents)
@@ -157,17 +183,16 @@ class BYOCPipeline(DiffusionPipeline):
             volumes = latents
         else:
             decoded = self.vqvae.decode(self.vqvae.denormalize_latents(latents)).sample
-            volumes = (decoded.float() / 2 + 0.5).clamp(0, 1)
-            volumes = volumes.cpu().numpy() if output_type == "np" else volumes
+            volumes = self.volume_processor.postprocess(decoded, output_type)
 
         self.maybe_free_model_hooks()
         return BYOCPipelineOutput(volumes=volumes) if return_dict else (volumes,)
 
     def check_inputs(self, num_samples, num_inference_steps, output_type, callback_on_step_end_tensor_inputs) -> None:
         """Raise `ValueError` for arguments outside their ranges."""
-        if not isinstance(num_samples, int) or num_samples < 1:
+        if _whole_number(num_samples) < 1:
             raise ValueError(f"Expected num_samples of at least 1, got {num_samples!r}. Ask for one or more cells.")
-        if num_inference_steps is not None and num_inference_steps < 1:
+        if _whole_number(num_inference_steps) < 1:
             raise ValueError(f"Expected num_inference_steps of at least 1, got {num_inference_steps!r}. Raise it.")
         if output_type not in ("np", "pt", "latent"):
             raise ValueError(f"Expected output_type 'np', 'pt' or 'latent', got {output_type!r}. Choose one.")
@@ -195,7 +220,8 @@ class BYOCPipeline(DiffusionPipeline):
             )
         return latents.to(device, torch.float32) * self.scheduler.init_noise_sigma
 
-    def _prepare_class_labels(self, class_labels, num_samples, device) -> torch.Tensor | None:
+    def prepare_class_labels(self, class_labels, num_samples, device) -> torch.Tensor | None:
+        """Indices (num_samples,) of the classes, int64, or None for a model without classes."""
         num_classes = self.unet.config.num_class_embeds
         if (class_labels is None) != (num_classes is None):
             wanted = (
@@ -213,8 +239,8 @@ class BYOCPipeline(DiffusionPipeline):
         return torch.tensor(indices, device=device)
 
     def _class_index(self, label: int | str, num_classes: int) -> int:
-        index = (self.config.label2id or {}).get(label) if isinstance(label, str) else label
-        if not isinstance(index, int) or not 0 <= index < num_classes:
+        index = (self.config.label2id or {}).get(label, -1) if isinstance(label, str) else _whole_number(label)
+        if not 0 <= index < num_classes:
             raise ValueError(
                 f"Expected a class label in [0, {num_classes}) or one of {self._class_names()}, got {label!r}. "
                 "Choose one of these."
@@ -230,5 +256,9 @@ def _flat(labels):
         yield from _flat(label) if isinstance(label, (list, tuple)) else (label,)
 
 
-def _parameters(function: Callable) -> tuple[str, ...]:
-    return function.__code__.co_varnames[: function.__code__.co_argcount]
+def _whole_number(value) -> int:
+    """An integer of any library as Python's; -1 for what is none."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        return -1

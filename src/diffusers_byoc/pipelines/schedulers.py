@@ -1,6 +1,7 @@
-"""Which of diffusers' schedulers sample correctly from a model trained by DDPM with a cosine schedule."""
+"""Which of diffusers' schedulers sample correctly from what a U-Net was trained for."""
 
-# Each was run on the trained demo, 30 steps with "leading" spacing: mean size within 6 % of the phantoms'.
+# Trained by DDPM with a cosine schedule. Each was run on the trained demo, 30 steps with "leading" spacing: mean size
+# within 6 % of the phantoms'.
 USABLE_SCHEDULERS = (
     "DDPMScheduler",
     "DDIMScheduler",
@@ -19,27 +20,69 @@ USABLE_SCHEDULERS = (
     "UniPCMultistepScheduler",
 )
 
+_CANNOT_TAKE_SAMPLES = (
+    "DPMSolverSDEScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "PNDMScheduler",
+)
+
+# What a U-Net can be trained to predict -> the schedulers for it
+SCHEDULERS_FOR = {
+    "epsilon": USABLE_SCHEDULERS,
+    "v_prediction": USABLE_SCHEDULERS,
+    "sample": tuple(name for name in USABLE_SCHEDULERS if name not in _CANNOT_TAKE_SAMPLES),
+}
+
 # With any other spacing these give wrong samples (Heun) or diverge (PNDM), without a word.
 _NEEDS_LEADING_SPACING = ("HeunDiscreteScheduler", "PNDMScheduler")
 
 
-def check_scheduler(scheduler, prediction_type: str, num_inference_steps: int) -> None:
-    """Refuse a scheduler that would sample wrongly from a model trained to predict `prediction_type`, or not at all.
+def noise_schedule(scheduler) -> dict:
+    """How much noise `scheduler` has at which timestep: what of its configuration a U-Net is trained for."""
+    config = scheduler.config
+    names = ["num_train_timesteps", "beta_schedule"]
+    if config.get("beta_schedule") != "squaredcos_cap_v2":  # which alone takes no bounds
+        names += ["beta_start", "beta_end", "trained_betas"]
+    return {name: config.get(name) for name in names}
+
+
+def check_scheduler(scheduler, prediction_type: str, trained_noise_schedule: dict, num_inference_steps: int) -> None:
+    """Refuse a scheduler that would sample wrongly from a U-Net, or not at all.
+
+    Args:
+        scheduler: the scheduler.
+        prediction_type: what the U-Net was trained to predict, a key of `SCHEDULERS_FOR`.
+        trained_noise_schedule: `noise_schedule` of the scheduler that it was trained with.
+        num_inference_steps: of the call.
 
     Raises:
         ValueError: naming the scheduler, what is wrong, and what works.
     """
     name = type(scheduler).__name__
-    if name not in USABLE_SCHEDULERS:
+    usable = SCHEDULERS_FOR[prediction_type]
+    if name not in usable:
         raise ValueError(
-            f"Expected a scheduler that can sample from a DDPM-trained model, got {name}. "
-            f"Use one of: {', '.join(USABLE_SCHEDULERS)}."
+            f"Expected a scheduler that can sample from a DDPM-trained model with prediction_type="
+            f"{prediction_type!r}, got {name}. Use one of: {', '.join(usable)}."
         )
     if scheduler.config.prediction_type != prediction_type:
         raise ValueError(
             f"Expected a scheduler with prediction_type={prediction_type!r} (what the unet was trained to predict), "
             f"got {name} with prediction_type={scheduler.config.prediction_type!r}. "
-            f"Make it with {name}.from_config(pipe.scheduler.config)."
+            f"Make it with {name}.from_config(pipe.scheduler.config, prediction_type={prediction_type!r})."
+        )
+    if scheduler.config.get("use_flow_sigmas"):
+        raise ValueError(
+            f"Expected a scheduler with use_flow_sigmas=False (the unet was trained by DDPM), got {name} with "
+            f"use_flow_sigmas=True. Make it with {name}.from_config(pipe.scheduler.config, use_flow_sigmas=False)."
+        )
+    if noise_schedule(scheduler) != trained_noise_schedule:
+        raise ValueError(
+            f"Expected a scheduler with {_listed(trained_noise_schedule)} (the noise that the unet was trained for), "
+            f"got {name} with {_listed(noise_schedule(scheduler))}. Make it with "
+            f"{name}.from_config(pipe.scheduler.config, {_listed(trained_noise_schedule)})."
         )
     spacing = scheduler.config.get("timestep_spacing")
     if name in _NEEDS_LEADING_SPACING and spacing != "leading":
@@ -52,3 +95,7 @@ def check_scheduler(scheduler, prediction_type: str, num_inference_steps: int) -
             f"Expected at least 4 num_inference_steps for the Runge-Kutta start of {name}, got {num_inference_steps}. "
             f"Raise it, or use {name}.from_config(pipe.scheduler.config, skip_prk_steps=True)."
         )
+
+
+def _listed(settings: dict) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in sorted(settings.items()))

@@ -1,6 +1,5 @@
-from ..data.sets.batches import StepBatches, batch_indices
-from ..randomness import process_share, step_generator
-from .checkpoints import CheckpointError, list_checkpoints, load_checkpoint, save_checkpoint
+from .checkpoints import CheckpointError, find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from .hardware import fair_num_threads, fastest_precision, is_cpu_training, keep_freed_memory
 from .interruptions import Termination, follow_launcher, ignore_termination
 from .latents import CachedLatents, cache_latents, encode_batches, latent_statistics
 from .losses import (
@@ -12,33 +11,27 @@ from .losses import (
     min_snr_weights,
     reconstruction_loss,
 )
-from .processes import (
-    check_finite,
-    fair_num_threads,
-    fastest_precision,
-    is_cpu_training,
-    keep_freed_memory,
-    mean_losses,
-)
+from .settings import StageSettings
+from .stage import Stage
 from .validation import validate_autoencoder, validate_diffusion
 
 
 __all__ = [
     "CachedLatents",
     "CheckpointError",
-    "StepBatches",
+    "Stage",
+    "StageSettings",
     "Termination",
     "adaptive_weight",
     "adversarial_loss",
     "adversarial_surrogate",
-    "batch_indices",
     "cache_latents",
-    "check_finite",
     "diffusion_loss",
     "discriminator_loss",
     "encode_batches",
     "fair_num_threads",
     "fastest_precision",
+    "find_checkpoint",
     "follow_launcher",
     "ignore_termination",
     "is_cpu_training",
@@ -46,12 +39,9 @@ __all__ = [
     "latent_statistics",
     "list_checkpoints",
     "load_checkpoint",
-    "mean_losses",
     "min_snr_weights",
-    "process_share",
     "reconstruction_loss",
     "save_checkpoint",
-    "step_generator",
     "validate_autoencoder",
     "validate_diffusion",
 ]

@@ -1,20 +1,25 @@
 """Checkpoints that are whole or absent, in the layout of diffusers' examples: `DIR/checkpoint-STEP`."""
 
+import json
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import SCALER_NAME
 from safetensors import SafetensorError
 
 from ..whole_files import move_into_place, remove, remove_left_overs
 
 
+RECORD_NAME = "settings.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 class CheckpointError(OSError):
-    """A checkpoint could not be written; those before it are whole. The message says where to go on from."""
+    """A checkpoint could not be written (those before it are whole), or is not of this run. The message says which."""
 
 
 def list_checkpoints(directory: str | Path) -> list[Path]:
@@ -36,8 +41,16 @@ def checkpoint_step(path: Path) -> int:
     return int(match[1])
 
 
-def save_checkpoint(accelerator: Accelerator, directory: str | Path, step: int, total_limit: int | None) -> Path:
+def save_checkpoint(
+    accelerator: Accelerator,
+    directory: str | Path,
+    step: int,
+    total_limit: int | None,
+    record: Mapping[str, Any] | None = None,
+) -> Path:
     """Save all that `accelerator` knows as `directory/checkpoint-STEP`, then delete all but the newest `total_limit`.
+
+    With it lies `record`, what the run must be resumed with, by name, for `check_record`.
 
     Checkpoints of later steps are deleted too: they belong to an earlier run in the same folder, and `latest` would
     resume that one.
@@ -58,6 +71,7 @@ def save_checkpoint(accelerator: Accelerator, directory: str | Path, step: int, 
         accelerator.save_state(str(partial))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
+            (partial / RECORD_NAME).write_text(json.dumps(record or {}, indent=1), encoding="utf-8")
             move_into_place(partial, path)
             checkpoints = list_checkpoints(directory)
             position = checkpoints.index(path)
@@ -73,41 +87,76 @@ def save_checkpoint(accelerator: Accelerator, directory: str | Path, step: int, 
         remedy = f"go on from {whole[-1].name} with --resume_from_checkpoint latest" if whole else "begin anew"
         reason = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(
-            f"{path} could not be written ({reason}). Make room there, or make it writable, and {remedy}."
+            f"Expected to write {path}, got {reason!r}. Make room there, or make it writable, and {remedy}."
         ) from error
     return path
 
 
-def load_checkpoint(accelerator: Accelerator, directory: str | Path, name: str | None) -> int:
-    """Restore `accelerator` from a checkpoint and return its step; 0 if there is nothing to restore.
+def find_checkpoint(directory: str | Path, name: str | None) -> Path | None:
+    """The checkpoint to resume from, if any.
 
     Args:
-        accelerator: with everything prepared and registered as it was when saving.
         directory: folder of the checkpoints.
         name: "latest", a checkpoint's name or path, or None to begin anew.
 
     Raises:
         FileNotFoundError: if a checkpoint is named that does not exist.
+        ValueError: if it is called otherwise than checkpoint-STEP.
     """
     if name is None:
-        if list_checkpoints(directory):
-            accelerator.print(
-                f"{directory} has checkpoints of an earlier run, which this run will replace. To go on with them, "
-                "stop now and add --resume_from_checkpoint latest."
-            )
-        return 0
+        return None
+    checkpoints = list_checkpoints(directory)
     if name == "latest":
-        checkpoints = list_checkpoints(directory)
-        if not checkpoints:
-            accelerator.print(f"No checkpoint in {directory}: starting a new run.")
-            return 0
-        path = checkpoints[-1]
-    else:
-        path = Path(directory) / Path(name).name
-        if not path.is_dir():
-            present = ", ".join(p.name for p in list_checkpoints(directory)) or "none"
-            raise FileNotFoundError(f"Expected the checkpoint {path}, which does not exist. Present: {present}.")
-    step = checkpoint_step(path)
-    accelerator.load_state(str(path))
-    accelerator.print(f"Resumed from {path}.")
-    return step
+        return checkpoints[-1] if checkpoints else None
+    path = Path(directory) / Path(name).name
+    if not path.is_dir():
+        present = ", ".join(p.name for p in checkpoints) or "none"
+        raise FileNotFoundError(f"Expected the checkpoint {path}, got none of this name. Name one of: {present}.")
+    checkpoint_step(path)
+    return path
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What `save_checkpoint` was given with a checkpoint; empty if a version made it that kept none."""
+    file = path / RECORD_NAME
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def check_record(path: Path, record: Mapping[str, Any], max_steps: int | None = None) -> None:
+    """Refuse to resume with what would make it another run; of names that only one side has, nothing is known.
+
+    Args:
+        path: of the checkpoint.
+        record: as `save_checkpoint` would be given now.
+        max_steps: of the run, if known.
+
+    Raises:
+        CheckpointError: naming the first that differs, or if the checkpoint goes beyond the last step.
+    """
+    saved, record = read_record(path), json.loads(json.dumps(record))
+    for name in record:
+        if name in saved and record[name] != saved[name]:
+            raise CheckpointError(
+                f"Expected {name} {saved[name]!r}, with which {path} was made, got {record[name]!r}. Give the same, or"
+                " begin a new run in another --output_dir."
+            )
+    if max_steps is not None and checkpoint_step(path) > max_steps:
+        raise CheckpointError(
+            f"Expected at least as many steps as {path} has made, got {max_steps}. Give more --max_train_steps, or"
+            " resume an earlier checkpoint by its name."
+        )
+
+
+def load_checkpoint(accelerator: Accelerator, path: Path) -> int:
+    """Restore `accelerator`, with everything prepared and registered as when saving; return the checkpoint's step.
+
+    The scaler of fp16 begins anew where the checkpoint was made in another precision.
+    """
+    scaler = accelerator.scaler
+    if not (path / SCALER_NAME).is_file():
+        accelerator.scaler = None
+    try:
+        accelerator.load_state(str(path))
+    finally:
+        accelerator.scaler = scaler
+    return checkpoint_step(path)

@@ -1,7 +1,6 @@
 """Stage two trains on latents: encode each cell once, keep the latents on disk, say how they lie for the diffusion."""
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..models import MultiCodebookVQModel
+from ..models.fingerprint import fingerprint_weights
 from ..whole_files import whole_or_absent
 
 
@@ -82,11 +82,13 @@ def cache_latents(
             path.unlink()
     accelerator.wait_for_everyone()
 
-    weights = _fingerprint_weights(vqvae, accelerator.mixed_precision)
+    # how latents are scaled for the diffusion comes after encoding
+    config = {key: value for key, value in vqvae.config.items() if not key.startswith(("latents_", "_", "latent_sc"))}
+    weights = fingerprint_weights(vqvae.encoders, config, accelerator.mixed_precision)
     for shard in range(accelerator.process_index, num_shards, accelerator.num_processes):
         rows = range(shard * shard_size, min((shard + 1) * shard_size, len(cells)))
         loader = DataLoader(Subset(cells, rows), batch_size=8, num_workers=num_workers)
-        fingerprint = hashlib.sha256(weights)
+        fingerprint = hashlib.sha256(weights.encode())
         for batch in loader:
             fingerprint.update(batch["volumes"].numpy())
         fingerprint = fingerprint.hexdigest()
@@ -98,16 +100,6 @@ def cache_latents(
             save_file({"latents": latents.contiguous()}, temporary, metadata={"fingerprint": fingerprint})
     accelerator.wait_for_everyone()
     return CachedLatents(paths)
-
-
-def _fingerprint_weights(vqvae: MultiCodebookVQModel, precision: str) -> bytes:
-    # how latents are scaled for the diffusion comes after encoding
-    config = {key: value for key, value in vqvae.config.items() if not key.startswith(("latents_", "_", "latent_sc"))}
-    fingerprint = hashlib.sha256(json.dumps([config, precision], sort_keys=True, default=str).encode())
-    for name, weight in sorted(vqvae.encoders.state_dict().items()):
-        fingerprint.update(f"{name} {weight.dtype}".encode())
-        fingerprint.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return fingerprint.digest()
 
 
 def _read_fingerprint(path: Path) -> str | None:

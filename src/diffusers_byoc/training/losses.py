@@ -27,14 +27,19 @@ def adversarial_loss(fake_logits: Tensor) -> Tensor:
 
 
 def adversarial_surrogate(reconstruction: Tensor, discriminator: nn.Module) -> tuple[Tensor, Tensor]:
-    """A scalar with the gradient of `adversarial_loss`, linear in the reconstruction, and the discriminator's logits.
+    """A stand-in for `adversarial_loss` that has the same gradient, and the discriminator's logits.
 
-    One pass through the discriminator is enough so, forward and back: the adaptive weight and the autoencoder both
-    derive the scalar, and the discriminator's own loss takes the logits, whose graph does not reach the autoencoder.
+    The loss must be differentiated twice, for the adaptive weight and for the autoencoder's step. Instead of going
+    back through the discriminator twice, its gradient g with respect to the reconstruction x̂ is computed once, here,
+    and held fixed: the scalar sum(g x̂) has the gradient g, whoever differentiates it.
 
     Args:
-        reconstruction: (B, M, D, H, W) with the autoencoder's graph.
+        reconstruction: (B, M, D, H, W) x̂, with the autoencoder's graph.
         discriminator: gives a logit for every patch of it.
+
+    Returns:
+        The scalar, whose value means nothing, and the logits; their graph holds the discriminator and not the
+        autoencoder, as `discriminator_loss` wants it.
     """
     fake = reconstruction.detach().requires_grad_()
     fake_logits = discriminator(fake.view_as(fake))  # hooks of FLOP counters and the like take no leaf

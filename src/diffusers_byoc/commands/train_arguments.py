@@ -1,15 +1,17 @@
-"""The command line of train_byoc.py: presets, arguments of both stages, and what cannot go together."""
+"""The command line of training: presets, arguments of the stages, and what cannot go together; nothing heavy."""
 
 import argparse
 import json
 from pathlib import Path
 
-from data_arguments import add_data_arguments, positive
+from .data_arguments import add_loading_arguments, add_source_arguments, add_split_arguments, positive
 
 
-CONFIGS = Path(__file__).parent / "configs"
-STAGES = ("autoencoder", "diffusion")
-# one name for both stages; `--STAGE_NAME` wins over it
+PRESETS = Path(__file__).parent / "presets"
+# the stages in their order, with the learning rate of each
+STAGES = {"autoencoder": 3e-4, "diffusion": 1e-4}
+NETWORKS = ("vqvae", "unet", "scheduler")  # whose configuration a preset overrides
+# one name for all stages; `--STAGE_NAME` wins over it
 COMMON = {
     "max_train_steps": (positive, "optimizer steps"),
     "train_batch_size": (positive, "per process"),
@@ -25,18 +27,21 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     """
     parser = _make_parser(description)
     preset = parser.parse_known_args(argv)[0].preset
-    path = CONFIGS / f"{preset}.json" if (CONFIGS / f"{preset}.json").is_file() else Path(preset)
+    path = PRESETS / f"{preset}.json" if (PRESETS / f"{preset}.json").is_file() else Path(preset)
     if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.json")))
-        parser.error(f"--preset {preset}: neither one of {known} nor a file")
+        known = ", ".join(sorted(p.stem for p in PRESETS.glob("*.json")))
+        parser.error(f"Expected --preset {known} or a JSON file, got {preset}. Give one of these.")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        parser.error(f"{path}: not a JSON file ({error})")
+        parser.error(f"Expected a preset in JSON, got {path} ({error}). Correct the file.")
+    if unknown := set(config) - {"arguments", *NETWORKS}:
+        known = ", ".join(("arguments", *NETWORKS))
+        parser.error(f"Expected {known} in a preset, got {sorted(unknown)} in {path}. Correct the name.")
     preset_arguments = config.get("arguments", {})
     unknown = set(preset_arguments) - set(vars(parser.parse_args([])))
     if unknown:
-        parser.error(f"{path}: unknown arguments {sorted(unknown)}")
+        parser.error(f"Expected arguments of this command, got {sorted(unknown)} in {path}. Correct the name.")
     parser.set_defaults(**preset_arguments)
     args = parser.parse_args(argv)
 
@@ -45,10 +50,17 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     _spread_common(args, preset_arguments)
     _spread_common(args, {name: value for name, value in vars(given).items() if value is not absent})
     if args.stage == "all" and args.resume_from_checkpoint not in (None, "latest"):
-        parser.error(f"checkpoint {args.resume_from_checkpoint} belongs to one stage: say --stage, or 'latest'")
+        parser.error(
+            f"Expected --resume_from_checkpoint latest for all stages, got {args.resume_from_checkpoint}, which is of"
+            " one. Say its --stage too."
+        )
     if args.push_to_hub and args.stage == "autoencoder":
-        parser.error("--push_to_hub publishes the pipeline, which --stage autoencoder does not end with")
-    args.vqvae, args.unet, args.scheduler = (dict(config.get(name, {})) for name in ("vqvae", "unet", "scheduler"))
+        parser.error(
+            "Expected a run that ends with a pipeline for --push_to_hub, got --stage autoencoder. Push with the"
+            " diffusion."
+        )
+    for name in NETWORKS:
+        setattr(args, name, dict(config.get(name, {})))
     if args.latent_scaling:
         args.vqvae["latent_scaling"] = args.latent_scaling
     if args.prediction_type:
@@ -65,7 +77,7 @@ def set_train_steps(args: argparse.Namespace, num_cells: int, num_processes: int
 
 
 def _spread_common(args: argparse.Namespace, given: dict) -> None:
-    """Values for both stages to each stage that was given none of its own, from one source (preset, command line)."""
+    """Values for all stages to each stage that was given none of its own, from one source (preset, command line)."""
     for stage in STAGES:
         if "num_train_epochs" in given and not {f"{stage}_max_train_steps", "max_train_steps"} & set(given):
             setattr(args, f"{stage}_max_train_steps", None)
@@ -81,19 +93,22 @@ def _make_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     flag = {"action": argparse.BooleanOptionalAction, "default": False}
-    add("--preset", default="demo", help="demo, paper, or the path of a JSON file like those in examples/configs")
+    add("--preset", default="demo", help="demo, paper, or the path of a JSON file of such overrides")
     add("--output_dir", default="outputs/demo", help="pipeline, checkpoints, logs and report go here")
     add("--stage", choices=["all", *STAGES], default="all")
     add("--seed", type=int, default=0)
-    add_data_arguments(parser)
+    add_source_arguments(parser)
+    held_out = "share of the cells that is not trained on, without --num_folds; 0 trains on all"
+    add_split_arguments(parser).add_argument("--held_out", type=float, default=0.2, help=held_out)
+    add_loading_arguments(parser)
 
-    add = parser.add_argument_group("both stages").add_argument
+    add = parser.add_argument_group("all stages").add_argument
     for name, (kind, text) in COMMON.items():
         add(f"--{name}", type=kind, help="; ".join(filter(None, [text, "a stage's own argument wins"])))
     add("--num_train_epochs", type=positive, help="passes over the cells, in place of --max_train_steps")
     add("--mixed_precision", choices=["auto", "no", "fp16", "bf16"], default="auto", help="auto: the fastest here")
     add("--allow_tf32", **flag, help="faster float32 products on NVIDIA GPUs since Ampere, of 10 bits' precision")
-    add("--compile", **flag, help="torch.compile both networks; the first steps take minutes")
+    add("--compile", **flag, help="torch.compile the networks; the first steps take minutes")
     add("--num_cpu_threads", type=positive, help="per process, without a GPU (default: a fair share of all cores)")
     add("--optimizer", choices=["adam", "adamw"], default="adam")
     add("--use_8bit_adam", **flag, help="8-bit optimizer states, by bitsandbytes")
@@ -105,7 +120,7 @@ def _make_parser(description: str) -> argparse.ArgumentParser:
     add("--gradient_accumulation_steps", type=positive, default=1)
     add("--gradient_checkpointing", **flag, help="less memory for more time")
     defaults = {"max_train_steps": 100_000, "train_batch_size": 2, "lr_scheduler": "constant"}
-    for stage, learning_rate in zip(STAGES, (3e-4, 1e-4), strict=True):
+    for stage, learning_rate in STAGES.items():
         for name, (kind, _) in COMMON.items():
             add(f"--{stage}_{name}", type=kind, default=(defaults | {"learning_rate": learning_rate})[name])
 

@@ -1,12 +1,10 @@
-"""What a training process needs around its steps: threads, precision, memory, finite numbers, everyone's losses."""
+"""What this machine computes with: GPU or CPU, threads, precision, memory."""
 
 import ctypes
 import os
 import platform
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor
 
 
 # glibc's malloc.h
@@ -46,23 +44,3 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         for parameter, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 2**28)):
             libc.mallopt(parameter, value)
-
-
-def check_finite(accelerator: Accelerator, number: Tensor, name: str, step: int) -> None:
-    """Stop all processes before a loss or a gradient that is no number reaches the weights.
-
-    Raises:
-        FloatingPointError: if `number`, a scalar, is NaN or infinite in any process.
-    """
-    if not torch.isfinite(accelerator.gather(number.detach())).all():
-        raise FloatingPointError(
-            f"The {name} of step {step} is not finite; the weights are those of step {step - 1} and were not changed. "
-            "Lower the learning rate or use --mixed_precision no, and go on from the last checkpoint in "
-            f"{accelerator.project_dir} with --resume_from_checkpoint latest, or anew if there is none."
-        )
-
-
-def mean_losses(accelerator: Accelerator, losses: dict[str, Tensor]) -> dict[str, float]:
-    """The losses, scalars, as numbers averaged over the processes."""
-    values = accelerator.reduce(torch.stack([loss.detach() for loss in losses.values()]), reduction="mean")
-    return dict(zip(losses, values.tolist(), strict=True))

@@ -1,0 +1,83 @@
+"""Loading that refuses weights which would sample wrongly without a word."""
+
+import os
+from pathlib import Path
+
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+class CheckedModelMixin(ModelMixin):
+    """A `ModelMixin` whose weights come from safetensors, all of them, and are finite."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+        """As in diffusers, and checked.
+
+        diffusers leaves a tensor that the file lacks as it finds the memory, with a line in the log.
+
+        Args:
+            pretrained_model_name_or_path: folder, or name on the Hub.
+            **kwargs: of diffusers' `ModelMixin.from_pretrained`. With `ignore_mismatched_sizes=True`, tensors of
+                another size in the file are left to be trained, as there.
+
+        Raises:
+            ValueError: if there are pickled weights only, if a tensor is missing, or one is not finite.
+            OSError: if there are no weights.
+        """
+        place = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        _refuse_pickles(place, kwargs.get("use_safetensors"))
+        wants_info = kwargs.pop("output_loading_info", False)
+        kwargs |= {"use_safetensors": True, "output_loading_info": True}
+        model, info = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+        path = _weights_path(place, kwargs.get("variant"))
+        missing = sorted(info.get("missing_keys", []))
+        if missing:
+            raise ValueError(
+                f"Expected every tensor of {cls.__name__} in {path}, got none for {_few(missing)}. Save the model"
+                " again (an adapter apart from it, by save_lora_adapter), or load another copy."
+            )
+        mismatched = {name for name, *_ in info.get("mismatched_keys", [])}
+        tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in mismatched}
+        broken = [name for name, tensor in tensors.items() if not _is_finite(tensor)]
+        if broken:
+            raise ValueError(
+                f"Expected finite weights in {path}, got NaN or infinity in {_few(broken)}. Load another copy, or"
+                " train again; weights above 65504 need dtype=torch.float32 or torch.bfloat16."
+            )
+        return (model, info) if wants_info else model
+
+
+def _refuse_pickles(folder: Path, use_safetensors: bool | None) -> None:
+    names = sorted(os.listdir(folder)) if folder.is_dir() else []
+    pickles = [name for name in names if name.endswith(_PICKLES)]
+    has_safetensors = any(name.endswith(".safetensors") for name in names)
+    if use_safetensors is False or (pickles and not has_safetensors):
+        old = folder / (pickles[0] if pickles else "diffusion_pytorch_model.bin")
+        raise ValueError(
+            f"Expected safetensors weights in {folder}, got {old.name if pickles else 'use_safetensors=False'}."
+            f" Convert pickled ones: safetensors.torch.save_file(torch.load({str(old)!r}, weights_only=True),"
+            f" {str(folder / SAFETENSORS_WEIGHTS_NAME)!r})."
+        )
+
+
+def _weights_path(folder: Path, variant: str | None) -> Path:
+    """The file of weights in `folder`, or the folder where they are in several, or on the Hub."""
+    path = folder / SAFETENSORS_WEIGHTS_NAME
+    path = path.with_suffix(f".{variant}.safetensors") if variant else path
+    return path if path.is_file() else folder
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    is_whole = tensor.is_meta or tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    return is_whole or bool(torch.isfinite(tensor).all())
+
+
+def _few(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

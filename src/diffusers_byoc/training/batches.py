@@ -1,0 +1,90 @@
+"""The batches that a stage is fed with: each a function of its number, shared out among the processes."""
+
+from collections.abc import Iterator
+
+import torch
+from accelerate import Accelerator, PartialState
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from ..data import Cells, augment_cells, draw_augmentation
+from ..models import MultiCodebookVQModel
+from ..randomness import process_share, step_generator
+from .interruptions import ignore_termination
+from .latents import CachedLatents
+from .settings import StageSettings
+
+
+def remaining_batches(cells: Cells, settings: StageSettings, first_step: int) -> DataLoader:
+    """A loader of what this process has left to see of a stage."""
+    state, accumulation = PartialState(), settings.gradient_accumulation_steps
+    return cells.loader(
+        settings.train_batch_size,
+        first_step * accumulation,
+        (settings.max_train_steps - first_step) * accumulation,
+        settings.seed,
+        state.process_index,
+        state.num_processes,
+        settings.shuffle_buffer_size,
+        num_workers=settings.dataloader_num_workers,
+        worker_init_fn=ignore_termination,
+    )
+
+
+def latent_batches(
+    accelerator: Accelerator,
+    settings: StageSettings,
+    cells: Cells,
+    vqvae: MultiCodebookVQModel,
+    latents: CachedLatents | None,
+    first_step: int,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """What this process has left to see of a stage that trains on latents.
+
+    Args:
+        accelerator: gives autocast and the device.
+        settings: of the stage.
+        cells: to train on.
+        vqvae: trained, on the device.
+        latents: those of all `cells`; None to encode the batches, augmented as the settings say.
+        first_step: steps made before.
+
+    Yields:
+        Normalised latents (B, M*n, d, h, w) and class labels (B,).
+    """
+    loader = remaining_batches(cells, settings, first_step)
+    if latents is None:
+        for micro_step, batch in enumerate(loader, first_step * settings.gradient_accumulation_steps):
+            volumes = augment(batch["volumes"].to(accelerator.device), settings, micro_step)
+            with torch.no_grad(), accelerator.autocast():
+                clean = vqvae.encode(volumes).latents.float()
+            yield vqvae.normalize_latents(clean), batch["class_labels"].to(accelerator.device)
+    else:
+        labels = torch.tensor(cells.labels)
+        for indices in loader.batch_sampler:
+            clean = latents[indices].to(accelerator.device)
+            yield vqvae.normalize_latents(clean), labels[indices].to(accelerator.device)
+
+
+def augment(volumes: Tensor, settings: StageSettings, micro_step: int) -> Tensor:
+    """This process's cells (B, M, D, H, W), turned and re-stained as drawn for all processes."""
+    if not settings.is_augmented:
+        return volumes
+    state = PartialState()
+    drawn = draw_augmentation(
+        len(volumes) * state.num_processes,
+        volumes.shape[1],
+        step_generator(settings.seed, micro_step, "augmentation"),
+        settings.augmentation,
+        settings.intensity_jitter,
+    )
+    return augment_cells(volumes, *(process_share(x, state.process_index, state.num_processes) for x in drawn))
+
+
+def sample_cells(cells: Cells, num_cells: int, seed: int) -> Dataset:
+    """All `cells` if they are no more than `num_cells`, otherwise so many random ones; of a stream, in memory."""
+    cells = cells.indexable(num_cells, seed)
+    if len(cells) <= num_cells:
+        return cells
+    order = torch.randperm(len(cells), generator=step_generator(seed, 0, "sample"))
+    return Subset(cells, order[:num_cells].sort().values.tolist())

@@ -1,0 +1,192 @@
+"""Stage two (BYOC, section 3.2, eq. 9-13): joint diffusion of all channels' latents, unquantised."""
+
+from dataclasses import dataclass
+
+import diffusers
+import torch
+from accelerate.logging import get_logger
+from diffusers import DDPMScheduler
+from diffusers.training_utils import EMAModel
+from torch.utils.data import Subset
+
+from ...data import Cells
+from ...models import DualChannelUNet3D, MultiCodebookVQModel
+from ...models.fingerprint import fingerprint_weights
+from ...pipelines import BYOCPipeline
+from ...randomness import process_share
+from ..batches import latent_batches, sample_cells
+from ..latents import cache_latents, latent_statistics
+from ..losses import diffusion_loss
+from ..optimizers import make_optimizer
+from ..settings import StageSettings
+from ..stage import Stage
+from ..validation import validate_diffusion
+
+
+logger = get_logger(__name__, log_level="INFO")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionSettings(StageSettings):
+    """Settings of the diffusion's training, beside those of any stage.
+
+    Args:
+        class_conditional: give the labels to the U-Net.
+        loss_type, snr_gamma: see `diffusion_loss`.
+        use_ema: the model is a moving average of the trained weights.
+        ema_decay, use_ema_warmup, ema_inv_gamma, ema_power: see diffusers' `EMAModel`.
+        inference_scheduler: the saved pipeline's, "DDPMScheduler" or "DDIMScheduler".
+        num_inference_steps: the saved pipeline's default.
+    """
+
+    class_conditional: bool = False
+    loss_type: str = "l1"
+    snr_gamma: float | None = None
+    use_ema: bool = True
+    ema_decay: float = 0.995
+    use_ema_warmup: bool = False
+    ema_inv_gamma: float = 1.0
+    ema_power: float = 2 / 3
+    inference_scheduler: str = "DDPMScheduler"
+    num_inference_steps: int = 1000
+
+
+def train_diffusion(
+    stage: Stage,
+    unet: DualChannelUNet3D,
+    noise_scheduler: DDPMScheduler,
+    vqvae: MultiCodebookVQModel,
+    cells: Cells,
+    held_out_cells: Cells | None = None,
+) -> BYOCPipeline:
+    """Train `unet` on the latents of `cells`.
+
+    Args:
+        stage: entered, with `DiffusionSettings`.
+        unet: untrained.
+        noise_scheduler: adds the noise.
+        vqvae: trained; it stays as it is, but for the statistics of its latents.
+        cells: to train on.
+        held_out_cells: for the validation losses; None for none.
+
+    Returns:
+        The pipeline, also saved to OUTPUT_DIR.
+    """
+    settings, accelerator = stage.settings, stage.accelerator
+
+    # 1. optimizer, moving average
+    if settings.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if settings.compile:
+        unet.compile()
+    optimizer, lr_scheduler = make_optimizer(settings, unet.parameters(), settings.max_train_steps)
+    unet, optimizer = accelerator.prepare(unet, optimizer)
+    states, ema = [lr_scheduler], None
+    if settings.use_ema:
+        warmup = {"inv_gamma": settings.ema_inv_gamma, "power": settings.ema_power}
+        ema = EMAModel(unet.parameters(), settings.ema_decay, use_ema_warmup=settings.use_ema_warmup, **warmup)
+        states.append(ema)
+    stage.resume(*states, inputs={"autoencoder": fingerprint_weights(vqvae)})
+    if ema:
+        ema.to(accelerator.device)  # a restored one lies on the CPU
+
+    # 2. data: latents encoded once and read from the disk; but batch by batch, and only some beforehand, where
+    # augmentation gives each epoch others, or a stream may outgrow the disk
+    vqvae.to(accelerator.device).requires_grad_(False).eval()
+    is_kept = cells.is_indexable and not settings.is_augmented
+    known = cells if is_kept else sample_cells(cells, 256, settings.seed)
+    folder, workers = stage.output_dir / "latents", settings.dataloader_num_workers
+    latents = cache_latents(vqvae, known, folder / "train", accelerator, num_workers=workers)
+    if vqvae.config.latent_scaling == "standardize":
+        vqvae.set_latent_statistics(*latents.mean_and_std())
+    statistics = latent_statistics(vqvae, latents.chunks())
+    accelerator.log(statistics, step=0)
+    logger.info(f"latents, normalised: {', '.join(f'{name} {value:.3f}' for name, value in statistics.items())}")
+    if held_out_cells is not None:
+        validation_cells = held_out_cells.indexable(settings.num_validation_cells, settings.seed)
+        rows = range(min(len(validation_cells), settings.num_validation_cells))
+        held_out_latents = cache_latents(vqvae, Subset(validation_cells, rows), folder / "held_out", accelerator)
+        held_out_labels = None
+        if settings.class_conditional:
+            held_out_labels = [int(validation_cells[row]["class_labels"]) for row in rows]
+    batches = latent_batches(accelerator, settings, cells, vqvae, latents if is_kept else None, stage.first_step)
+
+    # 3. train
+    unet.train()
+    global_batch_size = settings.train_batch_size * accelerator.num_processes
+    for step, (clean, class_labels) in stage.steps(batches):
+        class_labels = class_labels if settings.class_conditional else None
+        # drawn for all processes, then shared out, so that their number does not change the run
+        generator = stage.generator("diffusion")
+        noise = torch.randn(global_batch_size, *clean.shape[1:], generator=generator)
+        timesteps = torch.randint(len(noise_scheduler), (global_batch_size,), generator=generator)
+        noise, timesteps = (
+            process_share(x, accelerator.process_index, accelerator.num_processes).to(accelerator.device)
+            for x in (noise, timesteps)
+        )
+
+        with accelerator.accumulate(unet):
+            loss = diffusion_loss(
+                unet, noise_scheduler, clean, noise, timesteps, class_labels, settings.loss_type, settings.snr_gamma
+            )
+            stage.apply(loss, unet, optimizer, lr_scheduler)
+        if stage.is_accumulating:
+            continue
+
+        # end of a step
+        if ema:
+            ema.step(unet.parameters())
+        logs = stage.log({"loss/diffusion": loss}, {"lr": lr_scheduler.get_last_lr()[0]})
+        stage.progress.set_postfix(loss=f"{logs['loss/diffusion']:.4f}")
+        if stage.is_validating:
+            bare_unet = accelerator.unwrap_model(unet)
+            if ema:
+                ema.store(unet.parameters())
+                ema.copy_to(unet.parameters())
+            if held_out_cells is not None:
+                options = (held_out_latents, held_out_labels, settings.seed, settings.loss_type, settings.snr_gamma)
+                accelerator.log(validate_diffusion(accelerator, bare_unet, noise_scheduler, vqvae, *options), step)
+            if accelerator.is_main_process:
+                pipeline = make_pipeline(settings, cells, vqvae, bare_unet, noise_scheduler)
+                pipeline.set_progress_bar_config(disable=True)
+                with accelerator.autocast():
+                    samples = pipeline(
+                        4,
+                        class_labels=0 if settings.class_conditional else None,
+                        output_type="pt",
+                        num_inference_steps=min(20, len(noise_scheduler)),
+                        generator=torch.Generator().manual_seed(settings.seed),
+                    ).volumes
+                stage.log_volumes({"generated": samples * 2 - 1}, vqvae.config.channel_names)
+            if ema:
+                ema.restore(unet.parameters())
+            unet.train()
+
+    # 4. the moving average is the model
+    if ema:
+        ema.copy_to(unet.parameters())
+    unet = accelerator.unwrap_model(unet, keep_fp32_wrapper=False).eval()
+    pipeline = make_pipeline(settings, cells, vqvae, unet, noise_scheduler)
+    if accelerator.is_main_process:
+        pipeline.save_pretrained(stage.output_dir)
+    return pipeline
+
+
+def make_pipeline(
+    settings: DiffusionSettings,
+    cells: Cells,
+    vqvae: MultiCodebookVQModel,
+    unet: DualChannelUNet3D,
+    noise_scheduler: DDPMScheduler,
+) -> BYOCPipeline:
+    """The pipeline of these networks, with the defaults that the settings name."""
+    scheduler_class = getattr(diffusers, settings.inference_scheduler)
+    label2id = {name: index for index, name in enumerate(cells.class_names)} if settings.class_conditional else None
+    return BYOCPipeline(
+        vqvae,
+        unet,
+        scheduler_class.from_config(noise_scheduler.config),
+        default_num_inference_steps=settings.num_inference_steps,
+        label2id=label2id,
+        volume_processor_config=dict(cells.processor.config) | {"voxel_size_um": cells.voxel_size_um},
+    )
