@@ -61,6 +61,7 @@ setup(
     entry_points={
         "console_scripts": [
             "byoc-evaluate = diffusers_byoc.commands.evaluate:main",
+            "byoc-generate = diffusers_byoc.commands.generate:main",
             "byoc-train = diffusers_byoc.commands.train:main",
         ]
     },

@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "diffusers_byoc"
 
-GROUND = {"optional", "volumes", "whole_files"}  # modules that every folder may import
+GROUND = {"optional", "randomness", "volumes", "whole_files"}  # modules that every folder may import
 ALLOWED = {
     "data": {"data"},
     "models": {"models"},
@@ -19,7 +19,7 @@ ALLOWED = {
     "baselines": {"baselines", "models", "data"},
 }
 ALLOWED["evaluation"] = {"evaluation", "__version__", *ALLOWED} - {"baselines"}
-ALLOWED["commands"] = {"commands", *ALLOWED}
+ALLOWED["commands"] = {"commands", "__version__", *ALLOWED}
 
 
 def imported_folders(source: str, module: tuple[str, ...]) -> set[str]:

@@ -23,7 +23,7 @@ __all__ = [
     "BYOCPipeline",
     "BYOCPipelineOutput",
     "DualChannelUNet3D",
-    "ModelMixin",  # not ours: diffusers looks for the base class of a component in the package that the component is of
+    "ModelMixin",  # not ours: diffusers looks for a component's base class in the package of the component
     "MultiCodebookVQModel",
     "PatchDiscriminator3D",
     "VolumeProcessor",

@@ -1,7 +1,5 @@
-"""The arguments that name cells, as every script takes them."""
+"""The cells that arguments name, and the batches that a training makes of them."""
 
-import argparse
-import importlib
 import json
 import os
 import subprocess
@@ -12,26 +10,36 @@ import numpy as np
 import pytest
 import torch
 
+from diffusers_byoc.commands.cells import read_cells, split_for_training
+from diffusers_byoc.commands.train_arguments import parse_args
 from diffusers_byoc.data import CellTable, StreamedCells, Volume, write_shards
+from diffusers_byoc.training import StageSettings
+from diffusers_byoc.training.batches import remaining_batches, sample_cells
 
 
 CHANNELS = ("cell", "nucleus")
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+SOURCE = Path(__file__).resolve().parents[2] / "src"
 # prints, for 0 and 2 workers, the cells that every process sees, by their numbers of bright voxels
 SEEN_BY_PROCESSES = """
-import argparse, json, sys
+import json, sys
 from accelerate import PartialState
 from accelerate.utils import gather_object
-import data_arguments
+from diffusers_byoc.commands.cells import read_cells, split_for_training
+from diffusers_byoc.commands.train_arguments import parse_args
+from diffusers_byoc.training import StageSettings
+from diffusers_byoc.training.batches import remaining_batches
 
 state = PartialState(cpu=True)
-parser = argparse.ArgumentParser()
-parser.add_argument("--seed", type=int, default=0)
-data_arguments.add_data_arguments(parser)
-for num_workers in ("0", "2"):
-    args = parser.parse_args([*sys.argv[1:], "--dataloader_num_workers", num_workers])
-    train, _ = data_arguments.load_cells(args, ("cell", "nucleus"))
-    batches = list(data_arguments.batch_loader(args, train, 3, 0, 16))
+args = parse_args("", sys.argv[1:])
+train, _ = split_for_training(args, read_cells(args, ("cell", "nucleus"), streaming=True))
+for num_workers in (0, 2):
+    settings = StageSettings(
+        max_train_steps=16,
+        train_batch_size=3,
+        dataloader_num_workers=num_workers,
+        shuffle_buffer_size=args.shuffle_buffer_size,
+    )
+    batches = list(remaining_batches(train, settings, 0))
     seen = [int(count) for batch in batches for count in (batch["volumes"][:, 0] > 0).sum((1, 2, 3))]
     seen_by = gather_object([seen])
     if state.is_main_process:
@@ -40,21 +48,9 @@ state.destroy_process_group()
 """
 
 
-@pytest.fixture
-def script(monkeypatch):
-    monkeypatch.syspath_prepend(EXAMPLES)
-    return importlib.import_module("data_arguments")
-
-
-@pytest.fixture
-def load(script):
-    def run(*arguments, **options):
-        parser = argparse.ArgumentParser()
-        parser.add_argument("--seed", type=int, default=0)
-        script.add_data_arguments(parser)
-        return script.load_cells(parser.parse_args(["--sample_size", "16", *map(str, arguments)]), CHANNELS, **options)
-
-    return run
+def load(*arguments, **options):
+    args = parse_args("", ["--sample_size", "16", *map(str, arguments)])
+    return split_for_training(args, read_cells(args, CHANNELS, args.streaming), **options)
 
 
 @pytest.fixture
@@ -79,7 +75,7 @@ def shards(folder, tmp_path):
     return tmp_path / "shards"
 
 
-def test_cells_are_split_by_source_image(load, folder):
+def test_cells_are_split_by_source_image(folder):
     train, held_out = load("--train_data_dir", folder)
     assert (len(train), len(held_out)) == (16, 4)
     images = [{int(Path(name).stem) // 2 for name in cells.ids} for cells in (train, held_out)]
@@ -89,14 +85,14 @@ def test_cells_are_split_by_source_image(load, folder):
     assert torch.equal(held_out[0]["volumes"], train.processor.preprocess(np.load(folder / f"{index}.npy")))
 
 
-def test_a_label_holds_out_the_same_cells(load, folder):
+def test_a_label_holds_out_the_same_cells(folder):
     _, held_out = load("--train_data_dir", folder)
     train, of_one_label = load("--train_data_dir", folder, "--label", "a")
     assert of_one_label.ids == [name for name in held_out.ids if int(Path(name).stem) % 2 == 0]
     assert not set(train.ids) & set(held_out.ids)
 
 
-def test_folds_by_plate(load, folder):
+def test_folds_by_plate(folder):
     parts = [
         load("--train_data_dir", folder, "--num_folds", 2, "--fold", fold, "--group_column", "plate")[1].ids
         for fold in (0, 1)
@@ -105,44 +101,52 @@ def test_folds_by_plate(load, folder):
     assert len({int(Path(name).stem) // 10 for name in parts[0]}) == 1
 
 
-def test_all_cells_can_be_trained_on(load, folder):
+def test_all_cells_can_be_trained_on(folder):
     train, held_out = load("--train_data_dir", folder, "--held_out", 0)
     assert len(train) == 20 and held_out is None
 
 
-def test_the_split_is_kept_with_the_run(load, folder, tmp_path):
+def test_the_split_is_kept_with_the_run(folder, tmp_path):
     run = tmp_path / "run"
     train, _ = load("--train_data_dir", folder, "--split_seed", 1, run_dir=run)
     assert sorted(json.loads((run / "split.json").read_text())["train"]) == sorted(train.ids)
-    again, _ = load("--train_data_dir", folder, "--split_seed", 1, run_dir=run, goes_on=True)
+    again, _ = load("--train_data_dir", folder, "--split_seed", 1, run_dir=run, resumes=True)
     elsewhere, _ = load("--train_data_dir", folder, "--split_file", run / "split.json", "--split_seed", 2)
     assert again.ids == elsewhere.ids == train.ids
-    with pytest.raises(ValueError, match="holds out other cells; give --split_file"):
-        load("--train_data_dir", folder, "--split_seed", 2, run_dir=run, goes_on=True)
+    with pytest.raises(ValueError, match="Expected the held-out cells of .* Give --split_file"):
+        load("--train_data_dir", folder, "--split_seed", 2, run_dir=run, resumes=True)
     (folder / "metadata.csv").write_text("file_name,label\n0.npy,a\n1.npy,b\n")
     with pytest.raises(ValueError, match=r"split\.json: made for 20 cells"):
         load("--train_data_dir", folder, "--split_file", run / "split.json")
 
 
-def test_phantoms_are_their_own_groups(load):
+def test_phantoms_are_their_own_groups():
     train, held_out = load("--num_phantoms", 10, "--sample_size", 32)
     assert (len(train), len(held_out)) == (8, 2) and train.class_names == ["nocodazole"]
 
 
-def test_one_loader_for_every_source(script, load, folder, shards):
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--seed", type=int, default=0)
-    script.add_data_arguments(parser)
+def test_one_loader_for_every_source(folder, shards):
     table, _ = load("--train_data_dir", shards)
     stream, _ = load("--dataset_name", f"{shards}/*.tar", "--streaming")
     files, _ = load("--train_data_dir", folder, "--held_out", 0)
     assert type(table) is CellTable and type(stream) is StreamedCells and table.ids == stream.ids
+    settings = StageSettings(max_train_steps=3, train_batch_size=3, gradient_accumulation_steps=2)
     for cells in (table, stream, files):
-        batches = list(script.batch_loader(parser.parse_args([]), cells, 3, 2, 4))
+        batches = list(remaining_batches(cells, settings, first_step=1))
         assert len(batches) == 4 and all(batch["volumes"].shape == (3, 2, 16, 16, 16) for batch in batches)
         assert all(batch["class_labels"].shape == (3,) for batch in batches)
-        some = script.indexable(cells, 5, 0)
+        some = cells.indexable(5, 0)
         assert len(some) == (5 if cells is stream else len(cells)) and some[4]["volumes"].shape == (2, 16, 16, 16)
+
+
+def test_a_sample_is_of_different_cells(folder, shards):
+    files, _ = load("--train_data_dir", folder, "--held_out", 0)
+    sample = sample_cells(files, 5, seed=0)
+    assert len(sample) == 5 == len({tuple(item["volumes"].flatten().tolist()) for item in sample})
+    assert sample_cells(files, 20, seed=0) is files
+    assert sample.indices != sample_cells(files, 5, seed=1).indices
+    stream, _ = load("--dataset_name", f"{shards}/*.tar", "--streaming")
+    assert len(sample_cells(stream, 5, seed=0)) == 5
 
 
 @pytest.mark.timeout(300)
@@ -158,7 +162,7 @@ def test_two_processes_stream_every_cell_once_an_epoch(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", script]
         + [str(option) for option in options],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(EXAMPLES.parent / "src"), str(EXAMPLES)])},
+        env=os.environ | {"PYTHONPATH": str(SOURCE)},
         capture_output=True,
         text=True,
     )
@@ -178,8 +182,8 @@ def test_two_processes_stream_every_cell_once_an_epoch(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [
-        (["--streaming"], ValueError, "--streaming needs a table"),
-        (["--dataset_name", "x", "--train_data_dir", "y"], ValueError, "two sources"),
+        (["--streaming"], ValueError, "a table of cells for --streaming, got none"),
+        (["--dataset_name", "x", "--train_data_dir", "y"], ValueError, "one source of cells"),
         (["--dataset_name", "no/thing/here"], OSError, "no such data set"),
         (["--train_data_dir", "FOLDER", "--label", "c"], ValueError, "no cells with the label c"),
         (["--train_data_dir", "FOLDER", "--label_column", "drug"], ValueError, "expected a column drug, got"),
@@ -188,6 +192,6 @@ def test_two_processes_stream_every_cell_once_an_epoch(tmp_path):
         (["--train_data_dir", "FOLDER", "--split_file", "gone.json"], OSError, "gone.json"),
     ],
 )
-def test_refusals(load, folder, arguments, error, match):
+def test_refusals(folder, arguments, error, match):
     with pytest.raises(error, match=match):
         load(*(str(folder) if argument == "FOLDER" else argument for argument in arguments))

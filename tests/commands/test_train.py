@@ -1,7 +1,7 @@
-"""The real script, in processes of its own and at tiny size."""
+"""The real command, in processes of its own and at tiny size."""
 
 import contextlib
-import importlib
+import importlib.metadata
 import json
 import os
 import random
@@ -25,12 +25,18 @@ from tensorboard.backend.event_processing.directory_watcher import DirectoryDele
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffusers_byoc import BYOCPipeline, DualChannelUNet3D, MultiCodebookVQModel
+from diffusers_byoc.commands import train_arguments, train_run
+from diffusers_byoc.commands.train import main
 from diffusers_byoc.data import read_volume
-from diffusers_byoc.training import list_checkpoints
+from diffusers_byoc.training import Stage, list_checkpoints
+from diffusers_byoc.training.stages import autoencoder, diffusion
+from diffusers_byoc.whole_files import lock_folder
 
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "examples" / "train_byoc.py"
+STAGES = "diffusers_byoc.training.stages"
+CHECKPOINTS = "diffusers_byoc.training.checkpoints"
 REAL_CELLS = REPOSITORY.parent / "shared" / "data" / "mitotic_cells"
 
 TINY = {
@@ -79,32 +85,33 @@ def counted(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
     return original(*args, **kwargs)
 setattr(owner, name, counted)
-sys.path.insert(0, os.path.dirname(sys.argv[0]))
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 # says how many graphs torch.compile has made of the networks
 COMPILED = """
-import os, runpy, sys
+import runpy, sys
 import torch
 sys.argv = sys.argv[1:]
-sys.path.insert(0, os.path.dirname(sys.argv[0]))
 runpy.run_path(sys.argv[0], run_name="__main__")
 print("compiled graphs:", torch._dynamo.utils.counters["stats"]["unique_graphs"])
 """
 
 # trains the autoencoder and writes down what each process then holds
 EVERY_RANK = """
-import os, sys
+import sys
 import torch
 from accelerate import PartialState
-folder, script, *arguments = sys.argv[1:]
-sys.path.insert(0, os.path.dirname(script))
-import train_byoc
-args = train_byoc.parse_args(arguments)
+from diffusers_byoc.commands import cells, train_arguments, train_run
+from diffusers_byoc.training import Stage
+from diffusers_byoc.training.stages.autoencoder import train_autoencoder
+folder, *arguments = sys.argv[1:]
+args = train_arguments.parse_args("", arguments)
 rank = PartialState(cpu=True).process_index
-cells, _ = train_byoc.load_cells(args, train_byoc.make_autoencoder(args).config.channel_names)
-vqvae = train_byoc.train_autoencoder(args, cells)
+with Stage(args.output_dir, "autoencoder", train_run.settings_of(args, "autoencoder")) as stage:
+    vqvae = train_run.make_autoencoder(args)
+    train, _ = cells.split_for_training(args, cells.read_cells(args, vqvae.config.channel_names))
+    vqvae = train_autoencoder(stage, vqvae, train)
 torch.save(vqvae.state_dict(), f"{folder}/rank-{rank}.pt")
 """
 
@@ -125,33 +132,33 @@ def run_process(command, check=True, timeout=240):
     return done
 
 
+def reset_accelerate():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
 @pytest.fixture
-def script(monkeypatch):
-    """The script as a module, for runs in this process; every run starts from accelerate's initial state."""
-    monkeypatch.syspath_prepend(SCRIPT.parent)
+def fresh_state():
+    """accelerate's initial state, which runs in this process change."""
     threads = torch.get_num_threads()
-
-    def reset():
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-
-    reset()
-    yield importlib.import_module("train_byoc")
-    reset()
+    reset_accelerate()
+    yield
+    reset_accelerate()
     torch.set_num_threads(threads)
 
 
 @pytest.fixture
-def train(script, preset, tmp_path):
+def train(fresh_state, preset, tmp_path):
     def run(*arguments, output_dir=tmp_path / "out"):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-        script.main(
-            script.parse_args(["--preset", str(preset), "--output_dir", str(output_dir), *map(str, arguments)])
-        )
+        reset_accelerate()
+        main(["--preset", str(preset), "--output_dir", str(output_dir), *map(str, arguments)])
         return output_dir
 
     return run
+
+
+def parse(*arguments):
+    return train_arguments.parse_args("", [str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="session")
@@ -164,10 +171,10 @@ def unbroken(preset, tmp_path_factory):
 
 
 @pytest.fixture
-def no_report(script, monkeypatch):
+def no_report(monkeypatch):
     """For runs that are looked into themselves: half of a tiny run's time."""
-    monkeypatch.setattr(script, "write_report", lambda *args, **options: None)
-    monkeypatch.setattr(script, "log_volumes", lambda *args: None)
+    monkeypatch.setattr(train_run, "write_report", lambda *args, **options: None)
+    monkeypatch.setattr(Stage, "log_volumes", lambda *args: None)
 
 
 def scalars(output_dir, stage):
@@ -285,7 +292,7 @@ def test_a_run_killed_in_either_stage_resumes_to_the_same_end(unbroken, preset, 
         ("reconstruction_loss", 8, "autoencoder"),
         ("diffusion_loss", 8, "diffusion"),
     ):
-        killed = run_process(["-c", KILLED, "diffusers_byoc.training", function, last_call, *command], check=False)
+        killed = run_process(["-c", KILLED, f"{STAGES}.{stage}", function, last_call, *command], check=False)
         assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
         assert [path.name for path in (output_dir / stage).iterdir()] == ["checkpoint-2"]
         assert not (output_dir / "model_index.json").exists()
@@ -397,9 +404,9 @@ def holed(cell):
         ({"three": make_cell(0, num_channels=3)}, [], "three.npy", "keep these channels only"),
         ({"flat": make_cell(0)[:, 5]}, [], "flat.npy", "channel"),
         ({"large": make_cell(0, size=44)}, [], "large.npy", "oversize='rescale'"),
-        ({"good": make_cell(0)}, ["--sample_size", 30], "sample_size", "Choose another"),
-        ({"good": make_cell(0)}, ["--sample_size", 8], "sample_size", "larger size"),  # the U-Net's, not stage one's
-        ({"good": make_cell(0)}, ["--mixed_precision", "fp16"], "fp16", "say bf16, no or auto"),
+        ({"good": make_cell(0)}, ["--sample_size", 30], "--sample_size", "Give 24 or 32, or"),
+        ({"good": make_cell(0)}, ["--sample_size", 8], "--sample_size", "Give 16, or"),  # the U-Net's, not stage one's
+        ({"good": make_cell(0)}, ["--mixed_precision", "fp16"], "fp16", "Say bf16, no or auto"),
         ({"good": make_cell(0)}, ["--stage", "diffusion"], "vqvae", "--stage autoencoder first"),
     ],
     ids="empty label nan channels flat large size deep fp16 stage".split(),
@@ -415,35 +422,35 @@ def test_bad_input_is_one_line_before_any_training(train, tmp_path, cells, argum
     assert not (tmp_path / "out").exists()
 
 
-def test_the_report_is_made_on_the_device(script, preset, unbroken, tmp_path, monkeypatch):
+def test_the_report_is_made_on_the_device(fresh_state, preset, unbroken, tmp_path, monkeypatch):
     """Where the thousand steps of its cells take minutes, not hours."""
     output_dir = tmp_path / "out"
     shutil.copytree(unbroken[0], output_dir)
     for stage in ("train_autoencoder", "train_diffusion"):
-        monkeypatch.setattr(script, stage, lambda *args: None)
+        monkeypatch.setattr(train_run, stage, lambda stage, network, *args: network)
     pipelines = []
-    monkeypatch.setattr(script, "write_report", lambda pipeline, *args, **options: pipelines.append(pipeline))
-    args = script.parse_args(["--preset", str(preset), "--output_dir", str(output_dir)])
+    monkeypatch.setattr(train_run, "write_report", lambda pipeline, *args, **options: pipelines.append(pipeline))
+    args = parse("--preset", preset, "--output_dir", output_dir)
     state = types.SimpleNamespace(num_processes=1, is_main_process=True, device=torch.device("meta"))
     PartialState(cpu=True)
-    script.run(args, state, script.check_arguments(args, torch.device("cpu")))
+    train_run.run(args, state, train_run.check_arguments(args, torch.device("cpu")))
     assert [pipeline.device.type for pipeline in pipelines] == ["meta"]
 
 
 @pytest.mark.parametrize(
     ("backend", "has_gpu", "arguments", "message"),
     [
-        ("FSDP", True, [], "FSDP is not supported"),
-        ("DEEPSPEED", False, ["--stage", "diffusion"], "on GPUs alone"),
-        ("DEEPSPEED", True, [], "use it with --stage diffusion"),
-        ("DEEPSPEED", True, ["--stage", "diffusion", "--mixed_precision", "fp16"], "say --mixed_precision bf16 or no"),
+        ("FSDP", True, [], "got FSDP"),
+        ("DEEPSPEED", False, ["--stage", "diffusion"], "Expected GPUs for DeepSpeed"),
+        ("DEEPSPEED", True, [], "Use it with --stage diffusion"),
+        ("DEEPSPEED", True, ["--stage", "diffusion", "--mixed_precision", "fp16"], "Say --mixed_precision bf16 or no"),
     ],
 )
-def test_what_a_launcher_may_not_ask_for(script, preset, monkeypatch, backend, has_gpu, arguments, message):
+def test_what_a_launcher_may_not_ask_for(preset, monkeypatch, backend, has_gpu, arguments, message):
     monkeypatch.setenv(f"ACCELERATE_USE_{backend}", "true")
-    monkeypatch.setattr(script, "is_cpu_training", lambda: not has_gpu)
+    monkeypatch.setattr(train_run, "is_cpu_training", lambda: not has_gpu)
     with pytest.raises(ValueError, match=message):
-        script.check_arguments(script.parse_args(["--preset", str(preset), *arguments]), torch.device("cuda"))
+        train_run.check_arguments(parse("--preset", preset, *arguments), torch.device("cuda"))
 
 
 def test_bad_input_ends_the_process_without_a_traceback(preset, tmp_path):
@@ -458,34 +465,47 @@ def test_bad_input_ends_the_process_without_a_traceback(preset, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--preset", "papre"], "--preset papre: neither one of demo, paper nor a file"),
+        (["--preset", "papre"], "Expected --preset demo, paper or a JSON file, got papre."),
         (["--num_samples", "0"], "--num_samples: expected at least 1, got 0"),
         (["--checkpoints_total_limit", "0"], "--checkpoints_total_limit: expected at least 1"),
         (["--stage", "both"], "invalid choice"),
-        (["--resume_from_checkpoint", "checkpoint-3"], "say --stage"),
+        (["--resume_from_checkpoint", "checkpoint-3"], "got checkpoint-3, which is of one. Say its --stage"),
+        (["--push_to_hub", "--stage", "autoencoder"], "Expected a run that ends with a pipeline"),
         (["--lerning_rate", "1"], "unrecognized arguments"),
     ],
 )
-def test_bad_arguments(script, arguments, message, capsys):
+def test_bad_arguments(arguments, message, capsys):
     with pytest.raises(SystemExit):
-        script.parse_args(arguments)
+        parse(*arguments)
     assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [('{"arguments": {"lerning_rate": 1}}', r"unknown arguments ['lerning_rate']"), ("{,}", "not a JSON file")],
+    [
+        ('{"arguments": {"lerning_rate": 1}}', "Expected arguments of this command, got ['lerning_rate'] in PATH."),
+        ('{"vqvea": {}}', "Expected arguments, vqvae, unet, scheduler in a preset, got ['vqvea'] in PATH."),
+        ("{,}", "Expected a preset in JSON, got PATH ("),
+    ],
 )
-def test_bad_presets(script, tmp_path, text, message, capsys):
+def test_bad_presets(tmp_path, text, message, capsys):
     path = tmp_path / "mine.json"
     path.write_text(text)
     with pytest.raises(SystemExit):
-        script.parse_args(["--preset", str(path)])
-    assert f"{path}: {message}" in capsys.readouterr().err
+        parse("--preset", path)
+    assert message.replace("PATH", str(path)) in capsys.readouterr().err
 
 
-def test_the_command_line_outranks_the_preset(script, preset):
-    args = script.parse_args(["--preset", str(preset), "--num_samples", "5"])
+def test_help_and_mistakes_do_not_wait_for_torch():
+    code = "import sys; from diffusers_byoc.commands.train import main\n" + (
+        "try: main(sys.argv[1:])\nexcept SystemExit as stop: print(stop.code, 'torch' in sys.modules)"
+    )
+    assert run_process(["-c", code, "--help"]).stdout.endswith("\n0 False\n")
+    assert run_process(["-c", code, "--stage", "both"]).stdout == "2 False\n"
+
+
+def test_the_command_line_outranks_the_preset(preset):
+    args = parse("--preset", preset, "--num_samples", 5)
     assert args.num_samples == 5 and args.num_phantoms == 10 and args.ema_decay == 0.995
 
 
@@ -495,24 +515,23 @@ def test_a_diverging_run_stops_and_leaves_the_last_checkpoint_whole(preset, tmp_
     done = run_process([*command, *limit, "--autoencoder_learning_rate", 1e30], check=False)
     assert done.returncode == 1
     (message,) = [line for line in done.stderr.splitlines() if line.startswith("FloatingPointError: ")]
-    assert "is not finite" in message and "Lower the learning rate" in message
+    assert "Expected a finite " in message and "begin anew with a lower learning rate" in message
 
     (checkpoint,) = (tmp_path / "autoencoder").iterdir()
-    assert f"those of step {checkpoint.name.split('-')[1]} " in message
+    assert f"those of step {checkpoint.name.split('-')[1]}." in message
     assert all(weight.isfinite().all() for weight in load_file(checkpoint / "model.safetensors").values())
     assert not (tmp_path / "vqvae").exists()
 
 
 @pytest.mark.parametrize(
-    ("function", "stage"), [("reconstruction_loss", "autoencoder"), ("diffusion_loss", "diffusion")]
+    ("module", "function"), [(autoencoder, "reconstruction_loss"), (diffusion, "diffusion_loss")]
 )
 @pytest.mark.parametrize("broken", ["loss", "gradient"])
-def test_a_number_that_is_none_never_reaches_the_weights(
-    train, script, monkeypatch, tmp_path, function, stage, broken
-):
+def test_a_number_that_is_none_never_reaches_the_weights(train, monkeypatch, tmp_path, module, function, broken):
+    stage = module.__name__.rpartition(".")[2]
     if stage == "diffusion":
         train("--stage", "autoencoder", "--autoencoder_max_train_steps", 1)
-    original, calls = getattr(script, function), []
+    original, calls = getattr(module, function), []
 
     def break_down(*arguments, **options):
         loss = original(*arguments, **options)
@@ -522,13 +541,13 @@ def test_a_number_that_is_none_never_reaches_the_weights(
         # the square root's slope at zero is infinite: a finite loss with a gradient that is not
         return loss * float("nan") if broken == "loss" else loss + (loss - loss.detach()).abs().sqrt()
 
-    monkeypatch.setattr(script, function, break_down)
-    with pytest.raises(FloatingPointError, match="step 3 is not finite; the weights are those of step 2"):
+    monkeypatch.setattr(module, function, break_down)
+    with pytest.raises(FloatingPointError, match="step 3 is not made, the weights are those of step 2"):
         train("--stage", stage, "--discriminator_start", 9)
     checkpoint = tmp_path / "out" / stage / "checkpoint-2"
     assert all(weight.isfinite().all() for weight in load_file(checkpoint / "model.safetensors").values())
 
-    monkeypatch.setattr(script, function, original)  # the remedy in the message works
+    monkeypatch.setattr(module, function, original)  # the remedy in the message works
     train("--stage", stage, "--discriminator_start", 9, "--resume_from_checkpoint", "latest")
     assert (tmp_path / "out" / stage / "checkpoint-4").is_dir()
 
@@ -540,7 +559,7 @@ def test_sigterm_saves_a_checkpoint_and_says_how_to_go_on(unbroken, preset, tmp_
     """Sent within the first half of step 3, which has no checkpoint of its own; a second run is refused meanwhile."""
     command = [SCRIPT, "--preset", preset, "--output_dir", tmp_path, "--stage", "autoencoder"]
     code = KILLED.replace("signal.SIGKILL", "signal.SIGTERM")
-    done = run_process(["-c", code, "diffusers_byoc.training", "reconstruction_loss", 5, *command], check=False)
+    done = run_process(["-c", code, f"{STAGES}.autoencoder", "reconstruction_loss", 5, *command], check=False)
     assert done.returncode == 143, done.stderr[-3000:]
     assert "checkpoint-3; go on with --resume_from_checkpoint latest" in done.stderr + done.stdout
     assert "Traceback" not in done.stderr
@@ -594,8 +613,8 @@ def wait_for(condition, process=None, seconds=300):
     raise TimeoutError
 
 
-def test_a_second_run_into_one_folder_is_refused(train, script, tmp_path):
-    with script.lock_folder(tmp_path / "out"), pytest.raises(SystemExit, match="is writing into it"):
+def test_a_second_run_into_one_folder_is_refused(train, tmp_path):
+    with lock_folder(tmp_path / "out"), pytest.raises(SystemExit, match="is writing into it"):
         train()
 
 
@@ -605,14 +624,15 @@ def test_kills_while_saving_and_between_the_stages_lose_nothing(unbroken, preset
     command = [SCRIPT, "--preset", preset, "--output_dir", tmp_path, "--resume_from_checkpoint", "latest"]
     for owner, function, call, last in (
         ("torch", "save", 2, None),  # half of the first checkpoint is written
-        ("pathlib:Path", "rename", 1, None),  # all of it, but it has no name yet
-        ("pathlib:Path", "rename", 3, "autoencoder/checkpoint-4"),  # the earlier one is about to be deleted
+        (CHECKPOINTS, "move_into_place", 1, None),  # all of it, but it has no name yet
+        (CHECKPOINTS, "remove", 1, "autoencoder/checkpoint-4"),  # the earlier one is about to be removed
         ("diffusers_byoc:MultiCodebookVQModel", "save_pretrained", 1, "autoencoder/checkpoint-4"),
-        ("diffusers_byoc.training", "cache_latents", 1, "autoencoder/checkpoint-4"),
-        ("os", "replace", 1, "autoencoder/checkpoint-4"),  # latents are encoded, but have no name yet
-        ("diffusers_byoc.training", "diffusion_loss", 1, "autoencoder/checkpoint-4"),
+        (f"{STAGES}.diffusion", "cache_latents", 1, "autoencoder/checkpoint-4"),
+        # latents are encoded, but have no name yet; the run's record is the first to get one
+        ("diffusers_byoc.whole_files", "move_into_place", 2, "autoencoder/checkpoint-4"),
+        (f"{STAGES}.diffusion", "diffusion_loss", 1, "autoencoder/checkpoint-4"),
         ("torch", "save", 2, "autoencoder/checkpoint-4"),  # half of the second stage's first checkpoint
-        ("pathlib:Path", "rename", 3, "diffusion/checkpoint-4"),
+        (CHECKPOINTS, "remove", 1, "diffusion/checkpoint-4"),
         ("diffusers_byoc:BYOCPipeline", "save_pretrained", 1, "diffusion/checkpoint-4"),
     ):
         killed = run_process(["-c", KILLED, owner, function, call, *command], check=False)
@@ -654,67 +674,134 @@ def test_twenty_kills_at_random_moments_lose_nothing(unbroken, preset, tmp_path)
     assert_same_weights(output_dir, unbroken[0])
 
 
+# ---------------------------------------------------------------------- a run records itself
+
+
+def test_a_run_records_itself(unbroken, preset):
+    stages = json.loads((unbroken[0] / "arguments.json").read_text())
+    assert list(stages) == ["autoencoder", "diffusion"]
+    for record in stages.values():
+        args = vars(parse("--preset", preset, "--output_dir", unbroken[0]))
+        assert {**record["arguments"], **record["networks"]} == args
+        assert record["networks"]["vqvae"] == TINY["vqvae"]
+        assert record["versions"].keys() >= {"python", "diffusers_byoc", "torch", "diffusers", "accelerate"}
+        assert record["versions"]["torch"] == importlib.metadata.version("torch")
+        assert record["data"]["num_cells"] == 8 and len(record["data"]["fingerprint"]) == 64
+        assert record["num_processes"] == 1
+
+
+def test_the_record_keeps_a_stage_that_another_run_made(train, no_report):
+    output_dir = train("--stage", "autoencoder", "--learning_rate", 0.5, "--max_train_steps", 1)
+    train("--stage", "diffusion", "--learning_rate", 0.25, "--max_train_steps", 1)
+    stages = json.loads((output_dir / "arguments.json").read_text())
+    rates = [stages[stage]["arguments"][f"{stage}_learning_rate"] for stage in ("autoencoder", "diffusion")]
+    assert rates == [0.5, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["--learning_rate", 0.5], "learning_rate 0.001"),
+        (["--train_batch_size", 1], "train_batch_size 2"),
+        (["--gradient_accumulation_steps", 1], "gradient_accumulation_steps 2"),
+        (["--discriminator_start", 3], "discriminator_start 1"),
+        (["--seed", 1], "seed 0"),
+        (["--num_phantoms", 12], "num_phantoms 10"),
+        (["--augmentation", "axial"], "augmentation 'none'"),
+        (["--stage", "diffusion", "--snr_gamma", 5], "snr_gamma None"),
+        (["--stage", "diffusion", "--class_conditional"], "class_conditional False"),
+        (["--stage", "diffusion", "--prediction_type", "sample"], "scheduler.prediction_type 'epsilon'"),
+        (["--stage", "diffusion", "--latent_scaling", "standardize"], "vqvae.latent_scaling 'codebook_range'"),
+        (["--held_out", 0.3], "held-out cells"),
+        (["--stage", "diffusion", "--max_train_steps", 3], "as many steps"),
+    ],
+    ids=lambda value: value.split()[0] if isinstance(value, str) else "",
+)
+def test_a_resume_with_other_arguments_is_refused_by_name(unbroken, train, no_report, tmp_path, arguments, name):
+    output_dir = shutil.copytree(unbroken[0], tmp_path / "copy")
+    kept = [*output_dir.rglob("*.safetensors"), output_dir / "arguments.json", output_dir / "split.json"]
+    contents = [path.read_bytes() for path in kept]
+    with pytest.raises(SystemExit, match=f"Expected .*{name}.*[.]$"):
+        train("--resume_from_checkpoint", "latest", *arguments, output_dir=output_dir)
+    assert [path.read_bytes() for path in kept] == contents
+
+
+def test_a_preset_of_other_networks_is_refused_by_name(unbroken, train, tmp_path):
+    output_dir = shutil.copytree(unbroken[0], tmp_path / "copy")
+    preset = tmp_path / "larger.json"
+    preset.write_text(json.dumps(TINY | {"vqvae": TINY["vqvae"] | {"num_vq_embeddings": 32}}))
+    with pytest.raises(SystemExit, match="Expected vqvae.num_vq_embeddings 16, with which"):
+        train("--preset", preset, "--resume_from_checkpoint", "latest", output_dir=output_dir)
+
+
+def test_a_finished_run_is_extended(unbroken, train, no_report, tmp_path):
+    """Its diffusion alone: the autoencoder is done, and stays; the arguments that may change are others too."""
+    output_dir = shutil.copytree(unbroken[0], tmp_path / "copy")
+    may_change = ["--checkpointing_steps", 1, "--validation_steps", 2, "--num_inference_steps", 2]
+    train("--resume_from_checkpoint", "latest", "--diffusion_max_train_steps", 6, *may_change, output_dir=output_dir)
+    assert_same_weights(output_dir, unbroken[0], ["vqvae/diffusion_pytorch_model.safetensors"])
+    losses, before = (scalars(folder, "diffusion")["loss/diffusion"] for folder in (output_dir, unbroken[0]))
+    assert sorted(losses) == [1, 2, 3, 4, 5, 6] and {step: losses[step] for step in before} == before
+    assert BYOCPipeline.from_pretrained(output_dir).config.default_num_inference_steps == 2
+    record = json.loads((output_dir / "arguments.json").read_text())["diffusion"]["arguments"]
+    assert record["diffusion_max_train_steps"] == 6
+
+
+def test_another_precision_may_go_on(unbroken, train, no_report, tmp_path):
+    output_dir = shutil.copytree(unbroken[0], tmp_path / "copy")
+    more = ["--diffusion_max_train_steps", 5, "--mixed_precision", "bf16", "--dataloader_num_workers", 1]
+    train("--resume_from_checkpoint", "latest", *more, output_dir=output_dir)
+    assert sorted(scalars(output_dir, "diffusion")["loss/diffusion"]) == [1, 2, 3, 4, 5]
+
+
+def test_a_longer_autoencoder_has_its_diffusion_trained_anew(unbroken, train, no_report, tmp_path, caplog):
+    """Also where a kill comes in between; its checkpoints are of other latents."""
+    output_dir = shutil.copytree(unbroken[0], tmp_path / "copy")
+    arguments = ["--max_train_steps", 6, "--resume_from_checkpoint", "latest"]
+    train("--stage", "autoencoder", *arguments, output_dir=output_dir)
+    assert sorted(scalars(output_dir, "autoencoder")["loss/reconstruction"]) == [1, 2, 3, 4, 5, 6]
+    with pytest.raises(SystemExit, match="Expected autoencoder '[0-9a-f]*', with which"):
+        train("--stage", "diffusion", *arguments, output_dir=output_dir)
+    train(*arguments, output_dir=output_dir)
+    assert "the diffusion begins anew" in caplog.text
+    train("--stage", "diffusion", "--max_train_steps", 6, "--vqvae_path", output_dir / "vqvae")
+    assert_same_weights(output_dir, tmp_path / "out", ["unet/diffusion_pytorch_model.safetensors"])
+
+
+def test_a_checkpoint_of_an_earlier_version_is_resumed(unbroken, train, no_report, tmp_path):
+    output_dir = shutil.copytree(unbroken[0], tmp_path / "copy")
+    for stage in ("autoencoder", "diffusion"):
+        (output_dir / stage / "checkpoint-4" / "settings.json").unlink()
+    (output_dir / "arguments.json").unlink()
+    train("--resume_from_checkpoint", "latest", output_dir=output_dir)
+    assert_same_weights(output_dir, unbroken[0])
+
+
 # ---------------------------------------------------------------------- arguments and their effects
 
 
-def test_common_arguments_reach_both_stages_and_a_stages_own_wins(script, preset):
-    common = [
-        "--max_train_steps",
-        "7",
-        "--learning_rate",
-        "0.5",
-        "--train_batch_size",
-        "3",
-        "--lr_scheduler",
-        "linear",
-    ]
-    args = script.parse_args(["--preset", str(preset), *common, "--diffusion_learning_rate", "0.25"])
+def test_common_arguments_reach_both_stages_and_a_stages_own_wins(preset):
+    common = ["--max_train_steps", 7, "--learning_rate", 0.5, "--train_batch_size", 3, "--lr_scheduler", "linear"]
+    args = parse("--preset", preset, *common, "--diffusion_learning_rate", 0.25)
     assert args.autoencoder_max_train_steps == args.diffusion_max_train_steps == 7
     assert args.autoencoder_train_batch_size == args.diffusion_train_batch_size == 3
     assert args.autoencoder_lr_scheduler == args.diffusion_lr_scheduler == "linear"
     assert (args.autoencoder_learning_rate, args.diffusion_learning_rate) == (0.5, 0.25)
 
 
-def test_epochs_become_steps_unless_steps_are_given(script, preset):
-    args = script.parse_args(["--preset", str(preset), "--num_train_epochs", "3", "--diffusion_max_train_steps", "9"])
-    script.training_arguments.set_train_steps(args, num_cells=10, num_processes=2)
+def test_what_the_command_line_leaves_out_is_what_the_settings_leave_out():
+    """The defaults stand in both, as the parser must not import torch."""
+    args = train_arguments._make_parser("").parse_args([])
+    for stage, settings in train_run.SETTINGS.items():
+        assert train_run.settings_of(args, stage) == settings(max_train_steps=100_000)
+    assert list(train_run.SETTINGS) == list(train_arguments.STAGES)
+
+
+def test_epochs_become_steps_unless_steps_are_given(preset):
+    args = parse("--preset", preset, "--num_train_epochs", 3, "--diffusion_max_train_steps", 9)
+    train_arguments.set_train_steps(args, num_cells=10, num_processes=2)
     assert args.autoencoder_max_train_steps == 4  # 30 cells in batches of 2 processes x 2 cells x 2 accumulated
     assert args.diffusion_max_train_steps == 9
-
-
-def test_optimizer_arguments(script, preset, monkeypatch):
-    weights = [torch.nn.Parameter(torch.zeros(1))]
-    arguments = ["--preset", str(preset), "--adam_beta1", "0.5", "--adam_weight_decay", "0.1", "--optimizer", "adamw"]
-    args = script.parse_args([*arguments, "--learning_rate", "0.5", "--lr_scheduler", "linear"])
-    optimizer, schedule = script.make_optimizer(args, "diffusion", weights, 3)
-    assert type(optimizer) is torch.optim.AdamW and optimizer.defaults["betas"] == (0.5, 0.99)
-    assert optimizer.defaults["weight_decay"] == 0.1
-    rates = []
-    for _ in range(3):
-        rates += schedule.get_last_lr()
-        optimizer.step()
-        schedule.step()
-    assert rates == [0, 0.5, 0.25]  # one step of warm-up
-
-    args = script.parse_args([*arguments, "--use_8bit_adam"])
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(ValueError, match=r"pip install .diffusers_byoc\[8bit\]"):
-        script.check_arguments(args, torch.device("cpu"))
-    names = types.SimpleNamespace(Adam8bit=torch.optim.SGD, AdamW8bit=torch.optim.RMSprop)
-    monkeypatch.setitem(sys.modules, "bitsandbytes", types.SimpleNamespace(optim=names))
-    assert script.optimizer_class(args) is torch.optim.RMSprop
-
-
-@pytest.mark.parametrize(("max_grad_norm", "change"), [(2.0, 2.0), (20.0, 5.0), (0.0, 5.0)])
-def test_the_gradient_is_clipped_to_its_largest_norm(script, max_grad_norm, change):
-    accelerator = script.Accelerator(cpu=True)
-    model = torch.nn.Linear(2, 1, bias=False)
-    before = model.weight.detach().clone()
-    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1.0))
-    accelerator.backward(model(torch.tensor([3.0, 4.0])).sum())  # a gradient of norm 5
-    script.optimizer_step(accelerator, types.SimpleNamespace(max_grad_norm=max_grad_norm), model, optimizer, 1)
-    assert (model.weight - before).norm().item() == pytest.approx(change, rel=1e-5)
-    assert model.weight.grad is None
 
 
 @pytest.mark.parametrize(
@@ -740,16 +827,23 @@ def test_the_moving_average_of_the_weights(unbroken, train, no_report, arguments
         torch.testing.assert_close(got.detach(), average, rtol=1e-4, atol=1e-5)
 
 
-def test_accumulated_batches_are_one_large_batch(unbroken, train, no_report, script, monkeypatch, tmp_path):
+def test_an_autoencoder_serves_cubes_of_another_size(unbroken, train, no_report):
+    arguments = ["--vqvae_path", unbroken[0] / "vqvae", "--sample_size", 40, "--max_train_steps", 1]
+    pipeline = BYOCPipeline.from_pretrained(train("--stage", "diffusion", *arguments))
+    assert pipeline(num_inference_steps=1).volumes.shape == (1, 2, 40, 40, 40)
+    assert pipeline.volume_processor.config.sample_size == pipeline.vqvae.config.sample_size == 40
+
+
+def test_accumulated_batches_are_one_large_batch(unbroken, train, no_report, monkeypatch, tmp_path):
     """Two batches of two make the step of a batch of four, with a loss that draws nothing per batch."""
     monkeypatch.setattr(
-        script,
+        diffusion,
         "diffusion_loss",
         lambda unet, scheduler, clean, noise, *_: (
             unet(clean, torch.zeros(len(clean)), return_dict=False)[0].square().mean()
         ),
     )
-    monkeypatch.setattr(script, "validate_diffusion", lambda *_: {})
+    monkeypatch.setattr(diffusion, "validate_diffusion", lambda *_: {})
     common = ["--stage", "diffusion", "--vqvae_path", unbroken[0] / "vqvae", "--max_grad_norm", 0]
     accumulated = train(*common, "--train_batch_size", 2, "--gradient_accumulation_steps", 2)
     at_once = [*common, "--train_batch_size", 4, "--gradient_accumulation_steps", 1]
@@ -780,9 +874,9 @@ def test_accumulated_batches_are_one_large_batch(unbroken, train, no_report, scr
     ],
     ids=["l1", "l2", "sample", "v_prediction", "snr_gamma"],
 )
-def test_the_loss_that_was_asked_for(unbroken, train, script, monkeypatch, arguments, expected):
+def test_the_loss_that_was_asked_for(unbroken, train, monkeypatch, arguments, expected):
     """Of a network that predicts zeros, in closed form from the noise, the latents and the schedule of a step."""
-    original = script.diffusion_loss
+    original = diffusion.diffusion_loss
 
     class Seen(Exception):
         pass
@@ -797,7 +891,7 @@ def test_the_loss_that_was_asked_for(unbroken, train, script, monkeypatch, argum
         torch.testing.assert_close(loss, wanted, rtol=1e-4, atol=0)
         raise Seen
 
-    monkeypatch.setattr(script, "diffusion_loss", compare)
+    monkeypatch.setattr(diffusion, "diffusion_loss", compare)
     with pytest.raises(Seen):
         train("--stage", "diffusion", "--vqvae_path", unbroken[0] / "vqvae", *arguments)
 
@@ -853,29 +947,15 @@ def test_compiled_networks_train_to_the_same_end(unbroken, preset, tmp_path):
         assert load_file(tmp_path / file).keys() == load_file(unbroken[0] / file).keys(), file
     assert BYOCPipeline.from_pretrained(tmp_path)(1).volumes.shape == (1, 2, 32, 32, 32)
     # and on without compiling
-    run_process(
-        [
-            SCRIPT,
-            "--preset",
-            preset,
-            "--output_dir",
-            tmp_path,
-            "--resume_from_checkpoint",
-            "checkpoint-4",
-            "--stage",
-            "diffusion",
-        ]
-    )
+    again = ["--resume_from_checkpoint", "checkpoint-4", "--stage", "diffusion"]
+    run_process([SCRIPT, "--preset", preset, "--output_dir", tmp_path, *again])
 
 
 def test_a_private_repository_is_filled(preset, hub):
     """Pipeline, card, report; no checkpoint, no log, no latent."""
     arguments = ["--preset", str(preset), "--max_train_steps", "1", "--push_to_hub"]
     arguments += ["--hub_model_id", "org/phantoms", "--hub_private_repo"]
-    hub.run(
-        f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); import train_byoc; "
-        f"train_byoc.main(train_byoc.parse_args({arguments!r}))"
-    )
+    hub.run(f"from diffusers_byoc.commands.train import main; main({arguments!r})")
     assert hub.repos["models/org/phantoms"]["private"]
     files = hub.files("org/phantoms")
     weights = [f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "vqvae")]
@@ -912,8 +992,8 @@ def test_accelerate_reads_the_configurations(path):
 # ---------------------------------------------------------------------- the paper's configuration
 
 
-def test_the_paper_preset_is_tables_2_and_3(script):
-    args = script.parse_args(["--preset", "paper", "--train_data_dir", "my_cells"])
+def test_the_paper_preset_is_tables_2_and_3():
+    args = parse("--preset", "paper", "--train_data_dir", "my_cells")
     table_2 = {
         "autoencoder_learning_rate": 3e-4,
         "autoencoder_train_batch_size": 2,
@@ -927,8 +1007,8 @@ def test_the_paper_preset_is_tables_2_and_3(script):
     assert {name: getattr(args, name) for name in expected} == expected
 
     with torch.device("meta"):
-        vqvae = script.make_autoencoder(args)
-        unet = script.make_unet(args, vqvae, num_classes=1)
+        vqvae = train_run.make_autoencoder(args)
+        unet = train_run.make_unet(args, vqvae, num_classes=1)
     assert vqvae.config.latent_channels == unet.config.latent_channels == 16
     assert vqvae.config.num_vq_embeddings == 1024 and vqvae.config.commitment_cost == 0.25
     assert vqvae.config.use_ema_codebook and vqvae.config.latent_scaling == "codebook_range"
@@ -957,7 +1037,7 @@ def test_the_paper_preset_is_tables_2_and_3(script):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_paper_preset_starts(script, tmp_path):
+def test_the_paper_preset_starts(tmp_path):
     folder = make_folder(tmp_path / "cells", **{f"cell_{index}": make_cell(index, size=40) for index in range(4)})
     steps = ["--autoencoder_max_train_steps", 1, "--diffusion_max_train_steps", 1]
     command = [SCRIPT, "--preset", "paper", "--train_data_dir", folder, "--output_dir", tmp_path / "out", *steps]
@@ -1027,7 +1107,7 @@ def test_two_processes_hold_the_same_autoencoder(tmp_path, others):
     preset.write_text(json.dumps(TINY | {"vqvae": TINY["vqvae"] | others}))
     recorder = tmp_path / "every_rank.py"
     recorder.write_text(EVERY_RANK)
-    torchrun(recorder, tmp_path, SCRIPT, "--preset", preset, "--output_dir", tmp_path / "out")
+    torchrun(recorder, tmp_path, "--preset", preset, "--output_dir", tmp_path / "out")
     first, second = (torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in range(2))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)

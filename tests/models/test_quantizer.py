@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from diffusers_byoc.models.quantizer import Codebook, codebook_usage, nearest_code, quantize_rows
+from diffusers_byoc.models.quantizer import Codebook, nearest_code, quantize_rows, usage_and_perplexity
 
 
 def brute_force(vectors, codes):
@@ -160,9 +160,9 @@ def test_revival_replaces_dead_codes_and_their_running_averages(use_ema):
 
 
 def test_usage_and_perplexity():
-    usage, perplexity = codebook_usage(torch.tensor([5, 5, 0, 0]))
+    usage, perplexity = usage_and_perplexity(torch.tensor([5, 5, 0, 0]))
     assert usage.item() == 0.5
     assert perplexity.item() == pytest.approx(2.0)
-    usage, perplexity = codebook_usage(torch.tensor([6.0, 2.0]))
+    usage, perplexity = usage_and_perplexity(torch.tensor([6.0, 2.0]))
     assert usage.item() == 1.0
     assert perplexity.item() == pytest.approx(math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25))))

@@ -3,8 +3,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
-from diffusers_byoc.training import CheckpointError, list_checkpoints, load_checkpoint, save_checkpoint
-from diffusers_byoc.training.checkpoints import checkpoint_step
+from diffusers_byoc.training import (
+    CheckpointError,
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
+from diffusers_byoc.training.checkpoints import check_record, checkpoint_step, read_record
 
 
 class Run:
@@ -40,6 +46,10 @@ def fresh_state():
     reset()
 
 
+def restore(accelerator, directory, name):
+    return load_checkpoint(accelerator, find_checkpoint(directory, name))
+
+
 def names(directory):
     return sorted(path.name for path in directory.iterdir())
 
@@ -51,7 +61,7 @@ def test_a_restored_run_goes_on_as_if_unbroken(tmp_path):
     run.train(range(3, 6))
 
     resumed = Run()
-    assert load_checkpoint(resumed.accelerator, tmp_path, "latest") == 3
+    assert restore(resumed.accelerator, tmp_path, "latest") == 3
     resumed.train(range(3, 6))
     assert resumed.weights() == run.weights()
 
@@ -78,15 +88,6 @@ def test_later_checkpoints_of_an_earlier_run_are_deleted_not_resumed(tmp_path):
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-15"]
 
 
-def test_beginning_anew_beside_old_checkpoints_is_said(tmp_path, capsys):
-    accelerator = Run().accelerator
-    assert load_checkpoint(accelerator, tmp_path, None) == 0
-    assert capsys.readouterr().out == ""
-    save_checkpoint(accelerator, tmp_path, 10, total_limit=None)
-    assert load_checkpoint(accelerator, tmp_path, None) == 0
-    assert "--resume_from_checkpoint latest" in capsys.readouterr().out
-
-
 def test_a_half_written_checkpoint_is_neither_listed_nor_in_the_way(tmp_path):
     run = Run()
     save_checkpoint(run.accelerator, tmp_path, 1, total_limit=None)
@@ -95,11 +96,11 @@ def test_a_half_written_checkpoint_is_neither_listed_nor_in_the_way(tmp_path):
     (partial / "model.safetensors").write_bytes(b"half")
     (partial / "left over").write_bytes(b"")
 
-    assert load_checkpoint(Run().accelerator, tmp_path, "latest") == 1
+    assert restore(Run().accelerator, tmp_path, "latest") == 1
     save_checkpoint(run.accelerator, tmp_path, 2, total_limit=None)
     assert names(tmp_path) == ["checkpoint-1", "checkpoint-2"]
     assert not (tmp_path / "checkpoint-2" / "left over").exists()
-    assert load_checkpoint(Run().accelerator, tmp_path, "latest") == 2
+    assert restore(Run().accelerator, tmp_path, "latest") == 2
 
 
 def test_a_save_that_dies_leaves_the_earlier_ones_whole(tmp_path, monkeypatch):
@@ -109,7 +110,7 @@ def test_a_save_that_dies_leaves_the_earlier_ones_whole(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         save_checkpoint(run.accelerator, tmp_path, 2, total_limit=1)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-1"]
-    assert load_checkpoint(Run().accelerator, tmp_path, "latest") == 1
+    assert restore(Run().accelerator, tmp_path, "latest") == 1
 
 
 def test_saving_a_step_again_replaces_it(tmp_path):
@@ -118,7 +119,7 @@ def test_saving_a_step_again_replaces_it(tmp_path):
     run.train(range(1))
     save_checkpoint(run.accelerator, tmp_path, 1, total_limit=None)
     resumed = Run()
-    load_checkpoint(resumed.accelerator, tmp_path, "latest")
+    restore(resumed.accelerator, tmp_path, "latest")
     assert resumed.weights() == run.weights()
 
 
@@ -126,28 +127,29 @@ def test_a_checkpoint_by_name_or_path(tmp_path):
     accelerator = Run().accelerator
     for step in (1, 2):
         save_checkpoint(accelerator, tmp_path, step, total_limit=None)
-    assert load_checkpoint(accelerator, tmp_path, "checkpoint-1") == 1
-    assert load_checkpoint(accelerator, tmp_path, str(tmp_path / "checkpoint-2")) == 2
+    assert restore(accelerator, tmp_path, "checkpoint-1") == 1
+    assert restore(accelerator, tmp_path, str(tmp_path / "checkpoint-2")) == 2
 
 
-def test_latest_of_none_begins_anew_and_says_so(tmp_path, capsys):
-    assert load_checkpoint(Run().accelerator, tmp_path / "missing", "latest") == 0
-    assert "starting a new run" in capsys.readouterr().out
+def test_nothing_to_resume(tmp_path):
+    assert find_checkpoint(tmp_path / "missing", "latest") is None
+    save_checkpoint(Run().accelerator, tmp_path, 1, total_limit=None)
+    assert find_checkpoint(tmp_path, None) is None
 
 
 def test_a_missing_checkpoint_is_an_error_that_lists_the_present_ones(tmp_path):
     accelerator = Run().accelerator
-    with pytest.raises(FileNotFoundError, match="checkpoint-7, which does not exist. Present: none"):
-        load_checkpoint(accelerator, tmp_path, "checkpoint-7")
+    with pytest.raises(FileNotFoundError, match="checkpoint-7, got none of this name. Name one of: none"):
+        restore(accelerator, tmp_path, "checkpoint-7")
     save_checkpoint(accelerator, tmp_path, 4, total_limit=None)
-    with pytest.raises(FileNotFoundError, match="Present: checkpoint-4"):
-        load_checkpoint(accelerator, tmp_path, "checkpoint-7")
+    with pytest.raises(FileNotFoundError, match="Name one of: checkpoint-4"):
+        restore(accelerator, tmp_path, "checkpoint-7")
 
 
 def test_a_folder_that_is_no_checkpoint_is_an_error(tmp_path):
     (tmp_path / "weights").mkdir()
     with pytest.raises(ValueError, match="checkpoint-STEP"):
-        load_checkpoint(Run().accelerator, tmp_path, "weights")
+        restore(Run().accelerator, tmp_path, "weights")
     for name in ("checkpoint-", "checkpoint-2.partial", "checkpoint-x", "old-checkpoint-2"):
         with pytest.raises(ValueError, match="checkpoint-STEP"):
             checkpoint_step(tmp_path / name)
@@ -182,6 +184,7 @@ def test_killed_at_any_moment_of_a_save_the_latest_is_whole(tmp_path, monkeypatc
         with monkeypatch.context() as patch:
             patch.setattr(shutil, "rmtree", dying(shutil.rmtree))
             patch.setattr(Path, "rename", dying(Path.rename))
+            patch.setattr(Path, "replace", dying(Path.replace))
             patch.setattr(run.accelerator, "save_state", dying(run.accelerator.save_state))
             try:
                 save_checkpoint(run.accelerator, folder, 3, total_limit=1)
@@ -191,10 +194,10 @@ def test_killed_at_any_moment_of_a_save_the_latest_is_whole(tmp_path, monkeypatc
 
     moment = 1
     while save_and_die(folder := tmp_path / str(moment), moment):
-        step = load_checkpoint(Run().accelerator, folder, "latest")
+        step = restore(Run().accelerator, folder, "latest")
         assert step in (2, 3, 9)
         for path in list_checkpoints(folder):  # every one of them, not the latest alone
-            assert load_checkpoint(Run().accelerator, folder, path.name) == int(path.name.split("-")[1])
+            assert restore(Run().accelerator, folder, path.name) == int(path.name.split("-")[1])
         moment += 1
     assert moment > 12 and [path.name for path in list_checkpoints(folder)] == ["checkpoint-3"]
 
@@ -221,5 +224,43 @@ def test_the_scaler_of_fp16_is_in_the_checkpoint(tmp_path):
     save_checkpoint(run.accelerator, tmp_path, 1, total_limit=1)
     resumed = Run()
     resumed.accelerator.scaler = torch.amp.GradScaler("cpu")
-    load_checkpoint(resumed.accelerator, tmp_path, "latest")
+    restore(resumed.accelerator, tmp_path, "latest")
     assert resumed.accelerator.scaler.get_scale() == 2.0**7
+
+
+def test_a_checkpoint_of_another_run_is_refused_by_name(tmp_path):
+    record = {"learning_rate": 0.1, "sizes": (1, 2), "label": None}
+    path = save_checkpoint(Run().accelerator, tmp_path, 1, None, record)
+    check_record(path, record)
+    check_record(path, record | {"of a newer version": 1})
+    for changed in ({"learning_rate": 0.2}, {"sizes": (1, 3)}, {"label": "a"}):
+        (name,) = changed
+        with pytest.raises(CheckpointError, match=rf"Expected {name} .*checkpoint-1 was made, got .* Give the same"):
+            check_record(path, record | changed)
+
+
+def test_a_checkpoint_without_a_record_is_taken_as_it_is(tmp_path):
+    """As earlier versions wrote them."""
+    run = Run()
+    run.train(range(1))
+    path = save_checkpoint(run.accelerator, tmp_path, 1, None, {"learning_rate": 0.1})
+    (path / "settings.json").unlink()
+    assert read_record(path) == {}
+    check_record(path, {"learning_rate": 0.2})
+    resumed = Run()
+    assert restore(resumed.accelerator, tmp_path, "latest") == 1 and resumed.weights() == run.weights()
+
+
+def test_another_precision_may_go_on(tmp_path):
+    """From float32 to fp16, whose scaler begins anew, and back."""
+    run = Run()
+    run.train(range(1))
+    save_checkpoint(run.accelerator, tmp_path, 1, total_limit=None)
+    scaled = Run()
+    scaled.accelerator.scaler = scaler = torch.amp.GradScaler("cpu", init_scale=2.0**7)
+    scaler._lazy_init_scale_growth_tracker("cpu")
+    assert restore(scaled.accelerator, tmp_path, "latest") == 1 and scaled.weights() == run.weights()
+    assert scaled.accelerator.scaler is scaler and scaler.get_scale() == 2.0**7
+    save_checkpoint(scaled.accelerator, tmp_path, 2, total_limit=None)
+    back = Run()
+    assert restore(back.accelerator, tmp_path, "latest") == 2 and back.weights() == run.weights()

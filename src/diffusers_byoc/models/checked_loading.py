@@ -39,8 +39,8 @@ class CheckedModelMixin(ModelMixin):
         missing = sorted(info.get("missing_keys", []))
         if missing:
             raise ValueError(
-                f"Expected every tensor of {cls.__name__} in {path}, got none for {_few(missing)}. Save the model again"
-                " (an adapter apart from it, by save_lora_adapter), or load another copy."
+                f"Expected every tensor of {cls.__name__} in {path}, got none for {_few(missing)}. Save the model"
+                " again (an adapter apart from it, by save_lora_adapter), or load another copy."
             )
         mismatched = {name for name, *_ in info.get("mismatched_keys", [])}
         tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in mismatched}
@@ -60,8 +60,8 @@ def _refuse_pickles(folder: Path, use_safetensors: bool | None) -> None:
     if use_safetensors is False or (pickles and not has_safetensors):
         old = folder / (pickles[0] if pickles else "diffusion_pytorch_model.bin")
         raise ValueError(
-            f"Expected safetensors weights in {folder}, got {old.name if pickles else 'use_safetensors=False'}. Convert"
-            f" pickled ones: safetensors.torch.save_file(torch.load({str(old)!r}, weights_only=True),"
+            f"Expected safetensors weights in {folder}, got {old.name if pickles else 'use_safetensors=False'}."
+            f" Convert pickled ones: safetensors.torch.save_file(torch.load({str(old)!r}, weights_only=True),"
             f" {str(folder / SAFETENSORS_WEIGHTS_NAME)!r})."
         )
 

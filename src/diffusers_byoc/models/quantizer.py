@@ -207,7 +207,7 @@ def draw_unusual(vectors: Tensor, approximations: Tensor, num_draws: int, genera
     return drawn
 
 
-def codebook_usage(count: Tensor) -> tuple[Tensor, Tensor]:
+def usage_and_perplexity(count: Tensor) -> tuple[Tensor, Tensor]:
     """Share of the codes in use and perplexity, two scalars, from `count` (K,) assignments per code."""
     probabilities = count.float() / count.sum().clamp(min=1)
     entropy = torch.special.entr(probabilities).sum()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .checked_loading import CheckedModelMixin
 from .encoder_decoder import Decoder3D, Encoder3D, initialize_convolution
 from .normalization import to_fast_memory_format
-from .quantizer import Codebook, codebook_usage, quantize_rows
+from .quantizer import Codebook, quantize_rows, usage_and_perplexity
 from .tiling import blend_tiles
 
 
@@ -314,7 +314,7 @@ class MultiCodebookVQModel(CheckedModelMixin, AutoencoderMixin, ConfigMixin):
                 self.config.revival_threshold,
                 generator,
             )
-            usage, perplexity = codebook_usage(count)
+            usage, perplexity = usage_and_perplexity(count)
             statistics[f"usage/{name}"] = usage.item()
             statistics[f"perplexity/{name}"] = perplexity.item()
             statistics[f"revived/{name}"] = float(num_revived)

@@ -20,8 +20,9 @@ def check_fit(pipeline) -> None:
     index = _file(vqvae, "model_index.json", parent=True)
     if config.prediction_type not in SCHEDULERS_FOR:
         raise ValueError(
-            f"Expected a prediction_type among {', '.join(SCHEDULERS_FOR)} in {index}, got {config.prediction_type!r}. "
-            "Say what the unet was trained to predict, or load the pipeline with a newer version."
+            f"Expected a prediction_type among {', '.join(SCHEDULERS_FOR)} in {index}, got "
+            f"{config.prediction_type!r}. Say what the "
+            "unet was trained to predict, or load the pipeline with a newer version."
         )
     processor = _volume_processor(config.volume_processor_config, index)
     if vqvae is None:
@@ -50,15 +51,15 @@ def check_fit(pipeline) -> None:
     grid = sample_size // vqvae.downsampling_factor
     if unet.config.sample_size != grid:
         raise ValueError(
-            f"Expected a U-Net with sample_size {grid}, as an autoencoder for {sample_size} voxels that halves them to "
-            f"1/{vqvae.downsampling_factor} has latents of that size ({vqvae_file}), got {unet.config.sample_size} "
+            f"Expected a U-Net with sample_size {grid}, as an autoencoder for {sample_size} voxels that halves them "
+            f"to 1/{vqvae.downsampling_factor} has latents of that size ({vqvae_file}), got {unet.config.sample_size} "
             f"({unet_file}). Use the files that were saved together."
         )
     num_classes, indices = unet.config.num_class_embeds, sorted((config.label2id or {}).values())
     if num_classes is not None and indices and not (indices[0] >= 0 and indices[-1] < num_classes):
         raise ValueError(
-            f"Expected a label2id with indices in [0, {num_classes}), the U-Net's classes ({unet_file}), got {indices} "
-            f"in {index}. Use the files that were saved together."
+            f"Expected a label2id with indices in [0, {num_classes}), the U-Net's classes ({unet_file}), got "
+            f"{indices} in {index}. Use the files that were saved together."
         )
 
 

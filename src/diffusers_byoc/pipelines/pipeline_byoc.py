@@ -153,7 +153,7 @@ class BYOCPipeline(DiffusionPipeline):
         self.check_inputs(num_samples, steps, output_type, callback_on_step_end_tensor_inputs)
         schedulers.check_scheduler(self.scheduler, self.config.prediction_type, self.config.noise_schedule, steps)
         device = self._execution_device
-        class_labels = self._prepare_class_labels(class_labels, num_samples, device)
+        class_labels = self.prepare_class_labels(class_labels, num_samples, device)
 
         # 2. noise, and the scheduler's steps
         self.scheduler.set_timesteps(steps, device=device)
@@ -220,7 +220,8 @@ class BYOCPipeline(DiffusionPipeline):
             )
         return latents.to(device, torch.float32) * self.scheduler.init_noise_sigma
 
-    def _prepare_class_labels(self, class_labels, num_samples, device) -> torch.Tensor | None:
+    def prepare_class_labels(self, class_labels, num_samples, device) -> torch.Tensor | None:
+        """Indices (num_samples,) of the classes, int64, or None for a model without classes."""
         num_classes = self.unet.config.num_class_embeds
         if (class_labels is None) != (num_classes is None):
             wanted = (

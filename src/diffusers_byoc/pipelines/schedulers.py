@@ -40,7 +40,7 @@ _NEEDS_LEADING_SPACING = ("HeunDiscreteScheduler", "PNDMScheduler")
 
 
 def noise_schedule(scheduler) -> dict:
-    """How much noise `scheduler` knows at which timestep: the part of its configuration that a U-Net is trained for."""
+    """How much noise `scheduler` has at which timestep: what of its configuration a U-Net is trained for."""
     config = scheduler.config
     names = ["num_train_timesteps", "beta_schedule"]
     if config.get("beta_schedule") != "squaredcos_cap_v2":  # which alone takes no bounds
@@ -64,8 +64,8 @@ def check_scheduler(scheduler, prediction_type: str, trained_noise_schedule: dic
     usable = SCHEDULERS_FOR[prediction_type]
     if name not in usable:
         raise ValueError(
-            f"Expected a scheduler that can sample from a DDPM-trained model with prediction_type={prediction_type!r}, "
-            f"got {name}. Use one of: {', '.join(usable)}."
+            f"Expected a scheduler that can sample from a DDPM-trained model with prediction_type="
+            f"{prediction_type!r}, got {name}. Use one of: {', '.join(usable)}."
         )
     if scheduler.config.prediction_type != prediction_type:
         raise ValueError(

@@ -1,19 +1,18 @@
 """Stage two trains on latents: encode each cell once, keep the latents on disk, say how they lie for the diffusion."""
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..models import MultiCodebookVQModel
+from ..models.fingerprint import fingerprint_weights
 from ..whole_files import whole_or_absent
 
 
@@ -101,15 +100,6 @@ def cache_latents(
             save_file({"latents": latents.contiguous()}, temporary, metadata={"fingerprint": fingerprint})
     accelerator.wait_for_everyone()
     return CachedLatents(paths)
-
-
-def fingerprint_weights(network: nn.Module, *others: Any) -> str:
-    """Changes with any weight or buffer of a network, and with `others`, as JSON."""
-    fingerprint = hashlib.sha256(json.dumps(others, sort_keys=True, default=str).encode())
-    for name, weight in sorted(network.state_dict().items()):
-        fingerprint.update(f"{name} {weight.dtype}".encode())
-        fingerprint.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return fingerprint.hexdigest()
 
 
 def _read_fingerprint(path: Path) -> str | None:

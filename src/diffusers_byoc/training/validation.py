@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..models import MultiCodebookVQModel
-from ..models.quantizer import codebook_usage
+from ..models.quantizer import usage_and_perplexity
+from ..randomness import step_generator
 from .latents import CachedLatents
 from .losses import diffusion_loss, reconstruction_loss
-from .randomness import step_generator
 
 
 _NUM_TIMESTEPS = 4  # a cell
@@ -50,7 +50,7 @@ def validate_autoencoder(
     losses = {"validation/reconstruction": _mean(accelerator, total)}
     counts = accelerator.reduce(counts, reduction="sum")
     for name, count in zip(vqvae.config.channel_names, counts, strict=True):
-        usage, perplexity = codebook_usage(count)
+        usage, perplexity = usage_and_perplexity(count)
         losses |= {f"validation/usage/{name}": usage.item(), f"validation/perplexity/{name}": perplexity.item()}
     return losses
 

@@ -1,0 +1,75 @@
+"""Generate cells from a trained pipeline: a file each, the same ones in any batch, after any interruption.
+
+byoc-generate --pretrained outputs/demo --num_samples 100 --output_dir cells
+byoc-generate --pretrained org/name --class_labels nocodazole blebbistatin --num_samples 200 --output_dir cells
+"""
+
+import argparse
+from pathlib import Path
+
+from .data_arguments import positive
+
+
+FORMATS = {"ome.tif": "tifffile", "ome.zarr": "ome_zarr", "npz": "numpy"}  # -> the package that writes them
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="byoc-generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--pretrained", required=True, help="folder of a saved pipeline, or its name on the Hub")
+    add("--output_dir", required=True, help="the cells go here; what is there already is not made again")
+    add("--num_samples", type=positive, default=8, help="how many cells there shall be (default: 8)")
+    add("--class_labels", nargs="+", metavar="CLASS", help="names or numbers, which the cells have in turn")
+    add("--num_inference_steps", type=positive, help="denoising steps (default: the pipeline's)")
+    add("--seed", type=int, default=0, help="of all cells; each depends on it and its own number alone (default: 0)")
+    add("--format", choices=FORMATS, default="ome.tif", help="of the files (default: ome.tif)")
+    add("--batch_size", type=positive, default=8, help="cells at a time; changes none of them (default: 8)")
+    add("--device", help="cpu, cuda, ... (default: the accelerator, if there is one)")
+    dtypes = ["float32", "bfloat16", "float16"]
+    add("--dtype", choices=dtypes, default="float32", help="of the networks' arithmetic (default: float32)")
+    args = parser.parse_args(argv)
+    if args.seed < 0:
+        parser.error(f"argument --seed: expected at least 0, got {args.seed}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    try:
+        generate(args)
+    except (ImportError, OSError, ValueError) as error:  # the message says what to mend
+        raise SystemExit(f"byoc-generate: error: {' '.join(str(error).split())}") from error
+
+
+def generate(args: argparse.Namespace) -> None:
+    """What the command does, as `parse_args` understood it."""
+    import torch  # after `--help` and mistakes, which need not wait for it
+
+    from ..optional import optional
+    from ..pipelines import BYOCPipeline
+    from ..pipelines.generation import generate_cells
+    from ..whole_files import lock_folder, remove_left_overs
+
+    optional(FORMATS[args.format], "zarr" if args.format == "ome.zarr" else "data")  # before hours of generating
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    pipeline = BYOCPipeline.from_pretrained(args.pretrained, dtype=getattr(torch, args.dtype))
+    pipeline.to(args.device or accelerator or "cpu")
+    label2id = pipeline.config.label2id or {}
+    labels = args.class_labels and [name if name in label2id else _number(name) for name in args.class_labels]
+
+    folder = Path(args.output_dir)
+    with lock_folder(folder):
+        remove_left_overs(folder)
+        settings = (labels, args.num_inference_steps, args.seed, args.batch_size, f".{args.format}")
+        paths = generate_cells(pipeline, folder, args.num_samples, *settings)
+    print(f"{len(paths)} cells in {folder}.")
+
+
+def _number(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""A folder of volume files as a data set."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..formats.metadata import read_metadata
+from ..formats.reading import FORMATS, ending_of, read_volume
+from ..formats.volume import Volume
+from ..processor import VolumeProcessor
+from .cells import ONLY_CLASS, CellDataset
+from .splits import Population
+
+
+METADATA_NAME = "metadata.csv"
+
+
+class CellFolder(CellDataset):
+    """A folder of volume files, one cell each.
+
+    With a ``metadata.csv`` (the convention of 🤗 Datasets) its rows are the cells: column `file_name`, relative to the
+    folder, and optionally a label and the group that a split keeps together; other columns are ignored. Without one,
+    every ``.tif``, ``.tiff``, ``.npy`` and ``.npz`` file below the folder is a cell, labelled by the sub-folder it
+    lies in, or not at all.
+
+    Args:
+        root: the folder.
+        processor: makes the crops into network input.
+        label: keep only the cells of this label, or of these.
+        cache_gb: memory for preprocessed cells, in 10⁹ bytes; at 64³ and two channels a cell takes 2.1 MB.
+        label_column: column of the labels; None for `label`, if there is one.
+        group_column: column of the groups; None for `source`, if there is one. Without it every cell is a group.
+
+    Attributes:
+        paths: file of every cell.
+
+    Raises:
+        FileNotFoundError: if the folder, or the file of a metadata row, does not exist.
+        ValueError: if the folder has no cells, a label has none, the metadata are faulty, or a file is no volume that
+            `processor` accepts. The message names the file or the row.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike,
+        processor: VolumeProcessor,
+        label: str | Sequence[str] | None = None,
+        cache_gb: float = 1.0,
+        label_column: str | None = None,
+        group_column: str | None = None,
+    ):
+        self.root = Path(root)
+        if not self.root.is_dir():
+            raise FileNotFoundError(f"{root}: no such folder; give the folder that holds the cells")
+        if (self.root / METADATA_NAME).is_file():
+            population = _cells_of_metadata(self.root, label_column, group_column)
+        elif label_column or group_column:
+            raise ValueError(
+                f"{root}: expected {METADATA_NAME} with the column {label_column or group_column}, got none; write it"
+            )
+        else:
+            population = _cells_of_folder(self.root)
+        super().__init__(processor, population, label, str(root))
+        self._prepare(cache_gb, f"Reading {self.root.name}")
+
+    @property
+    def paths(self) -> list[Path]:
+        return [self.root / name for name in self.ids]
+
+    def _read(self, row: int) -> Volume:
+        return read_volume(self.root / self.population.ids[row])
+
+    def _where(self, row: int) -> str:
+        return str(self.root / self.population.ids[row])
+
+
+# which cells a folder has
+
+
+def find_volumes(root: Path) -> list[Path]:
+    """Volume files below a folder, OME-Zarr's folders among them; sorted, hidden ones left out."""
+    paths = []
+    for folder, folders, files in os.walk(root):
+        volumes = [name for name in folders if ending_of(name)]
+        # e.g. the ._* files of macOS
+        folders[:] = [name for name in folders if name not in volumes and not name.startswith(".")]
+        paths += [Path(folder) / name for name in [*volumes, *files] if ending_of(name) and not name.startswith(".")]
+    return sorted(paths)
+
+
+def _cells_of_folder(root: Path) -> Population:
+    paths = find_volumes(root)
+    if not paths:
+        raise ValueError(f"{root}: no cells; expected {METADATA_NAME}, or files ending in {'/'.join(FORMATS)}")
+    parts = [path.relative_to(root).parts for path in paths]
+    at_root = sum(len(part) == 1 for part in parts)
+    if 0 < at_root < len(paths):
+        raise ValueError(
+            f"{root}: {at_root} of {len(paths)} cells lie outside the sub-folders that name the labels; move them, or"
+            f" write {METADATA_NAME} with the columns file_name and label"
+        )
+    ids = tuple("/".join(part) for part in parts)
+    return Population(ids, tuple(part[0] if len(part) > 1 else ONLY_CLASS for part in parts), groups=ids)
+
+
+def _cells_of_metadata(root: Path, label_column: str | None, group_column: str | None) -> Population:
+    metadata_path = root / METADATA_NAME
+    rows = read_metadata(metadata_path, *filter(None, (label_column, group_column)))
+    columns = rows[0][1]
+    label_column = label_column or ("label" if "label" in columns else None)
+    group_column = group_column or ("source" if "source" in columns else None)
+
+    line_of, labels, groups = {}, [], []
+    for line, row in rows:
+        where = f"{metadata_path}, line {line}"
+        name = os.path.normpath(row["file_name"])
+        if os.path.isabs(name) or name.split(os.sep)[0] == os.pardir:
+            raise ValueError(f"{where}: {row['file_name']!r} is not inside {root}; move the file there")
+        if name in line_of:
+            raise ValueError(f"{where}: {row['file_name']!r} stands already in line {line_of[name]}; delete one")
+        if not (root / name).is_file():
+            raise FileNotFoundError(f"{where}: no file {root / name}; correct file_name, or delete the row")
+        for column in filter(None, (label_column, group_column)):
+            if not row[column].strip():
+                raise ValueError(f"{where}: {column} is empty; fill it in, or delete the row")
+        line_of[name] = line
+        labels.append(row[label_column] if label_column else ONLY_CLASS)
+        groups.append(row[group_column] if group_column else name)
+    return Population(tuple(Path(name).as_posix() for name in line_of), tuple(labels), tuple(groups))

@@ -1,0 +1,165 @@
+"""A table of cells, one row each, as a data set: Parquet or webdataset, from a folder or from the Hub."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from ...volumes import voxel_size_triple
+from ..formats.records import decode_volume
+from ..formats.shards import TarShards, check_columns, class_names_of, find_shards, import_datasets
+from ..formats.volume import Volume
+from ..processor import VolumeProcessor
+from .cells import ONLY_CLASS, CellDataset
+from .splits import Population
+
+
+class CellTable(CellDataset):
+    """A table of cells on this machine's disk, for training in random order.
+
+    Parquet is converted once to the memory-mapped cache of 🤗 Datasets, and downloaded before if it is on the Hub; tar
+    archives, which must be local, are read where they are. Volumes are unpacked at each access and never kept, so that
+    memory does not grow with the table. At construction columns are checked, not voxels: a damaged volume is found
+    when it is read, by an error that names its row.
+
+    Args:
+        name: a data set on the Hub, a folder, or a pattern of files, as in `find_shards`.
+        processor: makes the crops into network input.
+        label: keep only the cells of this label, or of these.
+        config_name: configuration of the data set.
+        volume_column: column of the volumes' bytes; see `encode_volume` for the others.
+        label_column: column of the classes; None for `label`, if there is one.
+        group_column: column of the groups that a split keeps together; None for `source`, if there is one. Without it
+            every cell is a group.
+
+    Raises:
+        OSError: if there is no such data set, or the Hub cannot be reached.
+        ValueError: if the table is empty, lacks a column, or has none of the label's cells.
+        ImportError: if 🤗 Datasets is not installed.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        processor: VolumeProcessor,
+        label: str | Sequence[str] | None = None,
+        config_name: str | None = None,
+        volume_column: str = "volume",
+        label_column: str | None = None,
+        group_column: str | None = None,
+    ):
+        files = find_shards(name, config_name)
+        if files[0].lower().endswith(".tar"):
+            self._table = TarShards(files)
+        else:
+            self._table = _ArrowTable(name, files, config_name, volume_column)
+        population, class_names = population_of(self._table, name, label_column, group_column)
+        super().__init__(processor, population, label, name, None if label else class_names)
+        self.voxel_size_um = check_cells(self._table, processor, self._rows)
+
+    def _read(self, row: int) -> Volume:
+        try:
+            return self._table.volume(row)
+        except ValueError as err:
+            raise ValueError(f"{self._where(row)}: {err}") from err
+
+    def _where(self, row: int) -> str:
+        return self._table.where(row)
+
+
+class _ArrowTable:
+    """Parquet files as the memory-mapped table of 🤗 Datasets, with the methods of `ParquetShards`."""
+
+    def __init__(self, name: str, files: list[str], config_name: str | None, volume_column: str):
+        datasets = import_datasets()
+        try:
+            if name in files or not any(file.startswith("hf://") for file in files):
+                self._rows = datasets.load_dataset("parquet", data_files=files, split="train")
+            else:
+                self._rows = datasets.load_dataset(name, config_name, split="train")
+        except (ValueError, datasets.exceptions.DatasetGenerationError) as err:
+            raise ValueError(f"{name}: not readable Parquet ({err.__cause__ or err}); write it again") from err
+        self._name, self._volume_column, self.num_rows = name, volume_column, len(self._rows)
+        check_columns(self._rows.features, volume_column, name)
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        return tuple(f"row {row}" for row in range(self.num_rows))
+
+    @property
+    def column_names(self) -> list[str]:
+        return self._rows.column_names
+
+    def column(self, name: str) -> Iterator:
+        for batch in self._rows.select_columns(name).iter(batch_size=1000):
+            yield from class_names_of(batch[name], self._rows.features[name])
+
+    def volume(self, row: int) -> Volume:
+        return decode_volume(self._rows[row], self._volume_column)
+
+    def where(self, row: int) -> str:
+        return f"{self._name}, row {row}"
+
+
+def population_of(
+    table, name: str, label_column: str | None, group_column: str | None
+) -> tuple[Population, list[str]]:
+    """The cells of a table without their voxels, and the sorted names of their classes.
+
+    Raises:
+        ValueError: if the table is empty, lacks a column, or has no value in one.
+    """
+    if not table.num_rows:
+        raise ValueError(f"{name}: expected a row for each cell, got none; write the data set again")
+    names = table.column_names
+
+    def values_of(column: str | None, default: str) -> tuple[str, ...] | None:
+        if column is None and default not in names:
+            return None
+        column = column or default
+        if column not in names:
+            raise ValueError(f"{name}: expected a column {column}, got {', '.join(names)}; name one of these")
+        distinct, texts = {}, []  # one text for all cells that share it
+        for row, value in enumerate(table.column(column)):
+            if not isinstance(value, (str, int)) or not str(value).strip():
+                raise ValueError(
+                    f"{table.where(row)}: expected text or a whole number in the column {column}, got {value!r}; fill"
+                    " it in, or leave the cell out"
+                )
+            texts.append(distinct.setdefault(str(value), str(value)))
+        return tuple(texts)
+
+    ids = table.ids
+    labels = values_of(label_column, "label") or (ONLY_CLASS,) * len(ids)
+    groups = values_of(group_column, "source") or ids
+    return Population(ids, labels, groups), sorted(set(labels))
+
+
+def check_cells(table, processor: VolumeProcessor, rows: Sequence[int]) -> tuple[float, float, float] | None:
+    """Check what a table says of its cells beside their voxels.
+
+    Returns:
+        The (z, y, x) edge of a voxel in µm of all these cells after preprocessing; None if unknown or not the same.
+
+    Raises:
+        ValueError: if a cell has another number of channels.
+    """
+    num_channels, names = processor.config.num_channels, table.column_names
+    is_kept = np.zeros(table.num_rows, bool)
+    is_kept[rows] = True
+    if not isinstance(table, TarShards):
+        for row, shape in itertools.compress(enumerate(table.column("shape")), is_kept):
+            if shape is None or len(shape) != 4 or shape[0] != num_channels:
+                raise ValueError(
+                    f"{table.where(row)}: expected shape (C, Z, Y, X) with {num_channels} channels"
+                    f" ({', '.join(processor.config.channel_names)}), got {shape}; leave the cell out"
+                )
+    if processor.config.oversize == "rescale":
+        return None  # every shrunk cell has a size of its own
+    if processor.voxel_size_um is not None:
+        return processor.voxel_size_um
+    if "voxel_size_um" not in names:
+        return None
+    sizes = itertools.compress(table.column("voxel_size_um"), is_kept)
+    distinct = {None if size is None else voxel_size_triple(size) for size in sizes}
+    return distinct.pop() if len(distinct) == 1 else None
