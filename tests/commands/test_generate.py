@@ -104,12 +104,12 @@ def test_a_folder_of_another_pipeline_is_refused(tmp_path):
 class Spheres(DiffusionPipeline):
     """Another generator: no networks, no classes, one channel."""
 
-    def __init__(self):
+    def __init__(self, smallest_radius: int = 3):
         super().__init__()
-        self.register_to_config(largest_radius=6)
+        self.register_to_config(smallest_radius=smallest_radius)
 
     def __call__(self, num_samples, generator):
-        radii = [3 + 3 * torch.rand(1, generator=own).item() for own in generator]
+        radii = [self.config.smallest_radius + 3 * torch.rand(1, generator=own).item() for own in generator]
         z, y, x = np.ogrid[-8:8, -8:8, -8:8]
         volumes = np.stack([(z**2 + y**2 + x**2 < radius**2)[None] for radius in radii])
         assert len(volumes) == num_samples
