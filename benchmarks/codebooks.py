@@ -3,7 +3,7 @@
     python benchmarks/codebooks.py                       eight times the demo's first stage: an hour on two cores
     python benchmarks/codebooks.py --sample_size 32      a few minutes
 
-Each row is one run of `examples/train_byoc.py --stage autoencoder` with `examples/configs/demo.json`, but for what the
+Each row is one run of `examples/train_byoc.py --stage autoencoder` with the preset `demo`, but for what the
 row says, judged on phantoms that no run has seen: codes in use by all of them and by the batches of four that training
 sees, perplexity, and the mean squared error in [-1, 1].
 """
@@ -18,6 +18,7 @@ import torch
 from timing import machine
 
 from diffusers_byoc import MultiCodebookVQModel
+from diffusers_byoc.commands.train_arguments import PRESETS
 from diffusers_byoc.data import PhantomCells, VolumeProcessor
 from diffusers_byoc.models.quantizer import usage_and_perplexity
 
@@ -40,7 +41,7 @@ BATCH_SIZE = 4  # the demo's
 def train(changes: dict, directory: Path, steps: int | None, sample_size: int) -> MultiCodebookVQModel:
     """The autoencoder of a run with these changes; one that is there already is not trained again."""
     if not (directory / "vqvae").is_dir():
-        config = json.loads((ROOT / "examples/configs/demo.json").read_text(encoding="utf-8"))
+        config = json.loads((PRESETS / "demo.json").read_text(encoding="utf-8"))
         config["vqvae"] |= changes
         directory.mkdir(parents=True, exist_ok=True)
         preset = directory / "preset.json"

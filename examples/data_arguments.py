@@ -20,7 +20,8 @@ from diffusers_byoc.data import (
 )
 from diffusers_byoc.data.augmentation import ROTATIONS
 from diffusers_byoc.data.folder import METADATA_NAME
-from diffusers_byoc.training import StepBatches, ignore_termination
+from diffusers_byoc.data import StepBatches
+from diffusers_byoc.training import ignore_termination
 
 
 SPLIT_NAME = "split.json"

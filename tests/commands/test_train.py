@@ -1,6 +1,7 @@
 """The real command, in processes of its own and at tiny size."""
 
 import contextlib
+import importlib.metadata
 import json
 import os
 import random
@@ -35,6 +36,7 @@ from diffusers_byoc.whole_files import lock_folder
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "examples" / "train_byoc.py"
 STAGES = "diffusers_byoc.training.stages"
+CHECKPOINTS = "diffusers_byoc.training.checkpoints"
 REAL_CELLS = REPOSITORY.parent / "shared" / "data" / "mitotic_cells"
 
 TINY = {
@@ -463,11 +465,12 @@ def test_bad_input_ends_the_process_without_a_traceback(preset, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--preset", "papre"], "--preset papre: neither one of demo, paper nor a file"),
+        (["--preset", "papre"], "Expected --preset demo, paper or a JSON file, got papre."),
         (["--num_samples", "0"], "--num_samples: expected at least 1, got 0"),
         (["--checkpoints_total_limit", "0"], "--checkpoints_total_limit: expected at least 1"),
         (["--stage", "both"], "invalid choice"),
-        (["--resume_from_checkpoint", "checkpoint-3"], "say --stage"),
+        (["--resume_from_checkpoint", "checkpoint-3"], "got checkpoint-3, which is of one. Say its --stage"),
+        (["--push_to_hub", "--stage", "autoencoder"], "Expected a run that ends with a pipeline"),
         (["--lerning_rate", "1"], "unrecognized arguments"),
     ],
 )
@@ -479,14 +482,26 @@ def test_bad_arguments(arguments, message, capsys):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [('{"arguments": {"lerning_rate": 1}}', r"unknown arguments ['lerning_rate']"), ("{,}", "not a JSON file")],
+    [
+        ('{"arguments": {"lerning_rate": 1}}', "Expected arguments of this command, got ['lerning_rate'] in PATH."),
+        ('{"vqvea": {}}', "Expected arguments, vqvae, unet, scheduler in a preset, got ['vqvea'] in PATH."),
+        ("{,}", "Expected a preset in JSON, got PATH ("),
+    ],
 )
 def test_bad_presets(tmp_path, text, message, capsys):
     path = tmp_path / "mine.json"
     path.write_text(text)
     with pytest.raises(SystemExit):
         parse("--preset", path)
-    assert f"{path}: {message}" in capsys.readouterr().err
+    assert message.replace("PATH", str(path)) in capsys.readouterr().err
+
+
+def test_help_and_mistakes_do_not_wait_for_torch():
+    code = "import sys; from diffusers_byoc.commands.train import main\n" + (
+        "try: main(sys.argv[1:])\nexcept SystemExit as stop: print(stop.code, 'torch' in sys.modules)"
+    )
+    assert run_process(["-c", code, "--help"]).stdout.endswith("\n0 False\n")
+    assert run_process(["-c", code, "--stage", "both"]).stdout == "2 False\n"
 
 
 def test_the_command_line_outranks_the_preset(preset):
@@ -609,14 +624,15 @@ def test_kills_while_saving_and_between_the_stages_lose_nothing(unbroken, preset
     command = [SCRIPT, "--preset", preset, "--output_dir", tmp_path, "--resume_from_checkpoint", "latest"]
     for owner, function, call, last in (
         ("torch", "save", 2, None),  # half of the first checkpoint is written
-        ("pathlib:Path", "rename", 1, None),  # all of it, but it has no name yet
-        ("pathlib:Path", "rename", 3, "autoencoder/checkpoint-4"),  # the earlier one is about to be deleted
+        (CHECKPOINTS, "move_into_place", 1, None),  # all of it, but it has no name yet
+        (CHECKPOINTS, "remove", 1, "autoencoder/checkpoint-4"),  # the earlier one is about to be removed
         ("diffusers_byoc:MultiCodebookVQModel", "save_pretrained", 1, "autoencoder/checkpoint-4"),
         (f"{STAGES}.diffusion", "cache_latents", 1, "autoencoder/checkpoint-4"),
-        ("os", "replace", 1, "autoencoder/checkpoint-4"),  # latents are encoded, but have no name yet
+        # latents are encoded, but have no name yet; the run's record is the first to get one
+        ("diffusers_byoc.whole_files", "move_into_place", 2, "autoencoder/checkpoint-4"),
         (f"{STAGES}.diffusion", "diffusion_loss", 1, "autoencoder/checkpoint-4"),
         ("torch", "save", 2, "autoencoder/checkpoint-4"),  # half of the second stage's first checkpoint
-        ("pathlib:Path", "rename", 3, "diffusion/checkpoint-4"),
+        (CHECKPOINTS, "remove", 1, "diffusion/checkpoint-4"),
         ("diffusers_byoc:BYOCPipeline", "save_pretrained", 1, "diffusion/checkpoint-4"),
     ):
         killed = run_process(["-c", KILLED, owner, function, call, *command], check=False)
@@ -658,6 +674,109 @@ def test_twenty_kills_at_random_moments_lose_nothing(unbroken, preset, tmp_path)
     assert_same_weights(output_dir, unbroken[0])
 
 
+# ---------------------------------------------------------------------- a run records itself
+
+
+def test_a_run_records_itself(unbroken, preset):
+    stages = json.loads((unbroken[0] / "arguments.json").read_text())
+    assert list(stages) == ["autoencoder", "diffusion"]
+    for record in stages.values():
+        args = vars(parse("--preset", preset, "--output_dir", unbroken[0]))
+        assert {**record["arguments"], **record["networks"]} == args
+        assert record["networks"]["vqvae"] == TINY["vqvae"]
+        assert record["versions"].keys() >= {"python", "diffusers_byoc", "torch", "diffusers", "accelerate"}
+        assert record["versions"]["torch"] == importlib.metadata.version("torch")
+        assert record["data"]["num_cells"] == 8 and len(record["data"]["fingerprint"]) == 64
+        assert record["num_processes"] == 1
+
+
+def test_the_record_keeps_a_stage_that_another_run_made(train, no_report):
+    output_dir = train("--stage", "autoencoder", "--learning_rate", 0.5, "--max_train_steps", 1)
+    train("--stage", "diffusion", "--learning_rate", 0.25, "--max_train_steps", 1)
+    stages = json.loads((output_dir / "arguments.json").read_text())
+    rates = [stages[stage]["arguments"][f"{stage}_learning_rate"] for stage in ("autoencoder", "diffusion")]
+    assert rates == [0.5, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["--learning_rate", 0.5], "learning_rate 0.001"),
+        (["--train_batch_size", 1], "train_batch_size 2"),
+        (["--gradient_accumulation_steps", 1], "gradient_accumulation_steps 2"),
+        (["--discriminator_start", 3], "discriminator_start 1"),
+        (["--seed", 1], "seed 0"),
+        (["--num_phantoms", 12], "num_phantoms 10"),
+        (["--augmentation", "axial"], "augmentation 'none'"),
+        (["--stage", "diffusion", "--snr_gamma", 5], "snr_gamma None"),
+        (["--stage", "diffusion", "--class_conditional"], "class_conditional False"),
+        (["--stage", "diffusion", "--prediction_type", "sample"], "scheduler.prediction_type 'epsilon'"),
+        (["--stage", "diffusion", "--latent_scaling", "standardize"], "vqvae.latent_scaling 'codebook_range'"),
+        (["--held_out", 0.3], "held-out cells"),
+        (["--stage", "diffusion", "--max_train_steps", 3], "as many steps"),
+    ],
+    ids=lambda value: value.split()[0] if isinstance(value, str) else "",
+)
+def test_a_resume_with_other_arguments_is_refused_by_name(unbroken, train, no_report, tmp_path, arguments, name):
+    output_dir = shutil.copytree(unbroken[0], tmp_path / "copy")
+    kept = [*output_dir.rglob("*.safetensors"), output_dir / "arguments.json", output_dir / "split.json"]
+    contents = [path.read_bytes() for path in kept]
+    with pytest.raises(SystemExit, match=f"Expected .*{name}.*[.]$"):
+        train("--resume_from_checkpoint", "latest", *arguments, output_dir=output_dir)
+    assert [path.read_bytes() for path in kept] == contents
+
+
+def test_a_preset_of_other_networks_is_refused_by_name(unbroken, train, tmp_path):
+    output_dir = shutil.copytree(unbroken[0], tmp_path / "copy")
+    preset = tmp_path / "larger.json"
+    preset.write_text(json.dumps(TINY | {"vqvae": TINY["vqvae"] | {"num_vq_embeddings": 32}}))
+    with pytest.raises(SystemExit, match="Expected vqvae.num_vq_embeddings 16, with which"):
+        train("--preset", preset, "--resume_from_checkpoint", "latest", output_dir=output_dir)
+
+
+def test_a_finished_run_is_extended(unbroken, train, no_report, tmp_path):
+    """Its diffusion alone: the autoencoder is done, and stays; the arguments that may change are others too."""
+    output_dir = shutil.copytree(unbroken[0], tmp_path / "copy")
+    may_change = ["--checkpointing_steps", 1, "--validation_steps", 2, "--num_inference_steps", 2]
+    train("--resume_from_checkpoint", "latest", "--diffusion_max_train_steps", 6, *may_change, output_dir=output_dir)
+    assert_same_weights(output_dir, unbroken[0], ["vqvae/diffusion_pytorch_model.safetensors"])
+    losses, before = (scalars(folder, "diffusion")["loss/diffusion"] for folder in (output_dir, unbroken[0]))
+    assert sorted(losses) == [1, 2, 3, 4, 5, 6] and {step: losses[step] for step in before} == before
+    assert BYOCPipeline.from_pretrained(output_dir).config.default_num_inference_steps == 2
+    record = json.loads((output_dir / "arguments.json").read_text())["diffusion"]["arguments"]
+    assert record["diffusion_max_train_steps"] == 6
+
+
+def test_another_precision_may_go_on(unbroken, train, no_report, tmp_path):
+    output_dir = shutil.copytree(unbroken[0], tmp_path / "copy")
+    more = ["--diffusion_max_train_steps", 5, "--mixed_precision", "bf16", "--dataloader_num_workers", 1]
+    train("--resume_from_checkpoint", "latest", *more, output_dir=output_dir)
+    assert sorted(scalars(output_dir, "diffusion")["loss/diffusion"]) == [1, 2, 3, 4, 5]
+
+
+def test_a_longer_autoencoder_has_its_diffusion_trained_anew(unbroken, train, no_report, tmp_path, caplog):
+    """Also where a kill comes in between; its checkpoints are of other latents."""
+    output_dir = shutil.copytree(unbroken[0], tmp_path / "copy")
+    arguments = ["--max_train_steps", 6, "--resume_from_checkpoint", "latest"]
+    train("--stage", "autoencoder", *arguments, output_dir=output_dir)
+    assert sorted(scalars(output_dir, "autoencoder")["loss/reconstruction"]) == [1, 2, 3, 4, 5, 6]
+    with pytest.raises(SystemExit, match="Expected autoencoder '[0-9a-f]*', with which"):
+        train("--stage", "diffusion", *arguments, output_dir=output_dir)
+    train(*arguments, output_dir=output_dir)
+    assert "the diffusion begins anew" in caplog.text
+    train("--stage", "diffusion", "--max_train_steps", 6, "--vqvae_path", output_dir / "vqvae")
+    assert_same_weights(output_dir, tmp_path / "out", ["unet/diffusion_pytorch_model.safetensors"])
+
+
+def test_a_checkpoint_of_an_earlier_version_is_resumed(unbroken, train, no_report, tmp_path):
+    output_dir = shutil.copytree(unbroken[0], tmp_path / "copy")
+    for stage in ("autoencoder", "diffusion"):
+        (output_dir / stage / "checkpoint-4" / "settings.json").unlink()
+    (output_dir / "arguments.json").unlink()
+    train("--resume_from_checkpoint", "latest", output_dir=output_dir)
+    assert_same_weights(output_dir, unbroken[0])
+
+
 # ---------------------------------------------------------------------- arguments and their effects
 
 
@@ -668,6 +787,14 @@ def test_common_arguments_reach_both_stages_and_a_stages_own_wins(preset):
     assert args.autoencoder_train_batch_size == args.diffusion_train_batch_size == 3
     assert args.autoencoder_lr_scheduler == args.diffusion_lr_scheduler == "linear"
     assert (args.autoencoder_learning_rate, args.diffusion_learning_rate) == (0.5, 0.25)
+
+
+def test_what_the_command_line_leaves_out_is_what_the_settings_leave_out():
+    """The defaults stand in both, as the parser must not import torch."""
+    args = train_arguments._make_parser("").parse_args([])
+    for stage, settings in train_run.SETTINGS.items():
+        assert train_run.settings_of(args, stage) == settings(max_train_steps=100_000)
+    assert list(train_run.SETTINGS) == list(train_arguments.STAGES)
 
 
 def test_epochs_become_steps_unless_steps_are_given(preset):

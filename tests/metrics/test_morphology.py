@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_byoc.metrics import CellMorphology, measure_cell, measure_cells
+from diffusers_byoc.metrics import MORPHOLOGY_NAMES, CellMorphology, channel_consistency, measure_cell, measure_cells
 
 
 def ball(radius: float, center=(24, 24, 24), size: int = 48, spacing=(1.0, 1.0, 1.0)) -> np.ndarray:
@@ -146,7 +146,7 @@ def test_a_batch_gives_one_measurement_a_cell_whatever_the_array():
     [
         (np.zeros((2, 8, 8)), r"\(M, D, H, W\), got shape \(2, 8, 8\)"),
         (np.zeros((1, 2, 8, 8, 8)), "measure_cells"),
-        (np.zeros((1, 8, 8, 8)), "nucleus_channel is 1.*1 channels"),
+        (np.zeros((1, 8, 8, 8)), "nucleus_channel among the 1 channels .*got 1. Give .*nucleus_channel=None"),
         (np.full((2, 8, 8, 8), 255), r"\[0, 1\], got \[255, 255\]"),
         (np.full((2, 8, 8, 8), np.nan), "got .nan"),
     ],
@@ -154,7 +154,7 @@ def test_a_batch_gives_one_measurement_a_cell_whatever_the_array():
 def test_bad_volumes_are_refused_with_the_remedy(volume, message):
     with pytest.raises(ValueError, match=message):
         measure_cell(volume)
-    with pytest.raises(ValueError, match=r"volumes\[1\]: "):
+    with pytest.raises(ValueError, match=r"It is volumes\[1\]\.$"):
         measure_cells([cell_of(ball(8), ball(4)), volume])
 
 
@@ -171,3 +171,14 @@ def test_a_missing_scikit_image_names_the_extra(monkeypatch):
     morphology = importlib.import_module("diffusers_byoc.metrics.morphology")
     with pytest.raises(ImportError, match=r"diffusers_byoc\[metrics\]"):
         morphology.measure_cell(np.zeros((2, 8, 8, 8)))
+
+
+def test_a_volume_of_one_channel_is_measured_without_a_nucleus():
+    both = measure_cell(cell_of(ball(12), ball(6)))
+    alone = measure_cell(cell_of(ball(12), ball(6))[:1], nucleus_channel=None)
+    for name in MORPHOLOGY_NAMES:
+        is_about_nucleus = "nucle" in name
+        expected = math.nan if is_about_nucleus else getattr(both, name)
+        assert getattr(alone, name) == pytest.approx(expected, nan_ok=True), name
+    fit = channel_consistency([alone, alone])
+    assert math.isnan(fit.one_nucleus_share) and math.isnan(fit.nucleus_inside_share) and fit.num_complete == 0

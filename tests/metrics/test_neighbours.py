@@ -61,5 +61,5 @@ def test_copies_are_found_and_new_cells_are_not():
 
 def test_held_out_cells_that_were_trained_on_are_refused():
     training = np.random.default_rng(0).normal(size=(20, 3))
-    with pytest.raises(ValueError, match="split anew"):
+    with pytest.raises(ValueError, match="Split anew"):
         memorisation(training + 1, training, training[:10])

@@ -45,10 +45,10 @@ def test_dice_of_a_shifted_box_is_its_overlap():
 def test_bad_input_is_refused(pair):
     volumes, noisy = pair
     for arguments, message in (
-        ((volumes, noisy[:1]), "expected reconstructions of shape"),
+        ((volumes, noisy[:1]), "Expected reconstructions of shape"),
         ((volumes * 2 - 1, noisy), r"\(volumes \+ 1\) / 2"),
         ((volumes[..., :8], noisy[..., :8]), "at least 11 voxels"),
-        ((volumes, noisy, (0.5,)), "one for each of 2 channels"),
+        ((volumes, noisy, (0.5,)), "a threshold for each of 2 channels"),
         ((volumes[0], noisy[0]), r"\(B, M, D, H, W\)"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -33,7 +33,7 @@ def test_cells_without_a_feature_are_left_out_and_counted():
     first, second = compare_features(real, generated, ["a", "b"])
     assert (first.num_real, first.num_generated, first.wasserstein) == (2, 1, 0.5)
     assert second.num_generated == 0 and np.isnan(second.adjusted_p_value) and not np.isnan(first.adjusted_p_value)
-    with pytest.raises(ValueError, match="names must name the 2 columns"):
+    with pytest.raises(ValueError, match="a name for each of 2 columns, got 1"):
         compare_features(real, generated, ["a"])
 
 

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from diffusers_byoc.models.quantizer import Codebook, usage_and_perplexity, nearest_code, quantize_rows
+from diffusers_byoc.models.quantizer import Codebook, nearest_code, quantize_rows, usage_and_perplexity
 
 
 def brute_force(vectors, codes):

@@ -184,6 +184,7 @@ def test_killed_at_any_moment_of_a_save_the_latest_is_whole(tmp_path, monkeypatc
         with monkeypatch.context() as patch:
             patch.setattr(shutil, "rmtree", dying(shutil.rmtree))
             patch.setattr(Path, "rename", dying(Path.rename))
+            patch.setattr(Path, "replace", dying(Path.replace))
             patch.setattr(run.accelerator, "save_state", dying(run.accelerator.save_state))
             try:
                 save_checkpoint(run.accelerator, folder, 3, total_limit=1)
@@ -248,3 +249,18 @@ def test_a_checkpoint_without_a_record_is_taken_as_it_is(tmp_path):
     check_record(path, {"learning_rate": 0.2})
     resumed = Run()
     assert restore(resumed.accelerator, tmp_path, "latest") == 1 and resumed.weights() == run.weights()
+
+
+def test_another_precision_may_go_on(tmp_path):
+    """From float32 to fp16, whose scaler begins anew, and back."""
+    run = Run()
+    run.train(range(1))
+    save_checkpoint(run.accelerator, tmp_path, 1, total_limit=None)
+    scaled = Run()
+    scaled.accelerator.scaler = scaler = torch.amp.GradScaler("cpu", init_scale=2.0**7)
+    scaler._lazy_init_scale_growth_tracker("cpu")
+    assert restore(scaled.accelerator, tmp_path, "latest") == 1 and scaled.weights() == run.weights()
+    assert scaled.accelerator.scaler is scaler and scaler.get_scale() == 2.0**7
+    save_checkpoint(scaled.accelerator, tmp_path, 2, total_limit=None)
+    back = Run()
+    assert restore(back.accelerator, tmp_path, "latest") == 2 and back.weights() == run.weights()

@@ -96,15 +96,18 @@ def test_panels_stand_in_even_rows(num_panels, expected):
     [
         (lambda: metric_bars({}), "at least a metric.*got nothing"),
         (lambda: metric_bars({"FID": [1, 2]}), "at least a method.*got list"),
-        (lambda: metric_bars({"FID": {"ours": {"A": [1, np.nan]}}}), r"\['ours'\]\['A'\] must be finite.*1 of 2"),
+        (lambda: metric_bars({"FID": {"ours": {"A": [1, np.nan]}}}), r"finite .*\['ours'\]\['A'\], got nan in 1 of 2"),
         (lambda: metric_bars({"FID": {"ours": {"A": []}}}), "row of finite numbers"),
         (lambda: metric_bars({"FID": {"ours": {"A": 1}}}, num_columns=0), "num_columns"),
         (lambda: feature_distributions({"a": {"f": [1]}, "b": {"g": [1]}}), r"same features.*\['f', 'g'\]"),
         (lambda: feature_distributions({"a": {"f": [np.inf]}}), "finite"),
-        (lambda: feature_distributions({"a": {"f": [1]}}, p_values={"g": 0.1}), r"p_values names \['g'\]"),
-        (lambda: degradation_curves([0, 1], {"FID": {"blur": [1, 2, 3]}}), r"2 levels, got shape \(3,\)"),
-        (lambda: degradation_curves([1, 0], {"FID": {"blur": [1, 2]}}), "must rise"),
-        (lambda: degradation_curves({"noise": [0, 1]}, {"FID": {"blur": [1, 2]}}), r"lacks \['blur'\]"),
+        (
+            lambda: feature_distributions({"a": {"f": [1]}}, p_values={"g": 0.1}),
+            r"p_values of some of .*, got \['g'\]",
+        ),
+        (lambda: degradation_curves([0, 1], {"FID": {"blur": [1, 2, 3]}}), r"2 levels .*, got shape \(3,\)"),
+        (lambda: degradation_curves([1, 0], {"FID": {"blur": [1, 2]}}), "that rise"),
+        (lambda: degradation_curves({"noise": [0, 1]}, {"FID": {"blur": [1, 2]}}), r"got none of \['blur'\]"),
         (lambda: degradation_curves([0, 1], {"FID": {"blur": [1, np.nan]}}), "finite"),
     ],
 )

@@ -111,14 +111,14 @@ def test_write_png_makes_folders_and_keeps_the_black_background(tmp_path):
     ("arguments", "message"),
     [
         ({"volumes": np.zeros((8, 8, 8))}, r"\(M, D, H, W\), or \(B, M, D, H, W\).*\(8, 8, 8\)"),
-        ({"volumes": np.zeros((8, 8, 8, 8))}, "8 channels.*one name per channel"),
+        ({"volumes": np.zeros((8, 8, 8, 8))}, "8 channels.*Give 8"),
         ({"volumes": np.zeros((1, 2, 8, 8, 8)), "channel_names": "ab"}, "got the text 'ab'"),
-        ({"volumes": np.zeros((0, 2, 8, 8, 8))}, "at least one cell"),
-        ({"volumes": np.zeros((1, 3, 8, 8, 8))}, "3 channels.*holds 2"),
+        ({"volumes": np.zeros((0, 2, 8, 8, 8))}, "one cell or more"),
+        ({"volumes": np.zeros((1, 3, 8, 8, 8))}, "3 channels.*\\('cell', 'nucleus'\\)"),
         ({"volumes": np.full((1, 2, 8, 8, 8), -1.0)}, r"\[0, 1\], got \[-1, -1\].*\+ 1\) / 2"),
         ({"volumes": np.full((1, 2, 8, 8, 8), np.nan)}, "got .nan"),
-        ({"volumes": np.zeros((1, 2, 8, 8, 8)), "titles": ["a", "b"]}, "expected 1, got 2"),
-        ({"volumes": np.zeros((1, 2, 8, 8, 8)), "titles": "a"}, "expected 1, got 'a'"),
+        ({"volumes": np.zeros((1, 2, 8, 8, 8)), "titles": ["a", "b"]}, "Expected 1 titles.*got 2"),
+        ({"volumes": np.zeros((1, 2, 8, 8, 8)), "titles": "a"}, "Expected 1 titles.*got 'a'"),
         ({"volumes": np.zeros((1, 2, 8, 8, 8)), "voxel_size_um": 0}, "voxel_size_um"),
         ({"volumes": np.zeros((1, 2, 8, 8, 8)), "voxel_size_um": (1, 2)}, "voxel_size_um"),
         ({"volumes": np.zeros((1, 2, 8, 8, 8)), "display_range": (1, 0)}, "low < high"),
@@ -136,7 +136,7 @@ def test_compare_wants_headings(volumes):
 
 
 def test_a_bad_entry_is_named():
-    with pytest.raises(ValueError, match="volumes\\['generated'\\] must be"):
+    with pytest.raises(ValueError, match="Expected volumes\\['generated'\\] "):
         compare_volumes({"real": box_cells(), "generated": np.zeros((8, 8, 8))})
 
 
@@ -192,8 +192,8 @@ def test_pairs_are_cut_where_the_sample_is_and_wrap():
     ("arguments", "message"),
     [
         ({"partners": box_cells(3)}, "one partner per sample"),
-        ({"headings": ("same", "same")}, "two different texts"),
-        ({"titles": ["a"]}, "expected 2, got 1"),
+        ({"headings": ("same", "same")}, "two different headings"),
+        ({"titles": ["a"]}, "Expected 2 titles.*got 1"),
         ({"num_columns": 0}, "at least 1"),
     ],
 )

@@ -105,11 +105,11 @@ def test_cells_of_a_figure_share_one_scale():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"thresholds": [0.5]}, "one number or None per channel: 2"),
+        ({"thresholds": [0.5]}, "2 thresholds, one or None a channel"),
         ({"thresholds": [0.5, 1.5]}, "between 0 and 1"),
-        ({"opacities": [1.0]}, "one number per channel: 2"),
+        ({"opacities": [1.0]}, "2 opacities, one a channel"),
         ({"opacities": [0.0, 1.0]}, r"\(0, 1\]"),
-        ({"titles": ["a", "b"]}, "expected 1, got 2"),
+        ({"titles": ["a", "b"]}, "Expected 1 titles.*got 2"),
         ({"num_columns": 0}, "num_columns"),
         ({"voxel_size_um": -1}, "voxel_size_um"),
     ],

@@ -10,6 +10,7 @@ from .data_arguments import add_loading_arguments, add_source_arguments, add_spl
 PRESETS = Path(__file__).parent / "presets"
 # the stages in their order, with the learning rate of each
 STAGES = {"autoencoder": 3e-4, "diffusion": 1e-4}
+NETWORKS = ("vqvae", "unet", "scheduler")  # whose configuration a preset overrides
 # one name for all stages; `--STAGE_NAME` wins over it
 COMMON = {
     "max_train_steps": (positive, "optimizer steps"),
@@ -29,15 +30,18 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     path = PRESETS / f"{preset}.json" if (PRESETS / f"{preset}.json").is_file() else Path(preset)
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in PRESETS.glob("*.json")))
-        parser.error(f"--preset {preset}: neither one of {known} nor a file")
+        parser.error(f"Expected --preset {known} or a JSON file, got {preset}. Give one of these.")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        parser.error(f"{path}: not a JSON file ({error})")
+        parser.error(f"Expected a preset in JSON, got {path} ({error}). Correct the file.")
+    if unknown := set(config) - {"arguments", *NETWORKS}:
+        known = ", ".join(("arguments", *NETWORKS))
+        parser.error(f"Expected {known} in a preset, got {sorted(unknown)} in {path}. Correct the name.")
     preset_arguments = config.get("arguments", {})
     unknown = set(preset_arguments) - set(vars(parser.parse_args([])))
     if unknown:
-        parser.error(f"{path}: unknown arguments {sorted(unknown)}")
+        parser.error(f"Expected arguments of this command, got {sorted(unknown)} in {path}. Correct the name.")
     parser.set_defaults(**preset_arguments)
     args = parser.parse_args(argv)
 
@@ -46,10 +50,17 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     _spread_common(args, preset_arguments)
     _spread_common(args, {name: value for name, value in vars(given).items() if value is not absent})
     if args.stage == "all" and args.resume_from_checkpoint not in (None, "latest"):
-        parser.error(f"checkpoint {args.resume_from_checkpoint} belongs to one stage: say --stage, or 'latest'")
+        parser.error(
+            f"Expected --resume_from_checkpoint latest for all stages, got {args.resume_from_checkpoint}, which is of"
+            " one. Say its --stage too."
+        )
     if args.push_to_hub and args.stage == "autoencoder":
-        parser.error("--push_to_hub publishes the pipeline, which --stage autoencoder does not end with")
-    args.vqvae, args.unet, args.scheduler = (dict(config.get(name, {})) for name in ("vqvae", "unet", "scheduler"))
+        parser.error(
+            "Expected a run that ends with a pipeline for --push_to_hub, got --stage autoencoder. Push with the"
+            " diffusion."
+        )
+    for name in NETWORKS:
+        setattr(args, name, dict(config.get(name, {})))
     if args.latent_scaling:
         args.vqvae["latent_scaling"] = args.latent_scaling
     if args.prediction_type:

@@ -28,12 +28,13 @@ from ..training.checkpoints import check_record, find_checkpoint, read_record
 from ..training.optimizers import optimizer_class
 from ..training.publishing import create_repository, push_pipeline
 from ..training.report import write_report
+from ..training.settings import configuration
 from ..training.stage import uses_deepspeed
 from ..training.stages.autoencoder import AutoencoderSettings, train_autoencoder
 from ..training.stages.diffusion import DiffusionSettings, train_diffusion
-from ..whole_files import lock_folder, whole_or_absent
+from ..whole_files import lock_folder, remove_left_overs, whole_or_absent
 from .cells import read_cells, split_for_training
-from .train_arguments import STAGES, set_train_steps
+from .train_arguments import NETWORKS, STAGES, set_train_steps
 
 
 RECORD_NAME = "arguments.json"
@@ -51,7 +52,7 @@ def train(args: argparse.Namespace) -> None:
     with one_line_errors(ValueError, OSError, ImportError):
         vqvae = check_arguments(args, state.device)
         for stage in stages_of(args):
-            check_resumable(args, stage, state.num_processes)
+            check_resumable(args, stage, state.num_processes, data_inputs(args))
     with one_line_errors(OSError, SafetensorError):  # a full disk, a folder in use, a checkpoint of another run
         with lock_folder(args.output_dir) if state.is_main_process else nullcontext():
             run(args, state, vqvae)
@@ -62,6 +63,8 @@ def run(args: argparse.Namespace, state: PartialState, vqvae: MultiCodebookVQMod
     """The stages, the report and the upload."""
     started = time.perf_counter()
     output_dir, resumes = Path(args.output_dir), args.stage == "diffusion" or args.resume_from_checkpoint is not None
+    if state.is_main_process:
+        remove_left_overs(output_dir)
     with one_line_errors(ValueError, ImportError):
         everything = read_cells(args, tuple(vqvae.config.channel_names), args.streaming)
         cells, held_out_cells = split_for_training(args, everything, output_dir, resumes)
@@ -69,21 +72,25 @@ def run(args: argparse.Namespace, state: PartialState, vqvae: MultiCodebookVQMod
     num_held_out = len(held_out_cells) if held_out_cells else 0
     logger.info(f"{len(cells)} cells, {num_held_out} more held out: {', '.join(cells.class_names)}")
     data = {"fingerprint": everything.population.fingerprint, "num_cells": len(cells), "num_held_out": num_held_out}
-    inputs = data_inputs(args) | {"data": data}
+    inputs = {
+        stage: stage_inputs(args, stage, vqvae, len(cells.class_names)) | {"data": data} for stage in stages_of(args)
+    }
+    for stage in stages_of(args):
+        check_resumable(args, stage, state.num_processes, inputs[stage])
     if args.push_to_hub and state.is_main_process:  # a wrong token is better found now than after days
         args.hub_model_id = create_repository(args.hub_model_id or output_dir.resolve().name, args.hub_private_repo)
     if state.is_main_process:
         write_record(args, data, state.num_processes)
 
     if "autoencoder" in stages_of(args):
-        with Stage(output_dir, "autoencoder", settings_of(args, "autoencoder"), inputs) as stage:
+        with Stage(output_dir, "autoencoder", settings_of(args, "autoencoder"), inputs["autoencoder"]) as stage:
             vqvae = train_autoencoder(stage, make_autoencoder(args), cells, held_out_cells)
     if "diffusion" in stages_of(args):
         settings = settings_of(args, "diffusion")
         if args.stage == "all" and is_of_another_autoencoder(settings, output_dir / "diffusion", vqvae):
             logger.info("The autoencoder is not the one that the diffusion was trained on: the diffusion begins anew.")
             settings = replace(settings, resume_from_checkpoint=None)
-        with Stage(output_dir, "diffusion", settings, inputs) as stage:
+        with Stage(output_dir, "diffusion", settings, inputs["diffusion"]) as stage:
             unet = make_unet(args, vqvae, num_classes=len(cells.class_names))
             train_diffusion(stage, unet, make_noise_scheduler(args), vqvae, cells, held_out_cells)
         if state.is_main_process:
@@ -106,9 +113,9 @@ def stages_of(args: argparse.Namespace) -> list[str]:
 
 def settings_of(args: argparse.Namespace, stage: str) -> StageSettings:
     """Each field from the argument of its name; `STAGE_NAME` wins."""
-    names = [field.name for field in fields(SETTINGS[stage])]
-    values = vars(args)
-    return SETTINGS[stage](**{name: values.get(f"{stage}_{name}", values.get(name)) for name in names})
+    values, names = vars(args), [field.name for field in fields(SETTINGS[stage])]
+    own = {name: values[f"{stage}_{name}"] for name in names if f"{stage}_{name}" in values}
+    return SETTINGS[stage](**{name: (values | own)[name] for name in names})
 
 
 def make_autoencoder(args: argparse.Namespace) -> MultiCodebookVQModel:
@@ -208,8 +215,18 @@ def data_inputs(args: argparse.Namespace) -> dict:
     return {name: getattr(args, name) for name in names}
 
 
-def check_resumable(args: argparse.Namespace, stage: str, num_processes: int) -> None:
-    """Refuse a changed argument before the cells are read; `Stage.resume` will see to the rest.
+def stage_inputs(args: argparse.Namespace, stage: str, vqvae: MultiCodebookVQModel, num_classes: int) -> dict:
+    """What decides a stage beside its settings: how cells are prepared, how its networks are configured."""
+    if stage == "autoencoder":
+        return data_inputs(args) | configuration("vqvae", vqvae.config)
+    with torch.device("meta"):
+        unet = make_unet(args, vqvae, num_classes)
+    networks = configuration("unet", unet.config) | configuration("scheduler", make_noise_scheduler(args).config)
+    return data_inputs(args) | networks | {"vqvae.latent_scaling": vqvae.config.latent_scaling}
+
+
+def check_resumable(args: argparse.Namespace, stage: str, num_processes: int, inputs: dict) -> None:
+    """Refuse what `Stage.resume` would refuse, before cells are read, trained on, or the run's record is replaced.
 
     Raises:
         CheckpointError: naming the argument.
@@ -217,7 +234,8 @@ def check_resumable(args: argparse.Namespace, stage: str, num_processes: int) ->
     """
     path = find_checkpoint(Path(args.output_dir) / stage, args.resume_from_checkpoint)
     if path is not None:
-        check_record(path, settings_of(args, stage).decisive(num_processes) | data_inputs(args))
+        settings = settings_of(args, stage)
+        check_record(path, settings.decisive(num_processes) | inputs, settings.max_train_steps)
 
 
 def is_of_another_autoencoder(settings: StageSettings, directory: Path, vqvae: MultiCodebookVQModel) -> bool:
@@ -231,10 +249,9 @@ def write_record(args: argparse.Namespace, data: dict, num_processes: int) -> No
     """Note what the stages of this run are made with in OUTPUT_DIR/arguments.json, beside stages of earlier runs."""
     path = Path(args.output_dir) / RECORD_NAME
     stages = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    overrides = ("vqvae", "unet", "scheduler")
     record = {
-        "arguments": {name: value for name, value in sorted(vars(args).items()) if name not in overrides},
-        "networks": {name: getattr(args, name) for name in overrides},
+        "arguments": {name: value for name, value in sorted(vars(args).items()) if name not in NETWORKS},
+        "networks": {name: getattr(args, name) for name in NETWORKS},
         "versions": {"python": platform.python_version(), "diffusers_byoc": __version__}
         | {name: version(name) for name in PACKAGES},
         "data": data,

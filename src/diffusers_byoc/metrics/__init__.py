@@ -4,13 +4,14 @@ Needs ``pip install "diffusers_byoc[metrics]"``, and for the features of Med3D `
 """
 
 from .consistency import ChannelConsistency, channel_consistency
-from .features import standardize_features
+from .feature_sets import standardize_features
 from .frechet import frechet_distance
 from .mmd import median_distance, mmd_linear, mmd_rbf
 from .morphology import MORPHOLOGY_NAMES, CellMorphology, measure_cell, measure_cells, morphology_features
 from .neighbours import Memorisation, NeighbourMetrics, memorisation, neighbour_metrics
 from .reconstruction import CodebookUsage, ReconstructionQuality, codebook_usage, reconstruction_quality
 from .segmentation import Segmentation, segment_channel
+from .spectrum import GridTest, grid_excess, grid_test, radial_spectrum
 from .two_sample import ClassifierTest, FeatureComparison, classifier_test, compare_features
 from .volume_classifier import volume_classifier_test
 
@@ -22,6 +23,7 @@ __all__ = [
     "ClassifierTest",
     "CodebookUsage",
     "FeatureComparison",
+    "GridTest",
     "Med3DConfig",
     "Med3DModel",
     "Memorisation",
@@ -34,6 +36,8 @@ __all__ = [
     "compare_features",
     "convert_med3d_checkpoint",
     "frechet_distance",
+    "grid_excess",
+    "grid_test",
     "load_med3d",
     "measure_cell",
     "measure_cells",
@@ -43,6 +47,7 @@ __all__ = [
     "mmd_rbf",
     "morphology_features",
     "neighbour_metrics",
+    "radial_spectrum",
     "reconstruction_quality",
     "segment_channel",
     "standardize_features",

@@ -52,7 +52,7 @@ def channel_consistency(cells: Sequence[CellMorphology]) -> ChannelConsistency:
         ImportError: if SciPy is missing.
     """
     if not len(cells):
-        raise ValueError("expected at least one cell, got none")
+        raise ValueError("Expected at least one cell, got none. Give the measurements of a set.")
     inside = np.array([cell.nucleus_inside_share for cell in cells])
     volumes = np.array([(cell.cell_volume_um3, cell.nucleus_volume_um3) for cell in cells])
     logarithms = np.log(volumes[(volumes > 0).all(1)])
@@ -60,10 +60,11 @@ def channel_consistency(cells: Sequence[CellMorphology]) -> ChannelConsistency:
     if len(logarithms) > 3 and (np.ptp(logarithms, axis=0) > 0).all():  # Fisher's interval needs four
         found = optional("scipy.stats", "metrics").pearsonr(*logarithms.T)
         correlation, interval = float(found.statistic), tuple(map(float, found.confidence_interval(0.95)))
-    has_one = [cell.num_nucleus_components == 1 and cell.num_nuclei_inside == 1 for cell in cells]
+    counts = np.array([(cell.num_nucleus_components, cell.num_nuclei_inside) for cell in cells], dtype=float)
+    counts = counts[np.isfinite(counts).all(1)]  # nan without a channel for the nucleus
     return ChannelConsistency(
         nucleus_inside_share=float(np.nanmean(inside)) if np.isfinite(inside).any() else float("nan"),
-        one_nucleus_share=float(np.mean(has_one)),
+        one_nucleus_share=float((counts == 1).all(1).mean()) if len(counts) else float("nan"),
         volume_correlation=correlation,
         volume_correlation_interval=interval,
         num_cells=len(cells),

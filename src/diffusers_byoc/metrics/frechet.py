@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..optional import optional
-from .features import check_pair
+from .feature_sets import check_pair
 
 
 if TYPE_CHECKING:
-    from .features import Features
+    from .feature_sets import Features
 
 
 def frechet_distance(features_1: Features, features_2: Features) -> float:

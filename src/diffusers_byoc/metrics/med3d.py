@@ -76,10 +76,13 @@ class Med3DConfig(PreTrainedConfig):
         **kwargs,
     ):
         if len(layers) != 4 or len(block_inplanes) != 4:
-            raise ValueError(f"expected four stages, got layers {layers} and block_inplanes {block_inplanes}")
+            raise ValueError(
+                f"Expected four stages, got layers {layers} and block_inplanes {block_inplanes}. Give four of each."
+            )
         if intensity_normalization not in ("symmetric", "zscore", "none"):
             raise ValueError(
-                f"`intensity_normalization` must be 'symmetric', 'zscore' or 'none', got {intensity_normalization!r}"
+                f"Expected `intensity_normalization` 'symmetric', 'zscore' or 'none', got {intensity_normalization!r}."
+                " Choose one."
             )
         self.layers = list(layers)
         self.block_inplanes = list(block_inplanes)
@@ -162,7 +165,7 @@ class Med3DModel(PreTrainedModel):
             ValueError: if the volumes are not (B, M, D, H, W) in [0, 1].
         """
         if volumes.ndim != 5:
-            raise ValueError(f"`volumes` must be (B, M, D, H, W), got shape {tuple(volumes.shape)}")
+            raise ValueError(f"Expected volumes (B, M, D, H, W), got shape {tuple(volumes.shape)}. Give a batch.")
         check_unit_range(volumes)
         # 1. channels -> one, intensities -> the network's
         mean = volumes.mean(1, keepdim=True)  # (B, 1, D, H, W)
@@ -203,7 +206,9 @@ def load_med3d(pretrained: str | os.PathLike = MED3D_REPOSITORY) -> Med3DModel:
     except RemoteEntryNotFoundError:
         return convert_med3d_checkpoint(pretrained)
     except _NOT_FOUND as error:
-        raise OSError(f"{pretrained}: no Med3D weights there, or no connection. {_HOW_TO_GET_THEM}.") from error
+        raise OSError(
+            f"Expected Med3D weights at {pretrained}, got none there, or no connection. {_HOW_TO_GET_THEM}."
+        ) from error
     return Med3DModel.from_pretrained(pretrained)
 
 
@@ -231,16 +236,20 @@ def convert_med3d_checkpoint(
             path = Path(hf_hub_download(str(checkpoint), filename))
         except _NOT_FOUND as error:
             raise OSError(
-                f"{checkpoint}: no Med3D weights there (no such file, no repository with {filename}, or no"
-                f" connection). {_HOW_TO_GET_THEM}."
+                f"Expected Med3D weights at {checkpoint}, got no such file, no repository with {filename}, or no"
+                f" connection. {_HOW_TO_GET_THEM}."
             ) from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{path}: not a checkpoint of weights alone ({error}). {_HOW_TO_GET_THEM}.") from error
+        raise ValueError(
+            f"Expected a checkpoint of weights alone, got {path} ({error}). {_HOW_TO_GET_THEM}."
+        ) from error
     weights = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not all(isinstance(weight, Tensor) for weight in weights.values()):
-        raise ValueError(f"{path}: expected a dictionary with the key state_dict. {_HOW_TO_GET_THEM}.")
+        raise ValueError(
+            f"Expected a dictionary with the key state_dict in {path}, got {_kind(content)}. {_HOW_TO_GET_THEM}."
+        )
 
     model = Med3DModel(config or Med3DConfig())
     weights = {name.removeprefix("module."): weight for name, weight in weights.items()}
@@ -253,7 +262,9 @@ def convert_med3d_checkpoint(
         if weight.shape != expected[name].shape
     }
     if shapes:
-        raise ValueError(f"{path}: weights of another shape: {_some(shapes)}; give the checkpoint of a ResNet-50")
+        raise ValueError(
+            f"Expected the weights of a ResNet-50 in {path}, got other shapes: {_some(shapes)}. {_HOW_TO_GET_THEM}."
+        )
     model.network.load_state_dict(weights, strict=False)
     return model
 
@@ -273,9 +284,15 @@ def _check_keys(missing, unexpected, where: str) -> None:
             for kind, keys in (("missing", missing), ("unexpected", unexpected))
             if keys
         ]
-        raise ValueError(f"{where}: weights do not fit Med3D's network: {', '.join(parts)}. {_HOW_TO_GET_THEM}.")
+        raise ValueError(
+            f"Expected the weights of Med3D's network in {where}, got {', '.join(parts)}. {_HOW_TO_GET_THEM}."
+        )
+
+
+def _kind(content) -> str:
+    return f"the keys {_some(content)}" if isinstance(content, dict) else type(content).__name__
 
 
 def _some(keys) -> str:
-    keys = sorted(keys)
+    keys = sorted(map(str, keys))
     return ", ".join(keys[:5]) + (", ..." if len(keys) > 5 else "")

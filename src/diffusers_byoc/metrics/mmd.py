@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..optional import optional
-from .features import check_features, check_pair
+from .feature_sets import check_features, check_pair
 
 
 if TYPE_CHECKING:
-    from .features import Features
+    from .feature_sets import Features
 
 _CHUNK = 1000  # rows of the kernel matrix in memory at a time
 _MEDIAN_CELLS = 1000  # cells whose pairs the median is taken over
@@ -58,7 +58,7 @@ def median_distance(features: Features, seed: int = 0) -> float:
         features = np.random.default_rng(seed).choice(features, _MEDIAN_CELLS, replace=False)
     median = float(np.median(optional("scipy.spatial.distance", "metrics").pdist(features)))
     if median == 0:
-        raise ValueError("expected cells that differ, got a median distance of 0; give a bandwidth, or other features")
+        raise ValueError("Expected cells that differ, got a median distance of 0. Give a bandwidth or other features.")
     return median
 
 
@@ -86,7 +86,7 @@ def mmd_rbf(features_1: Features, features_2: Features, bandwidth: float | None 
     if bandwidth is None:
         bandwidth = median_distance(np.concatenate([features_1, features_2]))
     if not 0 < bandwidth < np.inf:
-        raise ValueError(f"bandwidth must be positive and finite, got {bandwidth}; leave it out for the median")
+        raise ValueError(f"Expected a positive, finite bandwidth, got {bandwidth}. Leave it out for the median.")
     num_1, num_2 = len(features_1), len(features_2)
     # a cell's kernel with itself is 1 and does not count
     within_1 = (_kernel_sum(features_1, features_1, bandwidth) - num_1) / (num_1 * (num_1 - 1))

@@ -35,6 +35,8 @@ _SMOOTHING_PASSES = 30
 class CellMorphology:
     """What `measure_cell` finds. A volume or a count of what is missing is 0, all else about it nan.
 
+    Without a channel for the nucleus nobody can say whether it is missing: all about it is nan.
+
     The numbers of the cell stand before those of the nucleus, each of which means the same.
 
     Attributes:
@@ -109,19 +111,19 @@ def measure_cell(
     voxel_size_um: float | Sequence[float] = 1.0,
     thresholds: Sequence[float | None] | None = None,
     cell_channel: int = 0,
-    nucleus_channel: int = 1,
+    nucleus_channel: int | None = 1,
 ) -> CellMorphology:
     """Segment one cell and measure it.
 
     Args:
-        volume: (M, D, H, W) in [0, 1], M ≥ 2.
+        volume: (M, D, H, W) in [0, 1].
         voxel_size_um: voxel edge in µm, one number or (z, y, x).
         thresholds: (cell, nucleus) in [0, 1], brighter voxels are foreground; None, for both or for one of them,
             takes Otsu's threshold, and no foreground where the channel's contrast is below `MIN_CONTRAST`. Otsu suits
             a dye that fills the cell. A membrane dye on a dark background needs a low number, as (0.05, None):
             Otsu finds the membrane alone, and where the image cuts it open there is no hole to fill.
         cell_channel: channel of the cell body.
-        nucleus_channel: channel of the nucleus.
+        nucleus_channel: channel of the nucleus; None where there is none, and all about one is nan.
 
     Returns:
         The measurements; an empty channel gives zeros and nan, see `CellMorphology`.
@@ -135,28 +137,30 @@ def measure_cell(
     if thresholds is None:
         thresholds = (None, None)
     elif len(thresholds) != 2:
-        raise ValueError(f"thresholds must be (cell, nucleus), got {thresholds!r}.")
+        raise ValueError(f"Expected thresholds (cell, nucleus), got {thresholds!r}. Give two, or None.")
 
     # 1. segment
     cell = segment_channel(volume[cell_channel], thresholds[0])
-    nucleus = segment_channel(volume[nucleus_channel], thresholds[1])
+    nucleus = None if nucleus_channel is None else segment_channel(volume[nucleus_channel], thresholds[1])
 
     # 2. each by itself
-    cell_measures = _measure_channel("cell", volume[cell_channel], cell, spacing)
-    nucleus_measures = _measure_channel("nucleus", volume[nucleus_channel], nucleus, spacing)
+    measures = dict.fromkeys(MORPHOLOGY_NAMES, float("nan"))
+    measures |= _measure_channel("cell", volume[cell_channel], cell, spacing)
+    measures["largest_component_share"] = cell.largest_part_share
+    if nucleus is None:
+        return CellMorphology(**measures)
+    measures |= _measure_channel("nucleus", volume[nucleus_channel], nucleus, spacing)
 
     # 3. the nucleus in the cell
     part_sizes = np.bincount(nucleus.parts.ravel())[1:]
     part_sizes_inside = np.bincount(nucleus.parts[cell.mask], minlength=len(part_sizes) + 1)[1:]
-    return CellMorphology(
-        **cell_measures,
-        **nucleus_measures,
-        largest_component_share=cell.largest_part_share,
-        nucleus_to_cell_ratio=_share(nucleus.mask.sum(), cell.mask.sum()),
-        nucleus_offset_um=_distance(_centroid(nucleus.mask), _centroid(cell.mask), spacing),
-        nucleus_inside_share=_share(part_sizes_inside.sum(), part_sizes.sum()),
-        num_nuclei_inside=int((part_sizes_inside >= INSIDE_SHARE * part_sizes).sum()),
-    )
+    measures |= {
+        "nucleus_to_cell_ratio": _share(nucleus.mask.sum(), cell.mask.sum()),
+        "nucleus_offset_um": _distance(_centroid(nucleus.mask), _centroid(cell.mask), spacing),
+        "nucleus_inside_share": _share(part_sizes_inside.sum(), part_sizes.sum()),
+        "num_nuclei_inside": int((part_sizes_inside >= INSIDE_SHARE * part_sizes).sum()),
+    }
+    return CellMorphology(**measures)
 
 
 def measure_cells(
@@ -164,7 +168,7 @@ def measure_cells(
     voxel_size_um: float | Sequence[float] = 1.0,
     thresholds: Sequence[float | None] | None = None,
     cell_channel: int = 0,
-    nucleus_channel: int = 1,
+    nucleus_channel: int | None = 1,
 ) -> list[CellMorphology]:
     """`measure_cell` of each cell.
 
@@ -179,7 +183,7 @@ def measure_cells(
         B measurements.
 
     Raises:
-        ValueError: as `measure_cell`; the message of a bad volume starts with its index.
+        ValueError: as `measure_cell`; the message of a bad volume ends with its index.
         ImportError: if SciPy, scikit-image or trimesh is missing.
     """
     measurements = []
@@ -187,7 +191,7 @@ def measure_cells(
         try:
             measurements.append(measure_cell(volume, voxel_size_um, thresholds, cell_channel, nucleus_channel))
         except ValueError as error:
-            raise ValueError(f"volumes[{index}]: {error}") from error
+            raise ValueError(f"{error} It is volumes[{index}].") from error
     return measurements
 
 
@@ -204,19 +208,19 @@ def morphology_features(measurements: Sequence[CellMorphology]) -> np.ndarray:
     return np.array([astuple(cell) for cell in measurements], dtype=np.float64).reshape(-1, len(MORPHOLOGY_NAMES))
 
 
-def _check_volume(volume: np.ndarray | torch.Tensor, cell_channel: int, nucleus_channel: int) -> np.ndarray:
+def _check_volume(volume: np.ndarray | torch.Tensor, cell_channel: int, nucleus_channel: int | None) -> np.ndarray:
     """(M, D, H, W) in [0, 1] as float32 NumPy, or a ValueError."""
     if hasattr(volume, "detach"):
         volume = volume.detach().float().cpu().numpy()
     volume = np.asarray(volume, dtype=np.float32)
     if volume.ndim != 4 or 0 in volume.shape:
-        hint = "; call measure_cells for a batch" if volume.ndim == 5 else ""
-        raise ValueError(f"a volume must be (M, D, H, W), got shape {volume.shape}{hint}.")
+        remedy = "Call measure_cells for a batch" if volume.ndim == 5 else "Give one cell"
+        raise ValueError(f"Expected a volume (M, D, H, W), got shape {volume.shape}. {remedy}.")
     for name, channel in (("cell_channel", cell_channel), ("nucleus_channel", nucleus_channel)):
-        if not 0 <= channel < len(volume):
+        if channel is not None and not 0 <= channel < len(volume):
             raise ValueError(
-                f"{name} is {channel}, but the volume of shape {volume.shape} has {len(volume)} channels; "
-                "pass (M, D, H, W) with a cell and a nucleus channel."
+                f"Expected {name} among the {len(volume)} channels of {volume.shape}, got {channel}. "
+                "Give the channel's number, or nucleus_channel=None where there is no nucleus."
             )
     check_unit_range(volume, "a volume")
     return volume

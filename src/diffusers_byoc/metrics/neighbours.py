@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..optional import optional
-from .features import check_features, check_pair
+from .feature_sets import check_features, check_pair
 
 
 if TYPE_CHECKING:
-    from .features import Features
+    from .feature_sets import Features
 
 #: Samples count as suspiciously near below this quantile of the distances of held-out cells.
 NEAR_QUANTILE = 0.05
@@ -63,7 +63,7 @@ def neighbour_metrics(real: Features, generated: Features, k: int = 5) -> Neighb
         ImportError: if scikit-learn is missing.
     """
     if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
+        raise ValueError(f"Expected k of at least 1, got {k}. Raise it.")
     real, generated = check_pair(real, generated, min_cells=k + 1)
     real_radii, generated_radii = _neighbourhood_radii(real, k), _neighbourhood_radii(generated, k)
     pairwise_distances = optional("sklearn.metrics", "metrics").pairwise_distances
@@ -133,7 +133,7 @@ def memorisation(samples: Features, training: Features, held_out: Features) -> M
     typical = np.median(held_out_distances)
     if typical == 0:
         raise ValueError(
-            "expected held-out cells that are not training cells, got copies of them (median distance 0); split anew"
+            "Expected held-out cells that are not training cells, got copies of them (median distance 0). Split anew."
         )
     test = optional("scipy.stats", "metrics").mannwhitneyu(distances, held_out_distances, alternative="less")
     return Memorisation(

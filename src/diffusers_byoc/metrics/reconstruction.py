@@ -65,13 +65,19 @@ def reconstruction_quality(
         _check_volumes(batch, name) for batch, name in ((volumes, "volumes"), (reconstructions, "reconstructions"))
     )
     if volumes.shape != reconstructions.shape:
-        raise ValueError(f"expected reconstructions of shape {volumes.shape}, got {reconstructions.shape}")
+        raise ValueError(
+            f"Expected reconstructions of shape {volumes.shape}, got {reconstructions.shape}. Give the same cells."
+        )
     if min(volumes.shape[2:]) < _WINDOW:
-        raise ValueError(f"expected at least {_WINDOW} voxels along each axis, got {volumes.shape[2:]}")
+        raise ValueError(
+            f"Expected at least {_WINDOW} voxels along each axis, got {volumes.shape[2:]}. Give whole cells."
+        )
     num_channels = volumes.shape[1]
     thresholds = (None,) * num_channels if thresholds is None else tuple(thresholds)
     if len(thresholds) != num_channels:
-        raise ValueError(f"thresholds must hold one for each of {num_channels} channels, got {thresholds}")
+        raise ValueError(
+            f"Expected a threshold for each of {num_channels} channels, got {thresholds}. Give one, or None, for each."
+        )
     similarity = optional("skimage.metrics", "metrics").structural_similarity
 
     mse = ((volumes.astype(np.float64) - reconstructions) ** 2).mean((2, 3, 4))
@@ -123,9 +129,13 @@ def codebook_usage(indices: np.ndarray | torch.Tensor, num_codes: int) -> Codebo
     """
     indices = np.asarray(indices.detach().cpu() if isinstance(indices, torch.Tensor) else indices)
     if indices.ndim < 2 or indices.size == 0 or indices.dtype.kind not in "iu":
-        raise ValueError(f"indices must be (B, M, ...) integers, got shape {indices.shape} of {indices.dtype}")
+        raise ValueError(
+            f"Expected indices as (B, M, ...) integers, got shape {indices.shape} of {indices.dtype}. Give codes."
+        )
     if indices.min() < 0 or indices.max() >= num_codes:
-        raise ValueError(f"indices must lie in [0, {num_codes}), got [{indices.min()}, {indices.max()}]")
+        raise ValueError(
+            f"Expected indices in [0, {num_codes}), got [{indices.min()}, {indices.max()}]. Correct num_codes."
+        )
     counts = np.stack([np.bincount(channel.ravel(), minlength=num_codes) for channel in indices.swapaxes(0, 1)])
     entropy = optional("scipy.stats", "metrics").entropy(counts, axis=1)
     return CodebookUsage(usage=(counts > 0).mean(1), perplexity=np.exp(entropy))
@@ -135,6 +145,6 @@ def _check_volumes(volumes: Volumes, name: str) -> np.ndarray:
     volumes = volumes.detach().float().cpu().numpy() if isinstance(volumes, torch.Tensor) else volumes
     volumes = np.asarray(volumes, dtype=np.float32)
     if volumes.ndim != 5 or 0 in volumes.shape:
-        raise ValueError(f"{name} must be (B, M, D, H, W), got shape {volumes.shape}")
+        raise ValueError(f"Expected {name} (B, M, D, H, W), got shape {volumes.shape}. Give a batch.")
     check_unit_range(volumes, name)
     return volumes

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..optional import optional
-from .features import check_pair
+from .feature_sets import check_pair
 
 
 if TYPE_CHECKING:
-    from .features import Features
+    from .feature_sets import Features
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,9 @@ def compare_features(
     """
     real, generated = check_pair(real, generated, min_cells=1, allow_nan=True)
     if real.shape[1] != len(names):
-        raise ValueError(f"names must name the {real.shape[1]} columns, got {len(names)} names")
+        raise ValueError(f"Expected a name for each of {real.shape[1]} columns, got {len(names)} names. Match them.")
     if correction not in ("bh", "by"):
-        raise ValueError(f"correction must be 'bh' or 'by', got {correction!r}")
+        raise ValueError(f"Expected correction 'bh' or 'by', got {correction!r}. Choose one.")
     stats = optional("scipy.stats", "metrics")
     rows = []
     for real_column, generated_column in zip(real.T, generated.T, strict=True):
@@ -168,7 +168,9 @@ def cross_validated_test(
     """
     num_each = min(len(real), len(generated))
     if not 2 <= num_folds <= num_each:
-        raise ValueError(f"num_folds must be from 2 to the {num_each} cells of the smaller set, got {num_folds}")
+        raise ValueError(
+            f"Expected num_folds from 2 to the {num_each} cells of the smaller set, got {num_folds}. Give more cells."
+        )
     generator = np.random.default_rng(seed)
     real, generated = (
         cells[np.sort(generator.choice(len(cells), num_each, replace=False))] for cells in (real, generated)

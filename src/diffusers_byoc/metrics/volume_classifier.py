@@ -55,12 +55,12 @@ def volume_classifier_test(
         ImportError: if scikit-learn or SciPy is missing.
     """
     if num_steps < 20:
-        raise ValueError(f"num_steps must be at least 20, got {num_steps}; the rate has to rise and fall")
+        raise ValueError(f"Expected num_steps of at least 20, got {num_steps}. Raise it: the rate rises and falls.")
     real, generated = (np.asarray(v.detach().cpu() if isinstance(v, Tensor) else v) for v in (real, generated))
     if real.ndim != 5 or real.shape[1:] != generated.shape[1:]:
         raise ValueError(
-            f"both sets must be (N, M, D, H, W) of one shape, got {real.shape} and {generated.shape}; bring both into"
-            " the same cube"
+            f"Expected both sets as (N, M, D, H, W) of one shape, got {real.shape} and {generated.shape}. Bring"
+            " both into the same cube."
         )
 
     def judge(training: np.ndarray, is_generated: np.ndarray, judged: np.ndarray, fold: int) -> np.ndarray:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import SCALER_NAME
 from safetensors import SafetensorError
 
 from ..whole_files import move_into_place, remove, remove_left_overs
@@ -121,11 +122,16 @@ def read_record(path: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
-def check_record(path: Path, record: Mapping[str, Any]) -> None:
+def check_record(path: Path, record: Mapping[str, Any], max_steps: int | None = None) -> None:
     """Refuse to resume with what would make it another run; of names that only one side has, nothing is known.
 
+    Args:
+        path: of the checkpoint.
+        record: as `save_checkpoint` would be given now.
+        max_steps: of the run, if known.
+
     Raises:
-        CheckpointError: naming the first that differs.
+        CheckpointError: naming the first that differs, or if the checkpoint goes beyond the last step.
     """
     saved, record = read_record(path), json.loads(json.dumps(record))
     for name in record:
@@ -134,10 +140,23 @@ def check_record(path: Path, record: Mapping[str, Any]) -> None:
                 f"Expected {name} {saved[name]!r}, with which {path} was made, got {record[name]!r}. Give the same, or"
                 " begin a new run in another --output_dir."
             )
+    if max_steps is not None and checkpoint_step(path) > max_steps:
+        raise CheckpointError(
+            f"Expected at least as many steps as {path} has made, got {max_steps}. Give more --max_train_steps, or"
+            " resume an earlier checkpoint by its name."
+        )
 
 
 def load_checkpoint(accelerator: Accelerator, path: Path) -> int:
-    """Restore `accelerator`, with everything prepared and registered as when saving; return the checkpoint's step."""
-    step = checkpoint_step(path)
-    accelerator.load_state(str(path))
-    return step
+    """Restore `accelerator`, with everything prepared and registered as when saving; return the checkpoint's step.
+
+    The scaler of fp16 begins anew where the checkpoint was made in another precision.
+    """
+    scaler = accelerator.scaler
+    if not (path / SCALER_NAME).is_file():
+        accelerator.scaler = None
+    try:
+        accelerator.load_state(str(path))
+    finally:
+        accelerator.scaler = scaler
+    return checkpoint_step(path)

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 
+from ..randomness import step_generator
 from ..visualization import compare_volumes
 from .checkpoints import (
-    CheckpointError,
     check_record,
-    checkpoint_step,
     find_checkpoint,
     list_checkpoints,
     load_checkpoint,
@@ -27,7 +26,6 @@ from .checkpoints import (
 )
 from .hardware import fair_num_threads, fastest_precision, is_cpu_training, keep_freed_memory
 from .interruptions import Termination
-from .randomness import step_generator
 from .settings import StageSettings
 
 
@@ -99,7 +97,8 @@ class Stage:
             deepspeed_config["train_micro_batch_size_per_gpu"] = settings.train_batch_size
             if precision == "bf16":
                 deepspeed_config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
-        config = {k: v for k, v in asdict(settings).items() if isinstance(v, (int, float, str, bool))}
+        config = asdict(settings) | self.inputs
+        config = {name: value for name, value in config.items() if isinstance(value, (int, float, str, bool))}
         wandb = {"dir": str(self.output_dir), "name": f"{self.output_dir.name}/{self.name}"}
         self.accelerator.init_trackers(self.name, config, {"wandb": wandb})
         set_seed(settings.seed)
@@ -145,12 +144,7 @@ class Stage:
                     " them, stop now and add --resume_from_checkpoint latest."
                 )
             return
-        check_record(path, self._record())
-        if checkpoint_step(path) > settings.max_train_steps:
-            raise CheckpointError(
-                f"Expected at least as many steps as {path} has made, got {settings.max_train_steps}. Give more"
-                " --max_train_steps, or resume an earlier checkpoint by its name."
-            )
+        check_record(path, self._record(), settings.max_train_steps)
         self.first_step = load_checkpoint(self.accelerator, path)
         print_once(f"Resumed from {path}.")
         for schedule in (state for state in states if isinstance(state, LambdaLR)):

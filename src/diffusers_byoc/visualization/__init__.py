@@ -5,7 +5,7 @@ Every function returns a matplotlib figure that belongs to no window; `write_png
 
 from .canvas import CHANNEL_COLORS, composite_channels, write_png
 from .charts import SERIES_COLORS, degradation_curves, feature_distributions, metric_bars
-from .library import depth_planes, sample_library
+from .galleries import depth_planes, sample_library
 from .slices import PLANE_COLORS, compare_pairs, compare_volumes, orthogonal_slices
 from .surfaces import render_surfaces, surface_library, surface_views
 

@@ -72,7 +72,7 @@ def write_png(figure: Figure, path: str | Path) -> Path:
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise ValueError(
-            f"expected a path that ends in .png, got {str(path)!r}; call figure.savefig for other formats."
+            f"Expected a path that ends in .png, got {str(path)!r}. Call figure.savefig for other formats."
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=figure.dpi, facecolor=figure.get_facecolor())
@@ -87,7 +87,7 @@ def channel_colors(num_channels: int) -> np.ndarray:
 def stretch_range(image: np.ndarray, display_range: tuple[float, float]) -> np.ndarray:
     low, high = display_range
     if not low < high:
-        raise ValueError(f"display_range must be (low, high) with low < high, got {display_range}.")
+        raise ValueError(f"Expected display_range (low, high) with low < high, got {display_range}. Raise high.")
     return np.clip((np.asarray(image, dtype=np.float32) - low) / (high - low), 0.0, 1.0)
 
 
@@ -98,21 +98,21 @@ def check_volumes(volumes: np.ndarray | torch.Tensor, name: str, channel_names: 
     """(M, D, H, W) or (B, M, D, H, W) in [0, 1] as float32 NumPy (B, M, D, H, W), or a ValueError."""
     if isinstance(channel_names, str):
         raise ValueError(
-            f"channel_names must be a sequence with one name per channel, got the text {channel_names!r}."
+            f"Expected a sequence of channel_names, one for each channel, got the text {channel_names!r}. Give a list."
         )
     if hasattr(volumes, "detach"):
         volumes = volumes.detach().float().cpu().numpy()
     volumes = np.asarray(volumes, dtype=np.float32)
     if volumes.ndim not in (4, 5) or 0 in volumes.shape:
         raise ValueError(
-            f"{name} must be (M, D, H, W), or (B, M, D, H, W) with at least one cell, got shape {volumes.shape}."
+            f"Expected {name} (M, D, H, W), or (B, M, D, H, W), got shape {volumes.shape}. Give one cell or more."
         )
     if volumes.ndim == 4:
         volumes = volumes[None]
     if volumes.shape[1] != len(channel_names):
         raise ValueError(
-            f"{name} has {volumes.shape[1]} channels, but channel_names holds {len(channel_names)}: "
-            f"{tuple(channel_names)}; pass one name per channel."
+            f"Expected a name for each of {volumes.shape[1]} channels of {name}, got channel_names "
+            f"{tuple(channel_names)}. Give {volumes.shape[1]}."
         )
     check_unit_range(volumes, name)
     return volumes
@@ -125,19 +125,19 @@ def check_sets(
     if not isinstance(volumes, Mapping):
         return {"": check_volumes(volumes, "volumes", channel_names)}
     if not volumes:
-        raise ValueError('volumes must hold at least one batch, got none; pass {"generated": volumes}.')
+        raise ValueError('Expected at least one batch in volumes, got none. Give {"generated": volumes}.')
     return {name: check_volumes(batch, f"volumes[{name!r}]", channel_names) for name, batch in volumes.items()}
 
 
 def check_texts(texts: Sequence[str] | None, name: str, num_cells: int) -> None:
     if texts is not None and (isinstance(texts, str) or len(texts) != num_cells):
         got = repr(texts) if isinstance(texts, str) else len(texts)
-        raise ValueError(f"{name} must hold one text per cell: expected {num_cells}, got {got}.")
+        raise ValueError(f"Expected {num_cells} {name}, one text for each cell, got {got}. Match their number.")
 
 
 def check_columns(num_columns: int | None) -> None:
     if num_columns is not None and num_columns < 1:
-        raise ValueError(f"num_columns must be at least 1, or None to choose it, got {num_columns}.")
+        raise ValueError(f"Expected num_columns of at least 1, got {num_columns}. Raise it, or leave it out.")
 
 
 # Drawing, in µm from the top left

@@ -125,13 +125,13 @@ def feature_distributions(
     for name, by_feature in sets.items():
         if set(by_feature) != set(names):
             raise ValueError(
-                f"every set must hold the same features; features[{name!r}] differs in "
-                f"{sorted(set(by_feature) ^ set(names))}."
+                f"Expected the same features in every set, got another {sorted(set(by_feature) ^ set(names))} in "
+                f"features[{name!r}]. Measure all sets alike."
             )
     for argument, given in (("p_values", p_values), ("distances", distances)):
         unknown = sorted(set(given or {}) - set(names))
         if unknown:
-            raise ValueError(f"{argument} names {unknown}, which are no features; expected some of {names}.")
+            raise ValueError(f"Expected {argument} of some of {names}, got {unknown}. Leave these out.")
 
     figure, panels = _panels(len(names), num_columns, 4, 2.9, 2.5)
     for axes, feature in zip(panels, names, strict=True):
@@ -200,17 +200,17 @@ def degradation_curves(
     if not isinstance(levels, Mapping):
         levels = dict.fromkeys(kinds, levels)
     if missing := sorted(set(kinds) - set(levels)):
-        raise ValueError(f"levels lacks {missing}; pass one sequence for all, or one for each of {kinds}.")
+        raise ValueError(f"Expected levels of each of {kinds}, got none of {missing}. Give them, or one for all.")
     steps = {kind: _finite(levels[kind], f"the levels of {kind!r}") for kind in kinds}
     for kind, step in steps.items():
         if (np.diff(step) <= 0).any():
-            raise ValueError(f"the levels of {kind!r} must rise, got {step.tolist()}.")
+            raise ValueError(f"Expected levels of {kind!r} that rise, got {step.tolist()}. Sort them.")
     for metric, by_kind in curves.items():
         for kind, values in by_kind.items():
             if values.ndim not in (1, 2) or len(values) != len(steps[kind]) or values.size == 0:
                 raise ValueError(
-                    f"scores[{metric!r}][{kind!r}] must hold a value, or a row of repeats, for each of "
-                    f"{len(steps[kind])} levels, got shape {values.shape}."
+                    f"Expected a value, or a row of repeats, for each of {len(steps[kind])} levels in "
+                    f"scores[{metric!r}][{kind!r}], got shape {values.shape}. Match them."
                 )
             _finite(values.ravel(), f"scores[{metric!r}][{kind!r}]")
 
@@ -238,7 +238,7 @@ def degradation_curves(
 def _filled(mapping: Mapping, name: str, entry: str) -> Mapping:
     if not isinstance(mapping, Mapping) or not mapping:
         got = "nothing" if isinstance(mapping, Mapping) else type(mapping).__name__
-        raise ValueError(f"{name} must map at least {entry} to its values, got {got}.")
+        raise ValueError(f"Expected {name} to map at least {entry} to its values, got {got}. Give a dictionary.")
     return mapping
 
 
@@ -246,14 +246,16 @@ def _vector(numbers: float | Sequence[float], name: str) -> np.ndarray:
     """One value or a sequence of them as (n,) float, nan allowed, or a ValueError."""
     vector = np.atleast_1d(np.asarray(numbers, dtype=float))
     if vector.ndim != 1 or len(vector) == 0 or np.isinf(vector).any():
-        raise ValueError(f"{name} must be a row of finite numbers, got {numbers!r}.")
+        raise ValueError(f"Expected {name} as a row of finite numbers, got {numbers!r}. Correct it.")
     return vector
 
 
 def _finite(numbers: float | Sequence[float], name: str) -> np.ndarray:
     vector = _vector(numbers, name)
     if np.isnan(vector).any():
-        raise ValueError(f"{name} must be finite, got nan in {int(np.isnan(vector).sum())} of {len(vector)} values.")
+        raise ValueError(
+            f"Expected finite {name}, got nan in {int(np.isnan(vector).sum())} of {len(vector)} values. Leave nan out."
+        )
     return vector
 
 

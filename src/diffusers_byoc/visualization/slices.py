@@ -150,7 +150,7 @@ def compare_volumes(
     """
     if not isinstance(volumes, Mapping) or not volumes:
         got = "no entry" if isinstance(volumes, Mapping) else type(volumes).__name__
-        raise ValueError(f'volumes must map headings to volumes, got {got}; pass {{"generated": volumes}}.')
+        raise ValueError(f'Expected volumes to map headings to volumes, got {got}. Give {{"generated": volumes}}.')
     sets = {name: check_volumes(batch, f"volumes[{name!r}]", channel_names) for name, batch in volumes.items()}
     centers = {name: [_intensity_center(volume[0]) for volume in batch] for name, batch in sets.items()}
     return _draw_mosaics([sets], [centers], None, channel_names, voxel_size_um, display_range, show_planes)
@@ -192,13 +192,13 @@ def compare_pairs(
     partners = check_volumes(partners, "partners", channel_names)
     if samples.shape != partners.shape:
         raise ValueError(
-            f"expected one partner per sample and of its shape, got samples {samples.shape} and partners "
-            f"{partners.shape}; pass training_cells[indices_of_the_nearest]."
+            f"Expected one partner per sample and of its shape, got samples {samples.shape} and partners "
+            f"{partners.shape}. Give training_cells[indices_of_the_nearest]."
         )
     check_texts(titles, "titles", len(samples))
     check_columns(num_columns)
     if isinstance(headings, str) or len(headings) != 2 or headings[0] == headings[1]:
-        raise ValueError(f"headings must be two different texts, got {headings!r}.")
+        raise ValueError(f"Expected two different headings, got {headings!r}. Rename one.")
 
     columns = num_columns or min(8, len(samples))
     groups, centers, texts = [], [], []

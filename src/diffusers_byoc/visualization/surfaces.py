@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 #: A channel whose intensities span less than this, on the scale of [0, 1], is empty and has no surface of its own:
 #: Otsu's threshold would split any noise in two.
-MIN_CONTRAST = 0.05
+MIN_SURFACE_RANGE = 0.05
 
 # The volume is smoothed before it is cut, by this standard deviation in voxels: camera noise makes rough surfaces.
 _SMOOTHING_VOXELS = 0.8
@@ -70,7 +70,7 @@ def surface_library(
     check_columns(num_columns)
     if titles is not None:
         if isinstance(volumes, Mapping):
-            raise ValueError("titles go with one batch of volumes, got headings as well; leave one of the two out.")
+            raise ValueError("Expected titles for one batch of volumes, got headings as well. Leave one of both out.")
         check_texts(titles, "titles", len(sets[""]))
     return _draw_surfaces(
         sets,
@@ -112,7 +112,7 @@ def surface_views(
     sets = check_sets(volumes, channel_names)
     views = np.asarray(views_deg, dtype=float)
     if views.ndim != 2 or views.shape[1] != 2 or len(views) == 0:
-        raise ValueError(f"views_deg must hold (azimuth, elevation) pairs, got {views_deg!r}.")
+        raise ValueError(f"Expected views_deg of (azimuth, elevation) pairs, got {views_deg!r}. Give at least one.")
     captions = [f"az {azimuth:g}°  el {elevation:g}°" for azimuth, elevation in views]
     return _draw_surfaces(
         sets,
@@ -159,13 +159,13 @@ def render_surfaces(
     """
     volume = np.asarray(volume.detach().float().cpu() if hasattr(volume, "detach") else volume, np.float32)
     if volume.ndim != 4:
-        raise ValueError(f"volume must be (M, D, H, W), got shape {volume.shape}; pass one cell at a time.")
+        raise ValueError(f"Expected a volume (M, D, H, W), got shape {volume.shape}. Give one cell at a time.")
     volume = check_volumes(volume, "volume", [str(index) for index in range(len(volume))])[0]
     opacities = _check_opacities(opacities, len(volume))
     if size_pixels < 1:
-        raise ValueError(f"size_pixels must be at least 1, got {size_pixels}.")
+        raise ValueError(f"Expected size_pixels of at least 1, got {size_pixels}. Raise it.")
     if field_um is not None and not 0 < field_um < np.inf:
-        raise ValueError(f"field_um must be a positive length in µm, got {field_um}.")
+        raise ValueError(f"Expected field_um as a positive length in µm, got {field_um}. Leave it out to see all.")
     surfaces = _Surfaces(volume, voxel_size_triple(voxel_size_um), _check_thresholds(thresholds, len(volume)))
     return surfaces.render(opacities, azimuth_deg, elevation_deg, field_um or surfaces.field_um, size_pixels)
 
@@ -183,7 +183,7 @@ class _Surfaces:
         smoothed = np.stack([gaussian_filter(channel, sigma, mode="nearest") for channel in volume])
         self.levels = []
         for channel, smooth, threshold in zip(volume, smoothed, thresholds, strict=True):
-            if threshold is None and np.ptp(channel) >= MIN_CONTRAST:
+            if threshold is None and np.ptp(channel) >= MIN_SURFACE_RANGE:
                 threshold = float(threshold_otsu(smooth))
             self.levels.append(np.inf if threshold is None else threshold)
         # a border of zeros closes the surface of a cell that the volume's edge cuts
@@ -326,9 +326,9 @@ def _check_thresholds(thresholds: Sequence[float | None] | None, num_channels: i
     if thresholds is None:
         return [None] * num_channels
     if np.ndim(thresholds) != 1 or len(thresholds) != num_channels:
-        raise ValueError(f"thresholds must hold one number or None per channel: {num_channels}, got {thresholds!r}.")
+        raise ValueError(f"Expected {num_channels} thresholds, one or None a channel, got {thresholds!r}. Match them.")
     if not all(threshold is None or 0 < threshold < 1 for threshold in thresholds):
-        raise ValueError(f"thresholds must lie between 0 and 1, got {thresholds!r}.")
+        raise ValueError(f"Expected thresholds between 0 and 1, got {thresholds!r}. Correct them.")
     return thresholds
 
 
@@ -336,7 +336,7 @@ def _check_opacities(opacities: Sequence[float] | None, num_channels: int) -> Se
     if opacities is None:
         return [1.0] if num_channels == 1 else [0.2, *[1.0] * (num_channels - 1)]
     if np.ndim(opacities) != 1 or len(opacities) != num_channels:
-        raise ValueError(f"opacities must hold one number per channel: {num_channels}, got {opacities!r}.")
+        raise ValueError(f"Expected {num_channels} opacities, one a channel, got {opacities!r}. Match them.")
     if not all(0 < opacity <= 1 for opacity in opacities):
-        raise ValueError(f"opacities must lie in (0, 1], got {opacities!r}.")
+        raise ValueError(f"Expected opacities in (0, 1], got {opacities!r}. Correct them.")
     return opacities

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ...data import CellDataset, StreamedCells
+from ...data import Cells
 from ...models import MultiCodebookVQModel, PatchDiscriminator3D
-from ..batches import augment, indexable, remaining_batches
+from ..batches import augment, remaining_batches
 from ..losses import (
     adaptive_weight,
     adversarial_loss,
@@ -15,7 +15,7 @@ from ..losses import (
     reconstruction_loss,
 )
 from ..optimizers import make_optimizer
-from ..settings import StageSettings, configuration
+from ..settings import StageSettings
 from ..stage import Stage
 from ..validation import validate_autoencoder
 
@@ -37,8 +37,8 @@ class AutoencoderSettings(StageSettings):
 def train_autoencoder(
     stage: Stage,
     vqvae: MultiCodebookVQModel,
-    cells: CellDataset | StreamedCells,
-    held_out_cells: CellDataset | StreamedCells | None = None,
+    cells: Cells,
+    held_out_cells: Cells | None = None,
 ) -> MultiCodebookVQModel:
     """Train `vqvae` on `cells`.
 
@@ -69,13 +69,13 @@ def train_autoencoder(
     vqvae, discriminator, optimizer, discriminator_optimizer = accelerator.prepare(
         vqvae, discriminator, optimizer, discriminator_optimizer
     )
+    stage.resume(lr_scheduler, discriminator_lr_scheduler)
     bare_vqvae = accelerator.unwrap_model(vqvae)
-    stage.resume(lr_scheduler, discriminator_lr_scheduler, inputs=configuration("vqvae", bare_vqvae.config))
 
     # 2. data: the batches that this process has left
     batches = remaining_batches(cells, settings, stage.first_step)
     if held_out_cells is not None:
-        validation_cells = indexable(held_out_cells, settings.num_validation_cells, settings.seed)
+        validation_cells = held_out_cells.indexable(settings.num_validation_cells, settings.seed)
 
     # 3. train
     vqvae.train()

@@ -31,14 +31,14 @@ def check_features(features: Features, name: str, min_cells: int = 2, allow_nan:
     features = np.asarray(features)
     if features.ndim != 2 or features.shape[1] == 0 or features.dtype.kind not in "buif":
         raise ValueError(
-            f"{name} must be (N, K) real numbers, one row a cell, got shape {features.shape} of {features.dtype}"
+            f"Expected {name} as (N, K) real numbers, got {features.shape} of {features.dtype}. Give a row a cell."
         )
     if len(features) < min_cells:
-        raise ValueError(f"{name} must hold at least {min_cells} cells, got {len(features)}; give more cells")
+        raise ValueError(f"Expected at least {min_cells} cells in {name}, got {len(features)}. Give more cells.")
     features = features.astype(np.float64)
     if np.isinf(features).any() or (np.isnan(features).any() and not allow_nan):
-        remedy = "look for the cells that cause it" if allow_nan else "standardize_features replaces NaN"
-        raise ValueError(f"{name} must be finite, got NaN or infinity; {remedy}")
+        remedy = "Look for the cells that cause it" if allow_nan else "Call standardize_features, which replaces NaN"
+        raise ValueError(f"Expected finite {name}, got NaN or infinity. {remedy}.")
     return features
 
 
@@ -50,8 +50,8 @@ def check_pair(
     features_2 = check_features(features_2, "features_2", min_cells, allow_nan)
     if features_1.shape[1] != features_2.shape[1]:
         raise ValueError(
-            f"both sets must have the same features, got {features_1.shape[1]} and {features_2.shape[1]} columns;"
-            " extract them in the same way"
+            f"Expected the same features of both sets, got {features_1.shape[1]} and {features_2.shape[1]} columns."
+            " Extract both in the same way."
         )
     return features_1, features_2
 
@@ -79,7 +79,7 @@ def standardize_features(features: Features, reference: Features) -> np.ndarray:
     reference = check_features(reference, "reference", allow_nan=True)
     if features.shape[1] != reference.shape[1]:
         raise ValueError(
-            f"expected the {reference.shape[1]} columns of the reference, got {features.shape[1]}; extract both alike"
+            f"Expected the {reference.shape[1]} columns of the reference, got {features.shape[1]}. Extract both alike."
         )
     preprocessing = optional("sklearn.preprocessing", "metrics")
     with np.errstate(invalid="ignore"):  # a column of nan has no mean, which is what nan_to_num answers

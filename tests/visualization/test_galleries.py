@@ -101,10 +101,10 @@ def test_64_planes_are_8_by_8():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: depth_planes(np.zeros((2, 2, 4, 4, 4))), r"one cell, got 2; pass volumes\[0\]"),
-        (lambda: depth_planes(np.zeros((2, 4, 4, 4)), ("a", "a")), "differ from one another"),
+        (lambda: depth_planes(np.zeros((2, 2, 4, 4, 4))), r"one cell, got 2. Give volumes\[0\]"),
+        (lambda: depth_planes(np.zeros((2, 4, 4, 4)), ("a", "a")), "names that differ"),
         (lambda: sample_library({}), "at least one batch"),
-        (lambda: sample_library({"x": np.zeros((1, 3, 4, 4, 4))}), r"volumes\['x'\] has 3 channels"),
+        (lambda: sample_library({"x": np.zeros((1, 3, 4, 4, 4))}), r"each of 3 channels of volumes\['x'\]"),
         (lambda: sample_library(np.full((1, 2, 4, 4, 4), 2.0)), r"\[0, 1\]"),
         (lambda: sample_library(np.zeros((1, 2, 4, 4, 4)), num_columns=0), "num_columns"),
         (lambda: sample_library(np.zeros((1, 2, 4, 4, 4)), display_range=(1, 1)), "display_range"),

@@ -87,7 +87,7 @@ def depth_planes(
     """
     volumes = check_volumes(volume, "volume", channel_names)
     if len(volumes) != 1:
-        raise ValueError(f"volume must be one cell, got {len(volumes)}; pass volumes[0].")
+        raise ValueError(f"Expected a volume of one cell, got {len(volumes)}. Give volumes[0].")
     _, height_um, width_um = (
         size * step for size, step in zip(volumes.shape[2:], voxel_size_triple(voxel_size_um), strict=True)
     )
@@ -103,7 +103,7 @@ def depth_planes(
             for name, channel, color in zip(channel_names, channels, colors, strict=True)
         }
         if len(blocks) != len(channels):
-            raise ValueError(f"channel_names must differ from one another, got {tuple(channel_names)}.")
+            raise ValueError(f"Expected channel_names that differ, got {tuple(channel_names)}. Rename one.")
     return draw_tiles(
         blocks,
         dict.fromkeys(blocks, (width_um, height_um)),
