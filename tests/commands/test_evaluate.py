@@ -101,7 +101,7 @@ def test_a_pipeline_generates_each_cell_from_its_seed_and_number_alone(tmp_path)
         pipeline.unet.conv_out.bias.add_(1)
     pipeline.save_pretrained(tmp_path / "pipeline")
     done = evaluate(*arguments, "--output_dir", tmp_path / "a", "--num_samples", "14", check=False)
-    assert done.returncode != 0 and "cells of this pipeline and these settings" in done.stderr
+    assert done.returncode != 0 and "cells of the same weights, got others" in done.stderr
 
 
 def read_volume_bytes(content: bytes, folder: Path) -> np.ndarray:

@@ -3,6 +3,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from diffusers_byoc.data import PhantomCells, VolumeProcessor
 from diffusers_byoc.evaluation import FEATURES, CellSet, EvaluationSettings, Extractor, Variant, extract_features
 
 
@@ -63,8 +64,6 @@ def test_channels_are_not_lent_between_neighbours(tmp_path):
 
 
 def test_kinds_of_features_have_a_row_a_cell():
-    from diffusers_byoc.data import PhantomCells, VolumeProcessor
-
     cells = PhantomCells(2, VolumeProcessor(sample_size=32), ["nocodazole"], seed=7)
     volumes = np.stack([(cells[index]["volumes"].numpy() + 1) / 2 for index in range(2)])
     for settings, given in (

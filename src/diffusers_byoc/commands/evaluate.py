@@ -16,7 +16,9 @@ FEATURES = ["med3d", "morphology", "texture"]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="byoc-evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--pretrained", help="pipeline to judge, any whose call returns volumes: a folder or a Hub repository")
     add("--generated_dir", help="volumes made elsewhere, in place of --pretrained; any files that training reads")

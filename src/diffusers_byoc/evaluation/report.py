@@ -22,7 +22,7 @@ class Results:
 
     Args:
         origin: what made the generated cells, as a reader of the page names it.
-        is_phantoms: the "real" cells are phantoms.
+        is_phantom: the "real" cells are phantoms.
         sets: generated cells and real ones.
         features: row -> kind -> (N, K).
         names: kind -> names of its features, of the kinds whose features have some.
@@ -36,7 +36,7 @@ class Results:
     """
 
     origin: str
-    is_phantoms: bool
+    is_phantom: bool
     sets: Sequence[CellSet]
     features: Mapping[str, Mapping[str, np.ndarray]]
     names: Mapping[str, Sequence[str]]
@@ -96,7 +96,7 @@ def _page(results: Results, summary: Mapping, comparisons: Mapping, figures: Map
         "# Evaluation",
         "",
         f"{num_cells[GENERATED]} cells of `{results.origin}` against {num_cells[REAL]}"
-        f" {kind if results.is_phantoms else 'real ones'}. Mean ± standard deviation over {len(results.folds)}"
+        f" {kind if results.is_phantom else 'real ones'}. Mean ± standard deviation over {len(results.folds)}"
         " fold(s); every column is compared with the same held-out cells, in equal numbers. *real*: the other real"
         " cells, the best that can be reached. Obviously bad generators: *blurred* (σ = 2 voxels) and, of several"
         " channels, *shuffled channels* (each from another cell). *encoded and decoded*: what the pipeline's"
