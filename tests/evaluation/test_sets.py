@@ -49,7 +49,7 @@ def test_an_autoencoder_adds_what_it_makes_of_real_cells(cells):
     [
         (lambda v: (v * 2 - 1).astype(np.float32), r"Expected floats in \[0, 1\] in .*bad.npy, got \[-1"),
         (lambda v: ((v * 2 - 1) * 32767).astype(np.int16), "Expected integers from 0 in .*bad.npy, got -"),
-        (lambda v: np.where(v > 0.5, np.nan, v), "bad.npy.*finite intensities"),
+        (lambda v: np.where(v > 0.5, np.nan, v), "Expected finite intensities in .*bad.npy"),
         (lambda v: v[:1], "bad.npy.*channel"),
     ],
 )
