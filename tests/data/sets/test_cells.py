@@ -147,7 +147,7 @@ def test_label_without_cells_lists_the_labels(folder, label):
     ("rows", "error", "match"),
     [
         ([("d.npy", "a"), ("gone.npy", "a")], FileNotFoundError, "Expected the file of .*line 3, got no .*gone.npy"),
-        ([("d.npy", "a"), ("c.npz", "a"), ("./d.npy", "b")], ValueError, "line 4, got './d.npy', which stands in line 2"),
+        ([("d.npy", "a"), ("c.npz", "a"), ("./d.npy", "b")], ValueError, "line 4, got './d.npy', .* line 2"),
         ([("../d.npy", "a")], ValueError, "Expected a file inside .*line 2, got '../d.npy'"),
         ([("images/../../d.npy", "a")], ValueError, "Expected a file inside .*line 2, got"),
         ([("/etc/passwd", "a")], ValueError, "Expected a file inside .*line 2, got '/etc/passwd'"),
