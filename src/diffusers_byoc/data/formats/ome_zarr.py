@@ -128,11 +128,11 @@ class _Chunked:
         is_sharded = getattr(array, "shards", None) is not None  # a shard has checksums
         self._is_blosc = bool(compressors) and "Blosc" in type(compressors[-1]).__name__ and not is_sharded
 
-    def __getitem__(self, index: tuple[slice, ...]):
+    def __getitem__(self, index: tuple[int | slice, ...]):
         if self._is_blosc:
             ranges = []
             for axis, length, chunk in zip(index, self.shape, self._array.chunks, strict=True):
-                start, stop, _ = axis.indices(length)
+                start, stop = (axis, axis + 1) if isinstance(axis, int) else axis.indices(length)[:2]
                 ranges.append(range(start // chunk, -(-stop // chunk)))
             for place in itertools.product(*ranges):
                 self._check(place)

@@ -340,9 +340,11 @@ class _Planes:
         self.shape, self.dtype = (len(pages), *series.keyframe.shape), series.dtype
         self.ndim = len(self.shape)
 
-    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
-        planes = [_with_its_file_open(page, functools.partial(self._read, page)) for page in self._pages[index[0]]]
-        return np.stack(planes)[(slice(None), *index[1:])]
+    def __getitem__(self, index: tuple[int | slice, ...]) -> np.ndarray:
+        first, *others = index
+        pages = [self._pages[first]] if isinstance(first, int) else self._pages[first]
+        planes = [_with_its_file_open(page, functools.partial(self._read, page)) for page in pages]
+        return np.stack(planes)[(0 if isinstance(first, int) else slice(None), *others)]
 
     def _read(self, page) -> np.ndarray:
         _check_segments(self._path, self._series, page)
