@@ -16,13 +16,12 @@ from ..data import (
     split_cells,
     write_split,
 )
+from ..data.formats.shards import holds_table
 from ..data.sets.folder import METADATA_NAME
 from .data_arguments import SPLIT_NAME
 
 
-def read_cells(
-    args: argparse.Namespace, channel_names: tuple[str, ...], streaming: bool = False
-) -> Cells:
+def read_cells(args: argparse.Namespace, channel_names: tuple[str, ...], streaming: bool = False) -> Cells:
     """All cells that `args` name, not split, as volumes of these channels.
 
     Args:
@@ -98,6 +97,4 @@ def split_for_training(
 
 
 def _holds_shards(folder: str | None) -> bool:
-    if folder is None or (Path(folder) / METADATA_NAME).is_file():
-        return False
-    return any(path.suffix in (".parquet", ".tar") for path in [Path(folder), *Path(folder).rglob("*")])
+    return folder is not None and not (Path(folder) / METADATA_NAME).is_file() and holds_table(folder)

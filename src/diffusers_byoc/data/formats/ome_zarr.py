@@ -132,7 +132,7 @@ class _Chunked:
         if self._is_blosc:
             ranges = []
             for axis, length, chunk in zip(index, self.shape, self._array.chunks, strict=True):
-                start, stop = (axis, axis + 1) if isinstance(axis, int) else axis.indices(length)[:2]
+                start, stop = axis.indices(length)[:2] if isinstance(axis, slice) else (axis, axis + 1)
                 ranges.append(range(start // chunk, -(-stop // chunk)))
             for place in itertools.product(*ranges):
                 self._check(place)

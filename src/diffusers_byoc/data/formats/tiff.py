@@ -342,9 +342,9 @@ class _Planes:
 
     def __getitem__(self, index: tuple[int | slice, ...]) -> np.ndarray:
         first, *others = index
-        pages = [self._pages[first]] if isinstance(first, int) else self._pages[first]
+        pages = self._pages[first] if isinstance(first, slice) else [self._pages[first]]
         planes = [_with_its_file_open(page, functools.partial(self._read, page)) for page in pages]
-        return np.stack(planes)[(0 if isinstance(first, int) else slice(None), *others)]
+        return np.stack(planes)[(slice(None) if isinstance(first, slice) else 0, *others)]
 
     def _read(self, page) -> np.ndarray:
         _check_segments(self._path, self._series, page)
