@@ -7,17 +7,28 @@ from .consistency import ChannelConsistency, channel_consistency
 from .feature_sets import standardize_features
 from .frechet import frechet_distance
 from .mmd import median_distance, mmd_linear, mmd_rbf
-from .morphology import MORPHOLOGY_NAMES, CellMorphology, measure_cell, measure_cells, morphology_features
+from .morphology import (
+    MORPHOLOGY_NAMES,
+    CellMorphology,
+    find_channels,
+    measure_cell,
+    measure_cells,
+    morphology_features,
+)
 from .neighbours import Memorisation, NeighbourMetrics, memorisation, neighbour_metrics
+from .poses import POSES, turn
 from .reconstruction import CodebookUsage, ReconstructionQuality, codebook_usage, reconstruction_quality
 from .segmentation import Segmentation, segment_channel
 from .spectrum import GridTest, grid_excess, grid_test, radial_spectrum
+from .texture import texture_features, texture_names
+from .transfer import TransferTest, transfer_test
 from .two_sample import ClassifierTest, FeatureComparison, classifier_test, compare_features
 from .volume_classifier import volume_classifier_test
 
 
 __all__ = [
     "MORPHOLOGY_NAMES",
+    "POSES",
     "CellMorphology",
     "ChannelConsistency",
     "ClassifierTest",
@@ -30,11 +41,13 @@ __all__ = [
     "NeighbourMetrics",
     "ReconstructionQuality",
     "Segmentation",
+    "TransferTest",
     "channel_consistency",
     "classifier_test",
     "codebook_usage",
     "compare_features",
     "convert_med3d_checkpoint",
+    "find_channels",
     "frechet_distance",
     "grid_excess",
     "grid_test",
@@ -51,6 +64,10 @@ __all__ = [
     "reconstruction_quality",
     "segment_channel",
     "standardize_features",
+    "texture_features",
+    "texture_names",
+    "transfer_test",
+    "turn",
     "volume_classifier_test",
 ]
 
