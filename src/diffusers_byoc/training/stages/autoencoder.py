@@ -87,7 +87,7 @@ def train_autoencoder(
     for step, batch in stage.steps(batches):
         volumes = augment(batch["volumes"].to(accelerator.device), settings, stage.micro_step)
         if settings.crop_size is not None:
-            places = torch.rand(len(volumes) * accelerator.num_processes, 3, generator=stage.generator("crops"))
+            places = torch.rand(len(volumes) * accelerator.num_processes, generator=stage.generator("crops"))
             places = process_share(places, accelerator.process_index, accelerator.num_processes)
             volumes = crop_cells(volumes, settings.crop_size, places)
         if stage.micro_step == 0:

@@ -81,7 +81,7 @@ def train_texture(
         volumes = augment(batch["volumes"].to(device), settings, stage.micro_step)
         # drawn for all processes, then shared out, so that their number does not change the run
         generator = stage.generator("texture")
-        places = torch.rand(global_batch_size, 3, generator=generator)
+        places = torch.rand(global_batch_size, generator=generator)
         # towards the middle of the way, where the most is to be decided
         times = torch.randn(global_batch_size, generator=generator).sigmoid()
         noise = torch.randn(global_batch_size, volumes.shape[1], *(settings.crop_size,) * 3, generator=generator)
