@@ -12,6 +12,7 @@ from diffusers_byoc.data import (
     CellFolder,
     CellTable,
     PhantomCells,
+    StepBatches,
     StreamBatches,
     StreamedCells,
     read_split,
@@ -20,7 +21,7 @@ from diffusers_byoc.data import (
 )
 from diffusers_byoc.data.augmentation import ROTATIONS
 from diffusers_byoc.data.folder import METADATA_NAME
-from diffusers_byoc.training import StepBatches, ignore_termination
+from diffusers_byoc.training import ignore_termination
 
 
 SPLIT_NAME = "split.json"

@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "diffusers_byoc"
 
-GROUND = {"optional", "volumes", "whole_files"}  # modules that every folder may import
+GROUND = {"optional", "randomness", "volumes", "whole_files"}  # modules that every folder may import
 ALLOWED = {
     "data": {"data"},
     "models": {"models"},

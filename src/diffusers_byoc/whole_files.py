@@ -3,7 +3,7 @@
 import os
 import shutil
 import socket
-import uuid
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,50 +12,47 @@ from .optional import optional
 
 
 LOCK_NAME = "run.lock"
-TEMPORARY_PREFIX = ".tmp-"  # of names that only a process that was killed leaves behind
+TEMPORARY_PREFIX = ".tmp-"  # of folders that only a process that was killed leaves behind
 
 
 @contextmanager
 def whole_or_absent(path: str | os.PathLike) -> Iterator[Path]:
-    """A name to write a file or a folder under; it gets its own at the end, and not if that is never reached.
+    """A place to write a file or a folder in; it gets its own at the end, and not if that is never reached.
 
-    What had that name before is replaced. Folders above are made as needed. The temporary name has the same ending, as
-    some writers look at it, and is another one for each call.
+    What had that name before is replaced. Folders above are made as needed. The place is in a hidden folder beside
+    `path`, under the same name, as some writers look at it; each call has its own.
 
     Args:
         path: of the file or the folder.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex[:8]}-{path.name[-200:]}")
-    try:
-        yield temporary
-        move_into_place(temporary, path)
-    finally:
-        remove(temporary)
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=path.parent) as folder:
+        yield Path(folder) / path.name
+        move_into_place(Path(folder) / path.name, path)
 
 
-def move_into_place(temporary: Path, path: Path) -> None:
+def move_into_place(whole: Path, path: Path) -> None:
     """Give a whole file or folder its name; an older one of that name is removed first, if it is a folder."""
     if path.is_dir() and not path.is_symlink():  # what is not empty cannot be replaced in one step
         remove(path)
-    os.replace(temporary, path)
+    whole.replace(path)
 
 
 def remove(path: Path) -> None:
     """Remove a file or a folder, if there is one; a folder under another name, so that no half one keeps its own."""
     if path.is_dir() and not path.is_symlink():
-        removed = path.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex[:8]}-{path.name[-200:]}")
-        path.rename(removed)
-        shutil.rmtree(removed, ignore_errors=True)
+        folder = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=path.parent))
+        path.rename(folder / path.name)
+        shutil.rmtree(folder, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
 
 
 def remove_left_overs(directory: Path) -> None:
     """Remove what processes that were killed left in a folder and those below it; nobody may be writing there."""
-    for path in list(directory.rglob(f"{TEMPORARY_PREFIX}*")):
-        remove(path)
+    for folder in list(directory.rglob(f"{TEMPORARY_PREFIX}*")):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from diffusers_byoc.commands.cells import read_cells, split_for_training
 from diffusers_byoc.commands.train_arguments import parse_args
 from diffusers_byoc.data import CellTable, StreamedCells, Volume, write_shards
 from diffusers_byoc.training import StageSettings
-from diffusers_byoc.training.batches import batch_loader, indexable, sample_cells
+from diffusers_byoc.training.batches import remaining_batches, sample_cells
 
 
 CHANNELS = ("cell", "nucleus")
@@ -27,7 +27,7 @@ from accelerate.utils import gather_object
 from diffusers_byoc.commands.cells import read_cells, split_for_training
 from diffusers_byoc.commands.train_arguments import parse_args
 from diffusers_byoc.training import StageSettings
-from diffusers_byoc.training.batches import batch_loader
+from diffusers_byoc.training.batches import remaining_batches
 
 state = PartialState(cpu=True)
 args = parse_args("", sys.argv[1:])
@@ -39,7 +39,7 @@ for num_workers in (0, 2):
         dataloader_num_workers=num_workers,
         shuffle_buffer_size=args.shuffle_buffer_size,
     )
-    batches = list(batch_loader(train, settings, 0, 16))
+    batches = list(remaining_batches(train, settings, 0))
     seen = [int(count) for batch in batches for count in (batch["volumes"][:, 0] > 0).sum((1, 2, 3))]
     seen_by = gather_object([seen])
     if state.is_main_process:
@@ -130,12 +130,12 @@ def test_one_loader_for_every_source(folder, shards):
     stream, _ = load("--dataset_name", f"{shards}/*.tar", "--streaming")
     files, _ = load("--train_data_dir", folder, "--held_out", 0)
     assert type(table) is CellTable and type(stream) is StreamedCells and table.ids == stream.ids
-    settings = StageSettings(max_train_steps=1, train_batch_size=3)
+    settings = StageSettings(max_train_steps=3, train_batch_size=3, gradient_accumulation_steps=2)
     for cells in (table, stream, files):
-        batches = list(batch_loader(cells, settings, 2, 4))
+        batches = list(remaining_batches(cells, settings, first_step=1))
         assert len(batches) == 4 and all(batch["volumes"].shape == (3, 2, 16, 16, 16) for batch in batches)
         assert all(batch["class_labels"].shape == (3,) for batch in batches)
-        some = indexable(cells, 5, 0)
+        some = cells.indexable(5, 0)
         assert len(some) == (5 if cells is stream else len(cells)) and some[4]["volumes"].shape == (2, 16, 16, 16)
 
 

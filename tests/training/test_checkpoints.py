@@ -184,6 +184,7 @@ def test_killed_at_any_moment_of_a_save_the_latest_is_whole(tmp_path, monkeypatc
         with monkeypatch.context() as patch:
             patch.setattr(shutil, "rmtree", dying(shutil.rmtree))
             patch.setattr(Path, "rename", dying(Path.rename))
+            patch.setattr(Path, "replace", dying(Path.replace))
             patch.setattr(run.accelerator, "save_state", dying(run.accelerator.save_state))
             try:
                 save_checkpoint(run.accelerator, folder, 3, total_limit=1)

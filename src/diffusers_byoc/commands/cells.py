@@ -6,8 +6,8 @@ from pathlib import Path
 from accelerate import PartialState
 
 from ..data import (
-    CellDataset,
     CellFolder,
+    Cells,
     CellTable,
     PhantomCells,
     StreamedCells,
@@ -16,13 +16,13 @@ from ..data import (
     split_cells,
     write_split,
 )
-from ..data.folder import METADATA_NAME
+from ..data.sets.folder import METADATA_NAME
 from .data_arguments import SPLIT_NAME
 
 
 def read_cells(
     args: argparse.Namespace, channel_names: tuple[str, ...], streaming: bool = False
-) -> CellDataset | StreamedCells:
+) -> Cells:
     """All cells that `args` name, not split, as volumes of these channels.
 
     Args:
@@ -60,10 +60,10 @@ def read_cells(
 
 def split_for_training(
     args: argparse.Namespace,
-    cells: CellDataset | StreamedCells,
+    cells: Cells,
     run_dir: str | Path | None = None,
     resumes: bool = False,
-) -> tuple[CellDataset | StreamedCells, CellDataset | StreamedCells | None]:
+) -> tuple[Cells, Cells | None]:
     """The cells to train on, and those held out, if any.
 
     The split is made of all cells of the source, whatever their label, so that models of one label and of several

@@ -31,17 +31,18 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     path = PRESETS / f"{preset}.json" if (PRESETS / f"{preset}.json").is_file() else Path(preset)
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in PRESETS.glob("*.json")))
-        parser.error(f"--preset {preset}: neither one of {known} nor a file")
+        parser.error(f"Expected --preset {known} or a JSON file, got {preset}. Give one of these.")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        parser.error(f"{path}: not a JSON file ({error})")
+        parser.error(f"Expected a preset in JSON, got {path} ({error}). Correct the file.")
     if unknown := set(config) - {"arguments", *NETWORKS}:
-        parser.error(f"{path}: expected arguments, {', '.join(NETWORKS)}, got {sorted(unknown)}; correct the name")
+        known = ", ".join(("arguments", *NETWORKS))
+        parser.error(f"Expected {known} in a preset, got {sorted(unknown)} in {path}. Correct the name.")
     preset_arguments = config.get("arguments", {})
     unknown = set(preset_arguments) - set(vars(parser.parse_args([])))
     if unknown:
-        parser.error(f"{path}: unknown arguments {sorted(unknown)}")
+        parser.error(f"Expected arguments of this command, got {sorted(unknown)} in {path}. Correct the name.")
     parser.set_defaults(**preset_arguments)
     args = parser.parse_args(argv)
 
@@ -50,14 +51,20 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     _spread_common(args, preset_arguments)
     _spread_common(args, {name: value for name, value in vars(given).items() if value is not absent})
     if args.stage == "all" and args.resume_from_checkpoint not in (None, "latest"):
-        parser.error(f"checkpoint {args.resume_from_checkpoint} belongs to one stage: say --stage, or 'latest'")
+        parser.error(
+            f"Expected --resume_from_checkpoint latest for all stages, got {args.resume_from_checkpoint}, which is of"
+            " one. Say its --stage too."
+        )
     if args.push_to_hub and args.stage not in ("all", "diffusion"):
-        parser.error(f"--push_to_hub publishes the pipeline, which --stage {args.stage} does not end with")
+        parser.error(
+            f"Expected a run that ends with a pipeline for --push_to_hub, got --stage {args.stage}. Push with the"
+            " diffusion."
+        )
     for name in NETWORKS:
         setattr(args, name, dict(config.get(name, {})))
     args.with_texture = "texture_unet" in config
     if args.stage == "texture" and not args.with_texture:
-        parser.error(f"--stage texture: {path} has no texture_unet; add one, {{}} for the default")
+        parser.error(f"Expected a texture_unet in {path} for --stage texture, got none. Add one; {{}} is the default.")
     if args.latent_scaling:
         args.vqvae["latent_scaling"] = args.latent_scaling
     if args.prediction_type:

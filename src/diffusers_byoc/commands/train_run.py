@@ -34,7 +34,7 @@ from ..training.stage import uses_deepspeed
 from ..training.stages.autoencoder import AutoencoderSettings, train_autoencoder
 from ..training.stages.diffusion import DiffusionSettings, train_diffusion
 from ..training.stages.texture import TextureSettings, train_texture
-from ..whole_files import lock_folder, whole_or_absent
+from ..whole_files import lock_folder, remove_left_overs, whole_or_absent
 from .cells import read_cells, split_for_training
 from .train_arguments import NETWORKS, STAGES, set_train_steps
 
@@ -66,6 +66,8 @@ def run(args: argparse.Namespace, state: PartialState, vqvae: MultiCodebookVQMod
     started = time.perf_counter()
     output_dir = Path(args.output_dir)
     resumes = args.stage in ("texture", "diffusion") or args.resume_from_checkpoint is not None
+    if state.is_main_process:
+        remove_left_overs(output_dir)
     with one_line_errors(ValueError, ImportError):
         everything = read_cells(args, tuple(vqvae.config.channel_names), args.streaming)
         cells, held_out_cells = split_for_training(args, everything, output_dir, resumes)
@@ -117,9 +119,9 @@ def stages_of(args: argparse.Namespace) -> list[str]:
 
 def settings_of(args: argparse.Namespace, stage: str) -> StageSettings:
     """Each field from the argument of its name; `STAGE_NAME` wins."""
-    names = [field.name for field in fields(SETTINGS[stage])]
-    values = vars(args)
-    return SETTINGS[stage](**{name: values.get(f"{stage}_{name}", values.get(name)) for name in names})
+    values, names = vars(args), [field.name for field in fields(SETTINGS[stage])]
+    own = {name: values[f"{stage}_{name}"] for name in names if f"{stage}_{name}" in values}
+    return SETTINGS[stage](**{name: (values | own)[name] for name in names})
 
 
 def settings_for_autoencoder(args: argparse.Namespace, stage: str, vqvae: MultiCodebookVQModel) -> StageSettings:

@@ -1,17 +1,20 @@
 """Volumes of single cells: from files, from the phantom generator, and as network input."""
 
 from .augmentation import augment_cells, draw_augmentation
-from .cells import CellDataset
-from .files import Volume, read_volume, write_ome_tiff, write_volume
-from .folder import CellFolder
-from .phantom_cells import PhantomCells
+from .formats.reading import read_volume, write_ome_tiff, write_volume
+from .formats.records import decode_volume, encode_volume
+from .formats.shards import write_shards
+from .formats.volume import Volume
+from .phantoms import PHENOTYPES, Phantom, PhantomTruth, make_phantom
 from .processor import PreprocessingRecord, VolumeProcessor
-from .records import decode_volume, encode_volume
 from .resampling import resample_volume
-from .shards import write_shards
-from .splits import Population, Split, read_split, split_cells, write_split
-from .streams import StreamBatches, StreamedCells
-from .tables import CellTable
+from .sets.batches import StepBatches, StreamBatches
+from .sets.cells import CellDataset, Cells
+from .sets.folder import CellFolder
+from .sets.phantom_cells import PhantomCells
+from .sets.splits import Population, Split, read_split, split_cells, write_split
+from .sets.stream import StreamedCells
+from .sets.table import CellTable
 
 
 __all__ = [
@@ -19,12 +22,14 @@ __all__ = [
     "CellDataset",
     "CellFolder",
     "CellTable",
+    "Cells",
     "Phantom",
     "PhantomCells",
     "PhantomTruth",
     "Population",
     "PreprocessingRecord",
     "Split",
+    "StepBatches",
     "StreamBatches",
     "StreamedCells",
     "Volume",
@@ -43,14 +48,3 @@ __all__ = [
     "write_split",
     "write_volume",
 ]
-
-_PHANTOM_NAMES = ("PHENOTYPES", "Phantom", "PhantomTruth", "make_phantom")
-
-
-def __getattr__(name: str):
-    # phantoms need scipy, an extra; everything else here does without
-    if name not in _PHANTOM_NAMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import phantoms
-
-    return getattr(phantoms, name)

@@ -7,7 +7,7 @@ import numpy as np
 
 from ..optional import optional
 from ..volumes import voxel_size_triple
-from .files import MAX_VOLUME_BYTES
+from .formats.volume import MAX_VOLUME_BYTES
 
 
 def resample_volume(

@@ -11,7 +11,6 @@ from .losses import (
     min_snr_weights,
     reconstruction_loss,
 )
-from .randomness import StepBatches, batch_indices, process_share, step_generator
 from .settings import StageSettings
 from .stage import Stage
 from .validation import validate_autoencoder, validate_diffusion
@@ -22,12 +21,10 @@ __all__ = [
     "CheckpointError",
     "Stage",
     "StageSettings",
-    "StepBatches",
     "Termination",
     "adaptive_weight",
     "adversarial_loss",
     "adversarial_surrogate",
-    "batch_indices",
     "cache_latents",
     "diffusion_loss",
     "discriminator_loss",
@@ -43,10 +40,8 @@ __all__ = [
     "list_checkpoints",
     "load_checkpoint",
     "min_snr_weights",
-    "process_share",
     "reconstruction_loss",
     "save_checkpoint",
-    "step_generator",
     "validate_autoencoder",
     "validate_diffusion",
 ]

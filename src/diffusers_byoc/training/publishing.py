@@ -5,7 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from ..data import CellDataset, PhantomCells, StreamedCells
+from ..data import Cells
 from ..pipelines import BYOCPipeline
 
 
@@ -40,8 +40,8 @@ def push_pipeline(
     pipeline: BYOCPipeline,
     output_dir: str | Path,
     repo_id: str,
-    cells: CellDataset | StreamedCells,
-    held_out_cells: CellDataset | StreamedCells | None,
+    cells: Cells,
+    held_out_cells: Cells | None,
     training: str,
 ) -> None:
     """Write OUTPUT_DIR/README.md and upload the pipeline, the card and the report; no checkpoint, no cell.
@@ -66,8 +66,8 @@ def push_pipeline(
 def make_card(
     pipeline: BYOCPipeline,
     repo_id: str,
-    cells: CellDataset | StreamedCells,
-    held_out_cells: CellDataset | StreamedCells | None,
+    cells: Cells,
+    held_out_cells: Cells | None,
     training: str,
 ) -> str:
     """The model card's template, filled in with what the run knows; what it cannot know it leaves to the author.
@@ -79,7 +79,7 @@ def make_card(
         held_out_cells: that it was not trained on; None for none.
         training: a sentence: how many steps, how fast.
     """
-    is_phantom = isinstance(cells, PhantomCells)
+    is_phantom = cells.is_phantom
     size = "x".join([str(pipeline.vqvae.config.sample_size)] * 3)
     names = sorted({cells.class_names[label] for label in cells.labels})
     origin = (

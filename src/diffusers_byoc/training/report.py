@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from ..data import CellDataset, PhantomCells, StreamedCells, write_volume
+from ..data import Cells, write_volume
 from ..metrics import CellMorphology, measure_cells
 from ..pipelines import BYOCPipeline
 from ..visualization import compare_volumes, write_png
@@ -16,7 +16,7 @@ from .losses import reconstruction_loss
 
 def write_report(
     pipeline: BYOCPipeline,
-    cells: CellDataset | StreamedCells,
+    cells: Cells,
     output_dir: str | Path,
     training: str,
     num_samples: int = 8,
@@ -47,7 +47,7 @@ def write_report(
     with torch.no_grad():
         reconstruction = pipeline.vqvae(real_cells[:8].to(pipeline.device)).sample.cpu()
     real = ((real_cells + 1) / 2).numpy()
-    is_phantom = isinstance(cells, PhantomCells)
+    is_phantom = cells.is_phantom
     origin = "phantoms" if is_phantom else "training cells"
     voxel_size_um = pipeline.volume_processor.voxel_size_um
     spacing, unit = (voxel_size_um, "µm³") if voxel_size_um else (1.0, "voxels")

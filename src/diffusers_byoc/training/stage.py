@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 
+from ..randomness import step_generator
 from ..visualization import compare_volumes
 from .checkpoints import (
     check_record,
@@ -25,7 +26,6 @@ from .checkpoints import (
 )
 from .hardware import fair_num_threads, fastest_precision, is_cpu_training, keep_freed_memory
 from .interruptions import Termination
-from .randomness import step_generator
 from .settings import StageSettings
 
 
@@ -97,7 +97,8 @@ class Stage:
             deepspeed_config["train_micro_batch_size_per_gpu"] = settings.train_batch_size
             if precision == "bf16":
                 deepspeed_config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
-        config = {k: v for k, v in asdict(settings).items() if isinstance(v, (int, float, str, bool))}
+        config = asdict(settings) | self.inputs
+        config = {name: value for name, value in config.items() if isinstance(value, (int, float, str, bool))}
         wandb = {"dir": str(self.output_dir), "name": f"{self.output_dir.name}/{self.name}"}
         self.accelerator.init_trackers(self.name, config, {"wandb": wandb})
         set_seed(settings.seed)

@@ -9,9 +9,9 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..models import MultiCodebookVQModel
 from ..models.quantizer import usage_and_perplexity
+from ..randomness import step_generator
 from .latents import CachedLatents
 from .losses import diffusion_loss, reconstruction_loss
-from .randomness import step_generator
 
 
 _NUM_TIMESTEPS = 4  # a cell

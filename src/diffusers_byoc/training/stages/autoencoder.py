@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ...data import CellDataset, StreamedCells
+from ...data import Cells
 from ...models import MultiCodebookVQModel, PatchDiscriminator3D
-from ..batches import augment, indexable, remaining_batches
+from ...randomness import process_share
+from ..batches import augment, remaining_batches
 from ..crops import crop_cells
 from ..losses import (
     adaptive_weight,
@@ -16,7 +17,6 @@ from ..losses import (
     reconstruction_loss,
 )
 from ..optimizers import make_optimizer
-from ..randomness import process_share
 from ..settings import StageSettings
 from ..stage import Stage
 from ..validation import validate_autoencoder
@@ -42,8 +42,8 @@ class AutoencoderSettings(StageSettings):
 def train_autoencoder(
     stage: Stage,
     vqvae: MultiCodebookVQModel,
-    cells: CellDataset | StreamedCells,
-    held_out_cells: CellDataset | StreamedCells | None = None,
+    cells: Cells,
+    held_out_cells: Cells | None = None,
 ) -> MultiCodebookVQModel:
     """Train `vqvae` on `cells`.
 
@@ -80,7 +80,7 @@ def train_autoencoder(
     # 2. data: the batches that this process has left
     batches = remaining_batches(cells, settings, stage.first_step)
     if held_out_cells is not None:
-        validation_cells = indexable(held_out_cells, settings.num_validation_cells, settings.seed)
+        validation_cells = held_out_cells.indexable(settings.num_validation_cells, settings.seed)
 
     # 3. train
     vqvae.train()

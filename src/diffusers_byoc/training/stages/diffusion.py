@@ -1,26 +1,23 @@
 """Stage two (BYOC, section 3.2, eq. 9-13): joint diffusion of all channels' latents, unquantised."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import diffusers
 import torch
-from accelerate import Accelerator
 from accelerate.logging import get_logger
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import EMAModel
-from torch import Tensor
 from torch.utils.data import Subset
 
-from ...data import CellDataset, StreamedCells
+from ...data import Cells
 from ...models import DualChannelUNet3D, MultiCodebookVQModel, TextureUNet3D
 from ...models.fingerprint import fingerprint_weights
 from ...pipelines import BYOCPipeline
-from ..batches import augment, indexable, remaining_batches, sample_cells
-from ..latents import CachedLatents, cache_latents, latent_statistics
+from ...randomness import process_share
+from ..batches import latent_batches, sample_cells
+from ..latents import cache_latents, latent_statistics
 from ..losses import diffusion_loss
 from ..optimizers import make_optimizer
-from ..randomness import process_share
 from ..settings import StageSettings
 from ..stage import Stage
 from ..validation import validate_diffusion
@@ -61,8 +58,8 @@ def train_diffusion(
     unet: DualChannelUNet3D,
     noise_scheduler: DDPMScheduler,
     vqvae: MultiCodebookVQModel,
-    cells: CellDataset | StreamedCells,
-    held_out_cells: CellDataset | StreamedCells | None = None,
+    cells: Cells,
+    held_out_cells: Cells | None = None,
     texture_unet: TextureUNet3D | None = None,
 ) -> BYOCPipeline:
     """Train `unet` on the latents of `cells`.
@@ -97,24 +94,26 @@ def train_diffusion(
     if ema:
         ema.to(accelerator.device)  # a restored one lies on the CPU
 
-    # 2. data: latents, encoded once and read from the disk, or batch by batch where each epoch has others
+    # 2. data: latents encoded once and read from the disk; but batch by batch, and only some beforehand, where
+    # augmentation gives each epoch others, or a stream may outgrow the disk
     vqvae.to(accelerator.device).requires_grad_(False).eval()
-    folder = stage.output_dir / "latents"
-    known = sample_cells(cells, 256, settings.seed) if _encodes_batches(settings, cells) else cells
-    latents = cache_latents(vqvae, known, folder / "train", accelerator, num_workers=settings.dataloader_num_workers)
+    is_kept = cells.is_indexable and not settings.is_augmented
+    known = cells if is_kept else sample_cells(cells, 256, settings.seed)
+    folder, workers = stage.output_dir / "latents", settings.dataloader_num_workers
+    latents = cache_latents(vqvae, known, folder / "train", accelerator, num_workers=workers)
     if vqvae.config.latent_scaling == "standardize":
         vqvae.set_latent_statistics(*latents.mean_and_std())
     statistics = latent_statistics(vqvae, latents.chunks())
     accelerator.log(statistics, step=0)
     logger.info(f"latents, normalised: {', '.join(f'{name} {value:.3f}' for name, value in statistics.items())}")
     if held_out_cells is not None:
-        validation_cells = indexable(held_out_cells, settings.num_validation_cells, settings.seed)
+        validation_cells = held_out_cells.indexable(settings.num_validation_cells, settings.seed)
         rows = range(min(len(validation_cells), settings.num_validation_cells))
         held_out_latents = cache_latents(vqvae, Subset(validation_cells, rows), folder / "held_out", accelerator)
         held_out_labels = None
         if settings.class_conditional:
             held_out_labels = [int(validation_cells[row]["class_labels"]) for row in rows]
-    batches = latent_batches(accelerator, settings, cells, vqvae, latents, stage.first_step)
+    batches = latent_batches(accelerator, settings, cells, vqvae, latents if is_kept else None, stage.first_step)
 
     # 3. train
     unet.train()
@@ -177,40 +176,9 @@ def train_diffusion(
     return pipeline
 
 
-def _encodes_batches(settings: DiffusionSettings, cells: CellDataset | StreamedCells) -> bool:
-    """Whether latents cannot be kept: augmented cells differ from epoch to epoch, streams may outgrow the disk."""
-    return settings.is_augmented or isinstance(cells, StreamedCells)
-
-
-def latent_batches(
-    accelerator: Accelerator,
-    settings: DiffusionSettings,
-    cells: CellDataset | StreamedCells,
-    vqvae: MultiCodebookVQModel,
-    latents: CachedLatents,
-    first_step: int,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """(normalised latents, class labels) of this process's remaining batches, on its device.
-
-    From `latents`, those of all `cells`, or else encoded batch by batch.
-    """
-    loader = remaining_batches(cells, settings, first_step)
-    if _encodes_batches(settings, cells):
-        for micro_step, batch in enumerate(loader, first_step * settings.gradient_accumulation_steps):
-            volumes = augment(batch["volumes"].to(accelerator.device), settings, micro_step)
-            with torch.no_grad(), accelerator.autocast():
-                clean = vqvae.encode(volumes).latents.float()
-            yield vqvae.normalize_latents(clean), batch["class_labels"].to(accelerator.device)
-    else:
-        labels = torch.tensor(cells.labels)
-        for indices in loader.batch_sampler:
-            clean = latents[indices].to(accelerator.device)
-            yield vqvae.normalize_latents(clean), labels[indices].to(accelerator.device)
-
-
 def make_pipeline(
     settings: DiffusionSettings,
-    cells: CellDataset | StreamedCells,
+    cells: Cells,
     vqvae: MultiCodebookVQModel,
     unet: DualChannelUNet3D,
     noise_scheduler: DDPMScheduler,

@@ -6,15 +6,15 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import EMAModel
 
-from ...data import CellDataset, StreamedCells
+from ...data import Cells
 from ...models import MultiCodebookVQModel, TextureUNet3D
 from ...models.fingerprint import fingerprint_weights
 from ...pipelines.texture import add_texture
-from ..batches import augment, indexable, remaining_batches
+from ...randomness import process_share
+from ..batches import augment, remaining_batches
 from ..crops import crop_cells
 from ..losses import flow_matching_loss
 from ..optimizers import make_optimizer
-from ..randomness import process_share
 from ..settings import StageSettings
 from ..stage import Stage
 
@@ -38,8 +38,8 @@ def train_texture(
     stage: Stage,
     texture_unet: TextureUNet3D,
     vqvae: MultiCodebookVQModel,
-    cells: CellDataset | StreamedCells,
-    held_out_cells: CellDataset | StreamedCells | None = None,
+    cells: Cells,
+    held_out_cells: Cells | None = None,
 ) -> TextureUNet3D:
     """Train `texture_unet` on what `vqvae` loses of `cells`.
 
@@ -58,7 +58,7 @@ def train_texture(
     vqvae.to(device).requires_grad_(False).eval()
 
     # 1. network, optimizer, moving average
-    set_texture_scale(texture_unet, vqvae, indexable(cells, 32, settings.seed), device)
+    set_texture_scale(texture_unet, vqvae, cells.indexable(32, settings.seed), device)
     if settings.gradient_checkpointing:
         texture_unet.enable_gradient_checkpointing()
     if settings.compile:
@@ -72,12 +72,12 @@ def train_texture(
 
     # 2. data
     batches = remaining_batches(cells, settings, stage.first_step)
-    shown = indexable(cells if held_out_cells is None else held_out_cells, 4, settings.seed)
+    shown = (held_out_cells or cells).indexable(4, settings.seed)
 
     # 3. train
     texture_unet.train()
     global_batch_size = settings.train_batch_size * accelerator.num_processes
-    for step, batch in stage.steps(batches):
+    for _, batch in stage.steps(batches):
         volumes = augment(batch["volumes"].to(device), settings, stage.micro_step)
         # drawn for all processes, then shared out, so that their number does not change the run
         generator = stage.generator("texture")

@@ -20,19 +20,21 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..optional import optional
-from ..volumes import voxel_size_triple
-from ..whole_files import whole_or_absent
-from .files import MAX_VOLUME_BYTES, VOLUME_SUFFIXES, Volume, VolumeFileError, read_volume
+from ...optional import optional
+from ...volumes import voxel_size_triple
+from ...whole_files import whole_or_absent
+from .reading import read_volume
 from .records import decode_volume, encode_volume
+from .volume import MAX_VOLUME_BYTES, Volume, VolumeFileError
 
 
 MAX_JSON_BYTES = 2**20
+SAMPLE_SUFFIXES = (".tif", ".tiff", ".npy", ".npz")  # of volumes in an archive
 _UNIT_ROWS = 32  # rows that are read together where the file does not say
 _SAMPLE = np.dtype(
     [
         ("file", np.int32),
-        ("suffix", f"U{max(map(len, VOLUME_SUFFIXES))}"),
+        ("suffix", f"U{max(map(len, SAMPLE_SUFFIXES))}"),
         ("offset", np.int64),
         ("size", np.int64),
     ]
@@ -377,7 +379,7 @@ def _samples_of(archive: tarfile.TarFile, file: str) -> dict[str, tuple[str, int
         key, suffix = os.path.splitext(member.name.removeprefix("./"))
         key, suffix = key.removesuffix(".ome"), suffix.lower()
         found = texts if suffix == ".json" else volumes
-        if suffix not in (".json", *VOLUME_SUFFIXES) or PurePosixPath(key).name.startswith("."):
+        if suffix not in (".json", *SAMPLE_SUFFIXES) or PurePosixPath(key).name.startswith("."):
             continue
         limit = MAX_JSON_BYTES if suffix == ".json" else MAX_VOLUME_BYTES
         if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or not 0 < member.size <= limit:
@@ -394,7 +396,7 @@ def _samples_of(archive: tarfile.TarFile, file: str) -> dict[str, tuple[str, int
         else:
             volumes[key] = (suffix, member.offset_data, member.size)
     if not volumes:
-        raise VolumeFileError(f"{file}: no cells; expected members KEY{'/'.join(VOLUME_SUFFIXES)} with KEY.json")
+        raise VolumeFileError(f"{file}: no cells; expected members KEY{'/'.join(SAMPLE_SUFFIXES)} with KEY.json")
     lonely = sorted(set(texts) - set(volumes))
     if lonely:
         raise VolumeFileError(f"{file}, {lonely[0]}.json: there is no volume beside it; add it, or delete this")

@@ -1,15 +1,4 @@
-"""Phantom cells: analytic, seeded two-channel (cell body, nucleus) light-sheet volumes that need no download.
-
-A phantom is a drawing, never a melanoma cell. Its three phenotypes follow the words in which BYOC's paper describes
-melanoma cells in collagen under three drugs: round and flat (nocodazole), spindly (blebbistatin), and in between
-(binimetinib). No shape statistic is fitted to measured cells, so a result on phantoms says that the code works and
-nothing about biology.
-
-Lengths are µm and arrays are (z, y, x) throughout; only the last stage, the camera, knows counts. The body and the
-nucleus are star-shaped, `r(n) = 1 + Σ_j c_j P_l(n · e_j)` in the unit space of an ellipsoid (zonal harmonics with
-random axes e_j, i.e. low-order spherical harmonics); protrusions are chains of tapered capsules, joined to the body
-by a smooth minimum of the two distance fields.
-"""
+"""Shapes of phantom cells: what distinguishes the phenotypes, the geometry drawn from it, and its distance field."""
 
 from __future__ import annotations
 
@@ -18,70 +7,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..optional import optional
-
-
-ndimage = optional("scipy.ndimage", "data")
-
-PHENOTYPES = ("binimetinib", "blebbistatin", "nocodazole")
-
-MIN_SIZE = 32  # voxels; below, a spindly cell is all protrusion, for those keep a width of 1.8 voxels
-MAX_VOXEL_SIZE_UM = 3.0  # a nucleus is then still about four voxels wide
-MIN_FIELD_UM = 30.0  # a narrower field would shrink a typical cell below half its size
-
 
 @dataclass(frozen=True)
-class PhantomTruth:
-    """What a perfect segmentation of a phantom would measure, from its unblurred, noiseless masks.
-
-    An axis is the full length of a principal axis of the ellipsoid that has the mask's second moments.
-
-    Attributes:
-        cell_volume_um3: volume of the cell mask, nucleus included.
-        nucleus_volume_um3: volume of the nucleus mask.
-        nucleus_to_cell_ratio: nucleus volume over cell volume.
-        cell_axes_um: three full principal axes of the cell, longest first.
-        nucleus_axes_um: three full principal axes of the nucleus, longest first.
-        nucleus_offset_um: distance between the two centroids.
-        num_protrusions: processes that leave the body; branches of a process are not counted.
-    """
-
-    cell_volume_um3: float
-    nucleus_volume_um3: float
-    nucleus_to_cell_ratio: float
-    cell_axes_um: tuple[float, float, float]
-    nucleus_axes_um: tuple[float, float, float]
-    nucleus_offset_um: float
-    num_protrusions: int
-
-
-@dataclass(frozen=True)
-class Phantom:
-    """One phantom cell, cropped to its bounding box and a small margin.
-
-    Attributes:
-        volume: (2, d, h, w) uint16 camera counts; channel 0 the cell body, channel 1 the nucleus.
-        masks: (2, d, h, w) bool, the true cell (nucleus included) and the true nucleus.
-        phenotype: one of `PHENOTYPES`.
-        seed: the seed it was made from.
-        voxel_size_um: edge of its cubic voxels.
-        truth: what the masks measure.
-    """
-
-    volume: np.ndarray
-    masks: np.ndarray
-    phenotype: str
-    seed: int
-    voxel_size_um: float
-    truth: PhantomTruth
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# what distinguishes the phenotypes
-
-
-@dataclass(frozen=True)
-class _Recipe:
+class Recipe:
     """The ranges one phenotype is drawn from; a pair is a uniform range. Ratios are to the longest axis."""
 
     body_volume_um3: float  # median of a log-normal
@@ -101,8 +29,8 @@ class _Recipe:
     branch_probability: float
 
 
-_RECIPES = {
-    "binimetinib": _Recipe(
+RECIPES = {
+    "binimetinib": Recipe(
         body_volume_um3=7000.0,
         middle_axis=(0.62, 0.82),
         short_axis=(0.46, 0.60),
@@ -119,7 +47,7 @@ _RECIPES = {
         tip_radius=(1.0, 1.7),
         branch_probability=0.1,
     ),
-    "blebbistatin": _Recipe(
+    "blebbistatin": Recipe(
         body_volume_um3=5000.0,
         middle_axis=(0.38, 0.50),
         short_axis=(0.32, 0.40),
@@ -136,7 +64,7 @@ _RECIPES = {
         tip_radius=(0.9, 1.2),
         branch_probability=0.45,
     ),
-    "nocodazole": _Recipe(
+    "nocodazole": Recipe(
         body_volume_um3=7500.0,
         middle_axis=(0.90, 1.00),
         short_axis=(0.36, 0.48),
@@ -163,7 +91,7 @@ _NUCLEUS_IRREGULARITY = (0.04, 0.12)
 _NUCLEUS_DEPTH_UM = 1.2  # least cytoplasm around the nucleus
 _BLEND_UM = 3.0  # width of the flare where a protrusion leaves the body
 _SEGMENT_UM = 2.5
-_MARGIN_VOXELS = 2
+MARGIN_VOXELS = 2
 _MIN_TUBE_VOXELS = 0.9  # above √3/2 the voxels along a tube's axis are face-connected, however the tube runs
 
 _DEGREES = (2, 3, 3, 4, 5)  # l of the zonal harmonics; 0 and 1 would only scale and shift
@@ -232,7 +160,7 @@ class _Tube:
 
 
 @dataclass(frozen=True)
-class _Geometry:
+class Geometry:
     """A whole cell in its body frame (x long, y middle, z short axis) and the pose that frame has in the volume."""
 
     body: _Star
@@ -243,7 +171,7 @@ class _Geometry:
     blend_um: float
     pose: np.ndarray  # (3, 3), body (x, y, z) to volume (z, y, x)
 
-    def scaled(self, factor: float) -> _Geometry:
+    def scaled(self, factor: float) -> Geometry:
         def scale(star: _Star) -> _Star:
             return replace(star, center=star.center * factor, half_axes=star.half_axes * factor)
 
@@ -256,7 +184,7 @@ class _Geometry:
             blend_um=self.blend_um * factor,
         )
 
-    def with_tubes_at_least(self, radius_um: float) -> _Geometry:
+    def with_tubes_at_least(self, radius_um: float) -> Geometry:
         return replace(self, tubes=tuple(replace(t, radii=np.maximum(t.radii, radius_um)) for t in self.tubes))
 
     def to_volume(self, points: np.ndarray) -> np.ndarray:
@@ -301,7 +229,7 @@ def _draw_star(rng: np.random.Generator, half_axes: np.ndarray, irregularity: fl
     return _Star(np.zeros(3), half_axes, _DEGREES, directions, irregularity * shares * signs)
 
 
-def _draw_nucleus(recipe: _Recipe, body: _Star, body_volume_um3: float, rng: np.random.Generator) -> _Star:
+def _draw_nucleus(recipe: Recipe, body: _Star, body_volume_um3: float, rng: np.random.Generator) -> _Star:
     """A nucleus with at least `_NUCLEUS_DEPTH_UM` of cytoplasm around it.
 
     What is drawn may not fit. It is then morphed, at constant volume, towards a small copy of the body, which always
@@ -347,7 +275,7 @@ def _draw_tube(
     return _Tube(np.array(points), radii)
 
 
-def _draw_tubes(recipe: _Recipe, body: _Star, rng: np.random.Generator) -> tuple[tuple[_Tube, ...], int]:
+def _draw_tubes(recipe: Recipe, body: _Star, rng: np.random.Generator) -> tuple[tuple[_Tube, ...], int]:
     num_polar = int(rng.integers(recipe.num_polar[0], recipe.num_polar[1] + 1))
     num_lateral = int(rng.integers(recipe.num_lateral[0], recipe.num_lateral[1] + 1))
     first_pole = rng.choice([-1.0, 1.0])
@@ -389,7 +317,7 @@ def _rotation(axis: np.ndarray, angle: float) -> np.ndarray:
     return np.eye(3) + math.sin(angle) * cross + (1 - math.cos(angle)) * cross @ cross
 
 
-def _draw_geometry(recipe: _Recipe, rng: np.random.Generator) -> _Geometry:
+def draw_geometry(recipe: Recipe, rng: np.random.Generator) -> Geometry:
     # 1. body
     body_volume = recipe.body_volume_um3 * math.exp(_BODY_VOLUME_SPREAD * float(np.clip(rng.normal(), -2.5, 2.5)))
     half_axes = np.array([1.0, rng.uniform(*recipe.middle_axis), rng.uniform(*recipe.short_axis)])
@@ -408,12 +336,12 @@ def _draw_geometry(recipe: _Recipe, rng: np.random.Generator) -> _Geometry:
     )
     roll = _rotation(np.array([1.0, 0.0, 0.0]), math.radians(rng.normal(0, recipe.roll_degrees)))
     pose = (tilt @ turn @ roll)[::-1]
-    return _Geometry(body, nucleus, tubes, num_protrusions, bend, _BLEND_UM, pose)
+    return Geometry(body, nucleus, tubes, num_protrusions, bend, _BLEND_UM, pose)
 
 
-def _fit(geometry: _Geometry, max_size: int, voxel_size_um: float) -> _Geometry:
+def fit(geometry: Geometry, max_size: int, voxel_size_um: float) -> Geometry:
     """The cell itself where it fits into max_size voxels, else the same cell drawn smaller."""
-    room = (max_size - 2 * _MARGIN_VOXELS) * voxel_size_um
+    room = (max_size - 2 * MARGIN_VOXELS) * voxel_size_um
     while True:
         fitted = geometry.with_tubes_at_least(_MIN_TUBE_VOXELS * voxel_size_um)
         low, high = fitted.bounds()
@@ -423,11 +351,7 @@ def _fit(geometry: _Geometry, max_size: int, voxel_size_um: float) -> _Geometry:
         geometry = geometry.scaled(0.99 * room / extent)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# rendering
-
-
-def _tube_distance(geometry: _Geometry, grid: list[np.ndarray], voxel_size_um: float) -> np.ndarray:
+def _tube_distance(geometry: Geometry, grid: list[np.ndarray], voxel_size_um: float) -> np.ndarray:
     """Distance to the protrusions, µm; a large constant away from them, where no surface depends on it."""
     distance = np.full([axis.size for axis in grid], 1e3, dtype=np.float32)
     for tube in geometry.tubes:
@@ -447,7 +371,7 @@ def _tube_distance(geometry: _Geometry, grid: list[np.ndarray], voxel_size_um: f
     return distance
 
 
-def _distances(geometry: _Geometry, grid: list[np.ndarray], voxel_size_um: float) -> tuple[np.ndarray, np.ndarray]:
+def distances(geometry: Geometry, grid: list[np.ndarray], voxel_size_um: float) -> tuple[np.ndarray, np.ndarray]:
     """Signed distance to the cell and to the nucleus, (d, h, w) float32 µm each, negative inside."""
     z, y, x = grid[0][:, None, None], grid[1][None, :, None], grid[2][None, None, :]
     straight = [z * column[0] + y * column[1] + x * column[2] for column in geometry.pose.T.astype(np.float32)]
@@ -460,182 +384,3 @@ def _distances(geometry: _Geometry, grid: list[np.ndarray], voxel_size_um: float
         overlap = np.maximum(blend - np.abs(cell - tubes), 0)
         cell = np.minimum(cell, tubes) - overlap**2 / (4 * blend)  # quadratic smooth minimum
     return cell, nucleus
-
-
-def _smooth_noise(rng: np.random.Generator, shape: tuple[int, ...], spacing: float) -> np.ndarray:
-    """(d, h, w) float32 field of unit variance whose finest detail is `spacing` voxels: a random cubic B-spline."""
-    bases = []
-    for size in shape:
-        knots = np.arange(-1, size / spacing + 2, dtype=np.float32)
-        away = np.abs(np.arange(size, dtype=np.float32)[:, None] / np.float32(spacing) - knots)
-        basis = np.where(away < 1, 2 / 3 - away**2 + away**3 / 2, np.maximum(2 - away, 0) ** 3 / 6)
-        bases.append(basis / np.sqrt((basis**2).sum(axis=1, keepdims=True)))
-    field = rng.standard_normal([basis.shape[1] for basis in bases], dtype=np.float32)
-    for basis in bases:
-        field = np.tensordot(field, basis.astype(np.float32), axes=(0, 1))  # the contracted axis comes back last
-    return field
-
-
-def _blobs(shape: tuple[int, ...], centers: np.ndarray, radii: np.ndarray, heights: np.ndarray) -> np.ndarray:
-    """(d, h, w) float32 sum of Gaussian blobs; centres and radii in voxels."""
-    field = np.zeros(shape, dtype=np.float32)
-    for center, radius, height in zip(centers, radii, heights, strict=True):
-        box, profile = [], []
-        for size, c in zip(shape, center, strict=True):
-            low, high = max(0, int(c - 3 * radius)), min(size, int(c + 3 * radius) + 2)
-            box.append(slice(low, high))
-            profile.append(np.exp(-((np.arange(low, high) - c) ** 2) / (2 * radius**2)).astype(np.float32))
-        field[tuple(box)] += height * profile[0][:, None, None] * profile[1][:, None] * profile[2]
-    return field
-
-
-def _draw_densities(
-    cell: np.ndarray, nucleus: np.ndarray, voxel_size_um: float, rng: np.random.Generator
-) -> np.ndarray:
-    """(2, d, h, w) float32 fluorophore density, about 1 in the cytoplasm and in euchromatin."""
-    shape = cell.shape
-    in_cell = np.clip(0.5 - cell / voxel_size_um, 0, 1)  # the covered part of a voxel: no staircase at the surface
-    in_nucleus = np.clip(0.5 - nucleus / voxel_size_um, 0, 1)
-    coarse, fine = (_smooth_noise(rng, shape, max(1.0, um / voxel_size_um)) for um in (4.0, 1.3))
-
-    # 1. cytoplasm, brighter in the cortex, displaced by the nucleus
-    cortex = np.exp(-((cell + np.float32(0.9)) ** 2) / np.float32(2 * 0.8**2))
-    cytoplasm = 1 + 0.15 * coarse + 0.13 * fine + 0.26 * cortex
-    body = in_cell * np.maximum(cytoplasm, 0.35) * (1 - rng.uniform(0.25, 0.40) * in_nucleus)
-
-    # 2. chromatin: texture, a denser rim, bright foci, dark nucleoli
-    inside = np.argwhere(nucleus < -1.2 * min(1.0, -float(nucleus.min()) / 3))
-    num_foci, num_nucleoli = int(rng.integers(5, 12)), int(rng.integers(1, 4))
-    sites = inside[rng.integers(len(inside), size=num_foci + num_nucleoli)].astype(float)
-    foci_radii = rng.uniform(0.6, 1.1, num_foci) / voxel_size_um
-    nucleoli_radii = rng.uniform(1.0, 1.7, num_nucleoli) / voxel_size_um
-    foci = _blobs(shape, sites[:num_foci], foci_radii, rng.uniform(0.25, 0.6, num_foci))
-    nucleoli = _blobs(shape, sites[num_foci:], nucleoli_radii, rng.uniform(0.45, 0.7, num_nucleoli))
-    coarse, fine = (_smooth_noise(rng, shape, max(1.0, um / voxel_size_um)) for um in (2.6, 1.1))
-    rim = np.exp(-((nucleus + np.float32(0.7)) ** 2) / np.float32(2 * 0.6**2))
-    chromatin = 1 + 0.13 * coarse + 0.09 * fine + 0.12 * rim + foci
-    chromatin = np.maximum(chromatin, 0.4) * np.maximum(1 - nucleoli, 0.25)
-    return np.stack([body, in_nucleus * chromatin + 0.03 * in_cell])  # a little free dye in the cytoplasm
-
-
-_PSF_AXIAL_UM = 0.85  # standard deviations
-_PSF_LATERAL_UM = 0.40
-_PHOTONS = 260.0  # median at density 1
-_PHOTONS_SPREAD = 0.25
-_BACKGROUND = 0.03  # medium and out-of-focus light, of density 1
-_READ_NOISE = 1.6  # electrons
-_COUNTS_PER_ELECTRON = 2.2
-_CAMERA_OFFSET = 100.0  # counts
-
-
-def _photograph(densities: np.ndarray, voxel_size_um: float, rng: np.random.Generator) -> np.ndarray:
-    """(2, d, h, w) float camera counts with their offset: blur, photon noise, read noise."""
-    sigma = np.array([_PSF_AXIAL_UM, _PSF_LATERAL_UM, _PSF_LATERAL_UM]) / voxel_size_um
-    counts = np.empty(densities.shape, dtype=np.float32)
-    for channel, density in enumerate(densities):
-        blurred = ndimage.gaussian_filter(density, sigma, mode="constant", truncate=3.0)
-        brightness = _PHOTONS * math.exp(_PHOTONS_SPREAD * float(np.clip(rng.normal(), -2.5, 2.5)))
-        electrons = rng.poisson(brightness * (blurred + _BACKGROUND)).astype(np.float32)
-        electrons += _READ_NOISE * rng.standard_normal(density.shape, dtype=np.float32)
-        counts[channel] = _CAMERA_OFFSET + _COUNTS_PER_ELECTRON * electrons
-    return counts
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# measurement
-
-
-def _axes_um(points_um: np.ndarray) -> tuple[float, float, float]:
-    """Full principal axes, longest first: a solid ellipsoid of half axis a has variance a²/5 along it."""
-    variances = np.linalg.eigvalsh(np.cov(points_um, rowvar=False))
-    shortest, middle, longest = (2 * math.sqrt(5 * max(float(variance), 0.0)) for variance in variances)
-    return longest, middle, shortest
-
-
-def _measure(masks: np.ndarray, voxel_size_um: float, num_protrusions: int) -> PhantomTruth:
-    cell, nucleus = (np.argwhere(mask) * voxel_size_um for mask in masks)
-    return PhantomTruth(
-        cell_volume_um3=len(cell) * voxel_size_um**3,
-        nucleus_volume_um3=len(nucleus) * voxel_size_um**3,
-        nucleus_to_cell_ratio=len(nucleus) / len(cell),
-        cell_axes_um=_axes_um(cell),
-        nucleus_axes_um=_axes_um(nucleus),
-        nucleus_offset_um=float(np.linalg.norm(nucleus.mean(axis=0) - cell.mean(axis=0))),
-        num_protrusions=num_protrusions,
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _check(phenotype: str, seed: int, max_size: int, voxel_size_um: float) -> None:
-    if phenotype not in _RECIPES:
-        raise ValueError(f"phenotype must be one of {', '.join(PHENOTYPES)}, got {phenotype!r}")
-    if seed < 0:
-        raise ValueError(f"seed must be 0 or more, got {seed}; number the cells of a set from 0")
-    if max_size < MIN_SIZE:
-        raise ValueError(f"max_size must be at least {MIN_SIZE} voxels, got {max_size}; raise it")
-    if not 0 < voxel_size_um <= MAX_VOXEL_SIZE_UM:
-        raise ValueError(
-            f"voxel_size_um must be in (0, {MAX_VOXEL_SIZE_UM:g}], got {voxel_size_um}; "
-            "coarser voxels lose the nucleus, take finer ones"
-        )
-    if max_size * voxel_size_um < MIN_FIELD_UM:
-        raise ValueError(
-            f"max_size * voxel_size_um must be at least {MIN_FIELD_UM:g} µm, the room a cell needs, got "
-            f"{max_size} * {voxel_size_um} = {max_size * voxel_size_um:g}; raise max_size to "
-            f"{math.ceil(MIN_FIELD_UM / voxel_size_um)} or take larger voxels"
-        )
-
-
-def make_phantom(
-    phenotype: str, seed: int, *, max_size: int = 64, voxel_size_um: float = 1.0, mask_background: bool = True
-) -> Phantom:
-    """One phantom cell, the same for the same arguments.
-
-    The random streams come from `SeedSequence([index of the phenotype in PHENOTYPES, seed])`, one each for shape,
-    texture and camera. The shape therefore stays the same cell at another voxel size, and a set of cells needs only
-    distinct seeds. Voxels are reproducible under one release of NumPy and SciPy; NumPy may change its streams.
-
-    Args:
-        phenotype: one of `PHENOTYPES`.
-        seed: 0 or more.
-        max_size: greatest length of the crop along any axis, voxels. A cell that would not fit is drawn smaller, and
-            its truth is that of the smaller cell. Protrusions are never thinner than 1.8 voxels.
-        voxel_size_um: edge of the cubic voxels, µm. `max_size=32` with 2.0 and `max_size=128` with 0.5 show the same
-            field as the defaults.
-        mask_background: True, as data sets of segmented single cells come: the camera's offset is subtracted and
-            voxels further than 1.5 voxels outside the cell are 0. False keeps the raw counts, offset and background
-            included.
-
-    Returns:
-        The phantom: (2, d, h, w) uint16 volume with d, h, w <= max_size, true masks and true measurements. Cell and
-        nucleus are one connected piece each, the nucleus inside the cell at 0.15 to 0.45 of its volume.
-
-    Raises:
-        ValueError: if the phenotype is unknown, the seed negative, or the sizes leave no room for a cell.
-    """
-    _check(phenotype, seed, max_size, voxel_size_um)
-    streams = np.random.SeedSequence([PHENOTYPES.index(phenotype), seed]).spawn(3)
-    shape_rng, texture_rng, camera_rng = (np.random.default_rng(stream) for stream in streams)
-
-    # 1. shape, and the crop around it
-    geometry = _fit(_draw_geometry(_RECIPES[phenotype], shape_rng), max_size, voxel_size_um)
-    low, high = geometry.bounds()
-    sizes = np.ceil((high - low) / voxel_size_um).astype(int) + 2 * _MARGIN_VOXELS
-    grid = [
-        (center + (np.arange(size) - (size - 1) / 2) * voxel_size_um).astype(np.float32)
-        for center, size in zip((low + high) / 2, sizes, strict=True)
-    ]
-    cell, nucleus = _distances(geometry, grid, voxel_size_um)
-    masks = np.stack([cell < 0, nucleus < 0])
-
-    # 2. image
-    counts = _photograph(_draw_densities(cell, nucleus, voxel_size_um, texture_rng), voxel_size_um, camera_rng)
-    counts = np.rint(counts)
-    if mask_background:
-        counts = (counts - _CAMERA_OFFSET) * (cell < 1.5 * voxel_size_um)
-    volume = np.clip(counts, 0, np.iinfo(np.uint16).max).astype(np.uint16)
-
-    truth = _measure(masks, voxel_size_um, geometry.num_protrusions)
-    return Phantom(volume, masks, phenotype, seed, voxel_size_um, truth)

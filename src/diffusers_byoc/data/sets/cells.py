@@ -2,23 +2,81 @@
 
 import copy
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
 from diffusers.utils import logging
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
-from .files import Volume
-from .processor import PreprocessingRecord, VolumeProcessor
+from ..formats.volume import Volume
+from ..processor import PreprocessingRecord, VolumeProcessor
+from .batches import StepBatches
 from .splits import Population
 
 
 ONLY_CLASS = "cell"  # the class of cells that have no label
 
 
+class Cells(Protocol):
+    """What training, evaluation and baselines ask of cells, wherever these come from.
+
+    Attributes:
+        processor: made raw crops into network input.
+        population: all cells of the source, also those that were not kept; what a split is made of.
+        class_names: names of the classes; a class label is an index into it.
+        labels: class label of every cell.
+        ids: what tells the cells apart, see `Population`.
+        voxel_size_um: (z, y, x) edge of a voxel of the preprocessed cells in µm where all agree, otherwise None.
+        is_indexable: cells can be read in any order, ``cells[index]``; otherwise they can be iterated over.
+        is_phantom: they are drawn by a formula, not seen through a microscope.
+    """
+
+    processor: VolumeProcessor
+    population: Population
+    class_names: list[str]
+    labels: list[int]
+    ids: list[str]
+    voxel_size_um: tuple[float, float, float] | None
+    is_indexable: bool
+    is_phantom: bool
+
+    def __len__(self) -> int: ...
+
+    def subset(self, ids: Iterable[str]) -> "Cells":
+        """The cells among `ids`; classes are shared. Other ids are ignored."""
+
+    def loader(
+        self,
+        batch_size: int,
+        first_batch: int,
+        num_batches: int,
+        seed: int,
+        process_index: int = 0,
+        num_processes: int = 1,
+        buffer_size: int = 1000,
+        **options,
+    ) -> DataLoader:
+        """One process's batches of an endless run of shuffled epochs.
+
+        Args:
+            batch_size: cells of a batch of one process.
+            first_batch: where to begin; what follows is what an unbroken run would have had.
+            num_batches: how many batches.
+            seed: of the shuffling.
+            process_index: of this process.
+            num_processes: taking part.
+            buffer_size: cells that a process draws from, if they cannot be read in any order.
+            options: of the DataLoader: `num_workers`, `worker_init_fn`.
+        """
+
+    def indexable(self, num_cells: int, seed: int) -> Sequence[dict[str, Tensor]]:
+        """Cells that can be read in any order: all, or of a stream up to `num_cells` random ones, in memory."""
+
+
 class CellDataset(Dataset):
-    """What every data set of cells offers; `CellFolder`, `CellTable` and `PhantomCells` say where the cells come from.
+    """`Cells` that can be read in any order; `CellFolder`, `CellTable` and `PhantomCells` say where they come from.
 
     An item is ``{"volumes": (M, S, S, S) float32 in [-1, 1], "class_labels": () int64}``.
 
@@ -35,13 +93,10 @@ class CellDataset(Dataset):
         class_names: all classes, where the source has classes without cells; None for those of the cells kept.
 
     Attributes:
-        processor: makes raw crops into network input.
-        population: all cells of the source, also those that were not kept; what a split is made of.
-        class_names: names of the classes; a class label is an index into it.
-        labels: class label of every cell.
-        ids: what tells the cells apart, see `Population`.
-        voxel_size_um: (z, y, x) edge of a voxel of the preprocessed cells in µm where all agree, otherwise None.
+        processor, population, class_names, labels, ids, voxel_size_um, is_indexable, is_phantom: see `Cells`.
     """
+
+    is_indexable, is_phantom = True, False
 
     def __init__(
         self,
@@ -70,6 +125,25 @@ class CellDataset(Dataset):
         subset._rows = [self._rows[index] for index in kept]
         subset.labels = [self.labels[index] for index in kept]
         return subset
+
+    def loader(
+        self,
+        batch_size: int,
+        first_batch: int,
+        num_batches: int,
+        seed: int,
+        process_index: int = 0,
+        num_processes: int = 1,
+        buffer_size: int = 1000,
+        **options,
+    ) -> DataLoader:
+        """See `Cells.loader`; the batches are those of `StepBatches`."""
+        batches = StepBatches(len(self), batch_size, first_batch, num_batches, seed, process_index, num_processes)
+        return DataLoader(self, batch_sampler=batches, **options)
+
+    def indexable(self, num_cells: int, seed: int) -> "CellDataset":
+        """All cells; nothing is read."""
+        return self
 
     def __len__(self) -> int:
         return len(self._rows)

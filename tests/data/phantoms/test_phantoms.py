@@ -3,7 +3,8 @@ import pytest
 from scipy import ndimage
 from skimage.filters import threshold_otsu
 
-from diffusers_byoc.data.phantoms import PHENOTYPES, _axes_um, make_phantom
+from diffusers_byoc.data.phantoms import PHENOTYPES, make_phantom
+from diffusers_byoc.data.phantoms.measurement import axes_um
 
 
 SEEDS = range(12)
@@ -90,7 +91,7 @@ def test_axes_of_an_ellipsoid_are_its_full_axes():
     grid = np.mgrid[-24:25, -24:25, -24:25].reshape(3, -1).T.astype(float)
     half_axes = np.array([6.0, 20.0, 11.0])
     inside = grid[((grid / half_axes) ** 2).sum(axis=1) <= 1]
-    assert _axes_um(inside) == pytest.approx((40.0, 22.0, 12.0), rel=0.02)
+    assert axes_um(inside) == pytest.approx((40.0, 22.0, 12.0), rel=0.02)
 
 
 def test_otsu_finds_the_true_cell_and_nucleus(phantoms):
@@ -106,7 +107,7 @@ def test_otsu_finds_the_true_cell_and_nucleus(phantoms):
 def test_otsu_keeps_the_protrusions(phantoms):
     for phantom in phantoms["blebbistatin"]:
         segmented = phantom.volume[0] > threshold_otsu(phantom.volume[0])
-        axes = _axes_um(np.argwhere(segmented) * phantom.voxel_size_um)
+        axes = axes_um(np.argwhere(segmented) * phantom.voxel_size_um)
         assert axes == pytest.approx(phantom.truth.cell_axes_um, rel=0.08)
 
 

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ..volumes import voxel_size_triple
-from .files import MAX_VOLUME_BYTES, Volume, VolumeFileError
+from ...volumes import voxel_size_triple
+from .volume import MAX_VOLUME_BYTES, Volume, VolumeFileError
 
 
 def encode_volume(volume: Volume) -> dict:

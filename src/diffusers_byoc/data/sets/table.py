@@ -5,12 +5,12 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from ..volumes import voxel_size_triple
+from ...volumes import voxel_size_triple
+from ..formats.records import decode_volume
+from ..formats.shards import TarShards, check_columns, class_names_of, find_shards, import_datasets
+from ..formats.volume import Volume
+from ..processor import VolumeProcessor
 from .cells import ONLY_CLASS, CellDataset
-from .files import Volume
-from .processor import VolumeProcessor
-from .records import decode_volume
-from .shards import TarShards, check_columns, class_names_of, find_shards, import_datasets
 from .splits import Population
 
 

@@ -7,8 +7,9 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from ..formats.reading import ending_of
 
-_SUFFIXES = (".ome.tiff", ".ome.tif", ".tiff", ".tif", ".ome.zarr", ".zarr", ".czi", ".nd2", ".lif")
+
 _LABEL_WORDS = {
     *("mask", "masks", "label", "labels", "seg", "segmentation", "instances", "cp", "cellpose", "stardist"),
     *("cell", "cells", "cyto", "cytoplasm", "nuc", "nuclei", "nucleus"),
@@ -30,9 +31,11 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
         found = [root] if rest == "." else [root / path for path in glob.glob(rest, root_dir=root, recursive=True)]
         found = [path for path in found if not path.name.startswith(".")]
         if not found:
-            raise FileNotFoundError(f"{pattern}: no such files; check the path, and quote a pattern for the shell")
+            raise FileNotFoundError(
+                f"Expected files of the name {pattern}, got none. Check the path, and quote a pattern for the shell."
+            )
         if broken := [path for path in found if not path.exists()]:
-            raise FileNotFoundError(f"{broken[0]}: expected a file, got a link to none; mend or remove it")
+            raise FileNotFoundError(f"Expected a file, got {broken[0]}, a link to none. Mend or remove it.")
         paths.update(found)
     return sorted(paths)
 
@@ -40,10 +43,11 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
 def pair_labels(images: Sequence[Path], labels: Sequence[Path]) -> dict[Path, Path]:
     """The label image of each stack, by name.
 
-    Names agree if they are equal without their endings and without words that label images are marked by (``_masks``,
-    ``_cp_masks``, ``labels_``, ``.ome``, ...); else if the label image's contains that of the stack as whole words,
-    the longest such one. Of several stacks of that name, that one counts whose folders have most names in common
-    with those of the label image.
+    A label image within an OME-Zarr (``labels/NAME``) belongs to that one, a field of a plate to the same field of the
+    plate whose name agrees. Names agree if they are equal without their endings and without words that label images
+    are marked by (``_masks``, ``_cp_masks``, ``labels_``, ``.ome``, ...); else if the label image's contains that of
+    the stack as whole words, the longest such one. Of several stacks of that name, that one counts whose folders have
+    most names in common with those of the label image. A field of a plate is called by its place, ``A_1_0``.
 
     Raises:
         ValueError: unless each stack has one label image and each label image belongs to one stack; all that do not
@@ -52,7 +56,11 @@ def pair_labels(images: Sequence[Path], labels: Sequence[Path]) -> dict[Path, Pa
     stems = {image: _stem(image) for image in images}
     pairs, problems = {}, []
     for label in labels:
-        found = []
+        container, inner = _parts(label)
+        found = [label.parent.parent] if label.parent.name == "labels" and label.parent.parent in stems else []
+        if inner and not found:
+            wanted = [(candidate, inner) for candidate in _candidates(container)]
+            found = [image for image in images if _parts(image) in wanted]
         for candidate in _candidates(_stem(label)):
             found = found or [image for image, stem in stems.items() if stem == candidate]
         if not found:
@@ -72,8 +80,8 @@ def pair_labels(images: Sequence[Path], labels: Sequence[Path]) -> dict[Path, Pa
             )
     if problems:
         raise ValueError(
-            "every image needs one label image of its name (A1.ome.tif and A1_masks.tif); rename or add:\n  "
-            + _listed(problems)
+            "Expected one label image of its name for every image (A1.ome.tif and A1_masks.tif), got other ones."
+            " Rename or add:\n  " + _listed(problems)
         )
     return {image: pairs[image][0] for image in images}
 
@@ -82,6 +90,8 @@ def pair_rows(
     images: Sequence[Path], rows: Sequence[tuple[int, dict[str, str]]], where: str
 ) -> dict[Path, dict[str, str]]:
     """The metadata row of each stack, by its column `file_name`: a name, or the last part of a path, or all of it.
+
+    Of a plate a row may name a field (``plate.ome.zarr/A/1/0``, ``A/1/0``) or a well with all its fields (``A/1``).
 
     Args:
         images: the stacks.
@@ -96,17 +106,22 @@ def pair_rows(
     for line, row in rows:
         name = "/" + _plain(row["file_name"].strip())
         found = [image for image, path in names.items() if path.endswith(name)]
-        if len(found) != 1:
+        if not found:
+            fields = [image for image in images if _parts(image)[1]]
+            found = [image for image in fields if names[image].rpartition("/")[0].endswith(name)]
+        is_well = len({image.parent for image in found}) == 1 and all(_parts(image)[1] for image in found)
+        if len(found) != 1 and not is_well:
             which = " and ".join(map(str, found[:3])) if found else "no image"
             problems.append(f"line {line}: {row['file_name']!r} names {which}")
-        elif found[0] in pairs:
+        elif set(found) & set(pairs):
             problems.append(f"line {line}: {row['file_name']!r} stands already in an earlier line")
         else:
-            pairs[found[0]] = row
+            pairs |= dict.fromkeys(found, row)
     problems += [f"no row for {image}" for image in images if image not in pairs]
     if problems:
         raise ValueError(
-            f"{where}: every image needs one row, and every row one image; correct file_name:\n  " + _listed(problems)
+            f"Expected one row for every image in {where}, and one image for every row, got others. Correct"
+            " file_name:\n  " + _listed(problems)
         )
     return {image: pairs[image] for image in images}
 
@@ -117,12 +132,20 @@ def _plain(path: str | Path) -> str:
     return re.sub(r"/+", "/", plain).removeprefix("./").strip("/")
 
 
+def _parts(path: Path) -> tuple[str, str]:
+    """Name of the OME-Zarr that a path leads into, without its ending, and what follows, A/1/0; "" and "" if none."""
+    for parent in path.parents:
+        if parent.suffix.lower() == ".zarr":
+            return _stem(parent), path.relative_to(parent).as_posix()
+    return "", ""
+
+
 def _stem(path: Path) -> str:
-    name = unicodedata.normalize("NFC", path.name)
-    for suffix in _SUFFIXES:
-        if name.lower().endswith(suffix):
-            return name[: -len(suffix)]
-    return path.stem
+    if inner := _parts(path)[1]:
+        return inner.replace("/", "_")
+    name, ending = unicodedata.normalize("NFC", path.name), ending_of(path)
+    stem = name[: -len(ending)] if ending else Path(name).stem
+    return stem[: -len(".ome")] if stem.lower().endswith(".ome") else stem
 
 
 def _candidates(stem: str) -> Iterator[str]:

@@ -1,7 +1,9 @@
 import pytest
 import torch
 
-from diffusers_byoc.training import StepBatches, batch_indices, process_share, step_generator
+from diffusers_byoc.data import StepBatches
+from diffusers_byoc.data.sets.batches import batch_indices
+from diffusers_byoc.randomness import process_share, step_generator
 
 
 def draw(*arguments):

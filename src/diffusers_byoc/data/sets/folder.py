@@ -4,10 +4,11 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..formats.metadata import read_metadata
+from ..formats.reading import FORMATS, ending_of, read_volume
+from ..formats.volume import Volume
+from ..processor import VolumeProcessor
 from .cells import ONLY_CLASS, CellDataset
-from .files import VOLUME_SUFFIXES, Volume, read_volume
-from .metadata import read_metadata
-from .processor import VolumeProcessor
 from .splits import Population
 
 
@@ -76,16 +77,21 @@ class CellFolder(CellDataset):
 # which cells a folder has
 
 
+def find_volumes(root: Path) -> list[Path]:
+    """Volume files below a folder, OME-Zarr's folders among them; sorted, hidden ones left out."""
+    paths = []
+    for folder, folders, files in os.walk(root):
+        volumes = [name for name in folders if ending_of(name)]
+        # e.g. the ._* files of macOS
+        folders[:] = [name for name in folders if name not in volumes and not name.startswith(".")]
+        paths += [Path(folder) / name for name in [*volumes, *files] if ending_of(name) and not name.startswith(".")]
+    return sorted(paths)
+
+
 def _cells_of_folder(root: Path) -> Population:
-    paths = sorted(
-        path
-        for path in root.rglob("*")
-        if path.suffix.lower() in VOLUME_SUFFIXES
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(root).parts)  # e.g. the ._* files of macOS
-    )
+    paths = find_volumes(root)
     if not paths:
-        raise ValueError(f"{root}: no cells; expected {METADATA_NAME}, or files ending in {'/'.join(VOLUME_SUFFIXES)}")
+        raise ValueError(f"{root}: no cells; expected {METADATA_NAME}, or files ending in {'/'.join(FORMATS)}")
     parts = [path.relative_to(root).parts for path in paths]
     at_root = sum(len(part) == 1 for part in parts)
     if 0 < at_root < len(paths):

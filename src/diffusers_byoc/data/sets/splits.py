@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..whole_files import whole_or_absent
+from ...whole_files import whole_or_absent
 
 
 @dataclass(frozen=True)

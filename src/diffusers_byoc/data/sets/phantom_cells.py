@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..formats.volume import Volume
+from ..phantoms.phantom import PHENOTYPES, make_phantom
+from ..processor import VolumeProcessor
 from .cells import CellDataset
-from .files import Volume
-from .processor import VolumeProcessor
 from .splits import Population
 
 
@@ -31,6 +32,8 @@ class PhantomCells(CellDataset):
         ImportError: if scipy is not installed.
     """
 
+    is_phantom = True
+
     def __init__(
         self,
         num_cells: int,
@@ -39,8 +42,6 @@ class PhantomCells(CellDataset):
         seed: int = 0,
         cache_gb: float = 1.0,
     ):
-        from . import PHENOTYPES  # needs scipy
-
         phenotypes = PHENOTYPES if phenotypes is None else tuple(phenotypes)
         if num_cells < 1:
             raise ValueError(f"`num_cells` must be positive, got {num_cells}")
@@ -74,8 +75,6 @@ class PhantomCells(CellDataset):
         return self._phantom(self._rows[range(len(self))[index]])
 
     def _phantom(self, row: int):
-        from . import make_phantom
-
         return make_phantom(
             self.population.labels[row],
             seed=int(np.random.SeedSequence([self.seed, row]).generate_state(1, np.uint64)[0]),

@@ -1,0 +1,1 @@
+"""File formats, one module each; `reading.FORMATS` says which reads what."""

@@ -1,0 +1,111 @@
+"""A phantom cell from its phenotype and a seed."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from .image import CAMERA_OFFSET, draw_densities, photograph
+from .measurement import PhantomTruth, measure
+from .shape import MARGIN_VOXELS, RECIPES, distances, draw_geometry, fit
+
+
+PHENOTYPES = tuple(RECIPES)
+
+MIN_SIZE = 32  # voxels; below, a spindly cell is all protrusion, for those keep a width of 1.8 voxels
+MAX_VOXEL_SIZE_UM = 3.0  # a nucleus is then still about four voxels wide
+MIN_FIELD_UM = 30.0  # a narrower field would shrink a typical cell below half its size
+
+
+@dataclass(frozen=True)
+class Phantom:
+    """One phantom cell, cropped to its bounding box and a small margin.
+
+    Attributes:
+        volume: (2, d, h, w) uint16 camera counts; channel 0 the cell body, channel 1 the nucleus.
+        masks: (2, d, h, w) bool, the true cell (nucleus included) and the true nucleus.
+        phenotype: one of `PHENOTYPES`.
+        seed: the seed it was made from.
+        voxel_size_um: edge of its cubic voxels.
+        truth: what the masks measure.
+    """
+
+    volume: np.ndarray
+    masks: np.ndarray
+    phenotype: str
+    seed: int
+    voxel_size_um: float
+    truth: PhantomTruth
+
+
+def _check(phenotype: str, seed: int, max_size: int, voxel_size_um: float) -> None:
+    if phenotype not in RECIPES:
+        raise ValueError(f"phenotype must be one of {', '.join(PHENOTYPES)}, got {phenotype!r}")
+    if seed < 0:
+        raise ValueError(f"seed must be 0 or more, got {seed}; number the cells of a set from 0")
+    if max_size < MIN_SIZE:
+        raise ValueError(f"max_size must be at least {MIN_SIZE} voxels, got {max_size}; raise it")
+    if not 0 < voxel_size_um <= MAX_VOXEL_SIZE_UM:
+        raise ValueError(
+            f"voxel_size_um must be in (0, {MAX_VOXEL_SIZE_UM:g}], got {voxel_size_um}; "
+            "coarser voxels lose the nucleus, take finer ones"
+        )
+    if max_size * voxel_size_um < MIN_FIELD_UM:
+        raise ValueError(
+            f"max_size * voxel_size_um must be at least {MIN_FIELD_UM:g} µm, the room a cell needs, got "
+            f"{max_size} * {voxel_size_um} = {max_size * voxel_size_um:g}; raise max_size to "
+            f"{math.ceil(MIN_FIELD_UM / voxel_size_um)} or take larger voxels"
+        )
+
+
+def make_phantom(
+    phenotype: str, seed: int, *, max_size: int = 64, voxel_size_um: float = 1.0, mask_background: bool = True
+) -> Phantom:
+    """One phantom cell, the same for the same arguments.
+
+    The random streams come from `SeedSequence([index of the phenotype in PHENOTYPES, seed])`, one each for shape,
+    texture and camera. The shape therefore stays the same cell at another voxel size, and a set of cells needs only
+    distinct seeds. Voxels are reproducible under one release of NumPy and SciPy; NumPy may change its streams.
+
+    Args:
+        phenotype: one of `PHENOTYPES`.
+        seed: 0 or more.
+        max_size: greatest length of the crop along any axis, voxels. A cell that would not fit is drawn smaller, and
+            its truth is that of the smaller cell. Protrusions are never thinner than 1.8 voxels.
+        voxel_size_um: edge of the cubic voxels, µm. `max_size=32` with 2.0 and `max_size=128` with 0.5 show the same
+            field as the defaults.
+        mask_background: True, as data sets of segmented single cells come: the camera's offset is subtracted and
+            voxels further than 1.5 voxels outside the cell are 0. False keeps the raw counts, offset and background
+            included.
+
+    Returns:
+        The phantom: (2, d, h, w) uint16 volume with d, h, w <= max_size, true masks and true measurements. Cell and
+        nucleus are one connected piece each, the nucleus inside the cell at 0.15 to 0.45 of its volume.
+
+    Raises:
+        ValueError: if the phenotype is unknown, the seed negative, or the sizes leave no room for a cell.
+    """
+    _check(phenotype, seed, max_size, voxel_size_um)
+    streams = np.random.SeedSequence([PHENOTYPES.index(phenotype), seed]).spawn(3)
+    shape_rng, texture_rng, camera_rng = (np.random.default_rng(stream) for stream in streams)
+
+    # 1. shape, and the crop around it
+    geometry = fit(draw_geometry(RECIPES[phenotype], shape_rng), max_size, voxel_size_um)
+    low, high = geometry.bounds()
+    sizes = np.ceil((high - low) / voxel_size_um).astype(int) + 2 * MARGIN_VOXELS
+    grid = [
+        (center + (np.arange(size) - (size - 1) / 2) * voxel_size_um).astype(np.float32)
+        for center, size in zip((low + high) / 2, sizes, strict=True)
+    ]
+    cell, nucleus = distances(geometry, grid, voxel_size_um)
+    masks = np.stack([cell < 0, nucleus < 0])
+
+    # 2. image
+    counts = photograph(draw_densities(cell, nucleus, voxel_size_um, texture_rng), voxel_size_um, camera_rng)
+    counts = np.rint(counts)
+    if mask_background:
+        counts = (counts - CAMERA_OFFSET) * (cell < 1.5 * voxel_size_um)
+    volume = np.clip(counts, 0, np.iinfo(np.uint16).max).astype(np.uint16)
+
+    truth = measure(masks, voxel_size_um, geometry.num_protrusions)
+    return Phantom(volume, masks, phenotype, seed, voxel_size_um, truth)

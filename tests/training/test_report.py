@@ -1,0 +1,85 @@
+"""The page that a training ends with, and the card of what it publishes."""
+
+import numpy as np
+import pytest
+from diffusers import DDIMScheduler
+
+from diffusers_byoc import BYOCPipeline, DualChannelUNet3D, MultiCodebookVQModel
+from diffusers_byoc.data import CellFolder, PhantomCells, VolumeProcessor
+from diffusers_byoc.training.publishing import make_card
+from diffusers_byoc.training.report import write_report
+
+
+def ball(radius):
+    z, y, x = np.ogrid[:16, :16, :16]
+    return ((z - 7.5) ** 2 + (y - 7.5) ** 2 + (x - 7.5) ** 2 <= radius**2).astype(np.float32)
+
+
+CHANNELS = {"cell": ball(6), "nucleus": ball(3), "actin": ball(2)}
+
+
+@pytest.fixture
+def pipeline_of():
+    def make(channel_names):
+        num_channels = len(channel_names)
+        vqvae = MultiCodebookVQModel(
+            num_channels=num_channels,
+            channel_names=channel_names,
+            sample_size=16,
+            block_out_channels=(4, 8, 8),
+            latent_channels=4,
+            num_vq_embeddings=8,
+            layers_per_block=1,
+        )
+        unet = DualChannelUNet3D(
+            num_channels=num_channels, latent_channels=4, sample_size=4, block_out_channels=(8, 16), layers_per_block=1
+        )
+        return BYOCPipeline(vqvae.eval(), unet.eval(), DDIMScheduler(clip_sample=False), default_num_inference_steps=1)
+
+    return make
+
+
+def cells_of(folder, channel_names):
+    folder.mkdir()
+    for index in range(2):
+        np.save(folder / f"{index}.npy", np.stack([CHANNELS[name] for name in channel_names]) * (index + 1))
+    processor = VolumeProcessor(16, len(channel_names), channel_names)
+    return CellFolder(folder, processor)
+
+
+def report(pipeline_of, folder, channel_names):
+    write_report(
+        pipeline_of(channel_names), cells_of(folder / "cells", channel_names), folder, "2 steps", num_samples=1
+    )
+    return (folder / "report.md").read_text()
+
+
+@pytest.mark.parametrize("channel_names", [("cell", "nucleus"), ("nucleus", "cell"), ("nucleus", "actin", "cell")])
+def test_cell_and_nucleus_are_found_by_name(pipeline_of, tmp_path, channel_names):
+    text = report(pipeline_of, tmp_path, channel_names)
+    (row,) = [line for line in text.splitlines() if line.startswith("| real training cells (2)")]
+    cell, nucleus, ratio = (float(column.split("±")[0]) for column in row.split("|")[2:5])
+    assert (cell, nucleus) == (CHANNELS["cell"].sum(), CHANNELS["nucleus"].sum())
+    assert ratio == pytest.approx(nucleus / cell, abs=0.006)
+    assert "lengths are in voxels" in text and (tmp_path / "volumes" / "cell_000.ome.tif").is_file()
+
+
+@pytest.mark.parametrize("channel_names", [("nucleus",), ("actin", "nucleus")])
+def test_without_a_cell_or_a_nucleus_the_report_says_so(pipeline_of, tmp_path, channel_names):
+    text = report(pipeline_of, tmp_path, channel_names)
+    assert "Nothing was measured: of " + ", ".join(channel_names) in text and "| --- |" not in text
+    assert "Trained on 2 training cells (cell): 2 steps." in text
+
+
+@pytest.mark.parametrize("is_phantom", [True, False])
+def test_the_card_says_what_the_cells_were(pipeline_of, tmp_path, is_phantom):
+    cells = cells_of(tmp_path / "cells", ("cell", "nucleus"))
+    if is_phantom:
+        cells = PhantomCells(3, VolumeProcessor(32), ["nocodazole"]).subset(["phantom 0 of seed 0"])
+    card = make_card(pipeline_of(("cell", "nucleus")), "org/name", cells, cells, "7 steps of the diffusion")
+    assert ("They are not microscopy" in card) == is_phantom and ("of the author's own" in card) != is_phantom
+    assert "# name" in card and 'from_pretrained("org/name")' in card and "16x16x16" in card
+    assert "7 steps of the diffusion, predicting epsilon, by `byoc-train`." in card
+    assert f"{len(cells)} more were held out" in card
+    for placeholder in ("ORG", "NAME", "SIZE", "CHANNELS", "TREATMENT", "LICENCE"):
+        assert placeholder not in card
