@@ -6,10 +6,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 import zarr
+from diffusers import DiffusionPipeline
 
 from diffusers_byoc import BYOCPipeline
 from diffusers_byoc.commands.generate import main
@@ -96,6 +99,36 @@ def test_a_folder_of_another_pipeline_is_refused(tmp_path):
     pipeline.unet.conv_out.bias.data += 1e-3
     with pytest.raises(ValueError, match="of the same weights, got others"):
         generate_cells(pipeline, tmp_path, 2, num_inference_steps=2)
+
+
+class Spheres(DiffusionPipeline):
+    """Another generator: no networks, no classes, one channel."""
+
+    def __init__(self, smallest_radius: int = 3):
+        super().__init__()
+        self.register_to_config(smallest_radius=smallest_radius)
+
+    def __call__(self, num_samples, generator):
+        radii = [self.config.smallest_radius + 3 * torch.rand(1, generator=own).item() for own in generator]
+        z, y, x = np.ogrid[-8:8, -8:8, -8:8]
+        volumes = np.stack([(z**2 + y**2 + x**2 < radius**2)[None] for radius in radii])
+        assert len(volumes) == num_samples
+        return SimpleNamespace(volumes=volumes.astype(np.float32))
+
+
+def test_any_pipeline_that_returns_volumes_can_make_a_series(tmp_path):
+    whole = generate_cells(Spheres(), tmp_path / "a", 3, voxel_size_um=(1.0, 1.0, 1.0))
+    single = generate_cells(Spheres(), tmp_path / "b", 3, voxel_size_um=(1.0, 1.0, 1.0), batch_size=1)
+    for one, other in zip(whole, single, strict=True):
+        assert np.array_equal(intensities(one), intensities(other))
+    assert read_volume(whole[0]).voxel_size_um == (1.0, 1.0, 1.0)
+    assert len({intensities(path).sum() for path in whole}) > 1
+
+
+def test_arguments_that_the_pipeline_refuses_leave_nothing(tmp_path):
+    with pytest.raises(ValueError, match="class_labels"):
+        generate_cells(load("conditional"), tmp_path / "cells", 1)
+    assert not (tmp_path / "cells").exists()
 
 
 def test_processes_share_a_series(tmp_path):

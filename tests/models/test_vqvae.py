@@ -113,6 +113,156 @@ def test_quantize_takes_the_nearest_code_of_the_channels_own_codebook():
         assert torch.equal(quantized.latents[:, 4 * channel : 4 * channel + 4], expected)
 
 
+def residual_codes(vqvae, channel, latents):
+    """Brute force: the codes of one channel's vectors (N, n), stage by stage, and what each stage is given."""
+    rest, codes, given = latents.double(), [], []
+    for codebook in vqvae.codebooks[channel :: vqvae.config.num_channels]:
+        given.append(rest)
+        codes.append(torch.cdist(rest, codebook.embedding.detach().double()).argmin(1))
+        rest = rest - codebook.embedding.detach().double()[codes[-1]]
+    return codes, given
+
+
+def rows_of(latents, channel):
+    return latents[:, 4 * channel : 4 * channel + 4].movedim(1, -1).flatten(0, 3)
+
+
+@pytest.mark.parametrize("num_quantizers", [1, 2, 3])
+@pytest.mark.parametrize("num_channels", [1, 2, 3])
+@torch.no_grad()
+def test_residual_codebooks_quantize_what_is_left(num_channels, num_quantizers):
+    vqvae = model(num_channels=num_channels, num_quantizers=num_quantizers)
+    assert len(vqvae.codebooks) == len(vqvae.codebook_names) == num_channels * num_quantizers
+    latents = torch.randn(2, 4 * num_channels, 3, 2, 4)
+    quantized = vqvae.quantize(latents)
+    assert quantized.indices.shape == (2, num_channels * num_quantizers, 3, 2, 4)
+    for channel in range(num_channels):
+        codes, _ = residual_codes(vqvae, channel, rows_of(latents, channel))
+        total = torch.zeros(48, 4)
+        for stage, expected in enumerate(codes):
+            number = stage * num_channels + channel
+            assert torch.equal(quantized.indices[:, number].flatten(), expected)
+            total += vqvae.codebooks[number].embedding[expected]
+        torch.testing.assert_close(rows_of(quantized.latents, channel), total)
+    torch.testing.assert_close(
+        vqvae.decode(latents).sample, vqvae.decode(quantized.latents, force_not_quantize=True).sample
+    )
+
+
+@torch.no_grad()
+def test_each_further_codebook_leaves_less():
+    errors = []
+    for num_quantizers in (1, 2, 4):
+        vqvae = model(num_quantizers=num_quantizers)
+        latents = vqvae.encode(volumes(vqvae, batch=4)).latents
+        errors.append((vqvae.quantize(latents).latents - latents).square().mean())
+    assert errors[1] < 0.9 * errors[0] and errors[2] < 0.9 * errors[1]
+
+
+def test_a_model_of_one_quantizer_has_the_weights_it_always_had(tmp_path):
+    one, three = model(), model(num_quantizers=3)
+    assert [name for name in one.state_dict() if name.endswith("embedding")] == [
+        "codebooks.0.embedding",
+        "codebooks.1.embedding",
+    ]
+    assert one.codebook_names == ["cell", "nucleus"]
+    assert three.codebook_names == ["cell", "nucleus", "cell_2", "nucleus_2", "cell_3", "nucleus_3"]
+    three.save_pretrained(tmp_path)
+    loaded = MultiCodebookVQModel.from_pretrained(tmp_path)
+    latents = torch.randn(1, 8, 4, 4, 4)
+    assert torch.equal(loaded.quantize(latents).indices, three.quantize(latents).indices)
+    with pytest.raises(ValueError, match="num_quantizers of at least 1, got 0"):
+        model(num_quantizers=0)
+
+
+def test_residual_codebooks_start_from_what_is_left():
+    torch.manual_seed(0)
+    vqvae = MultiCodebookVQModel(**TINY, num_quantizers=2)
+    latents = torch.randn(4, 8, 4, 4, 4)
+    vqvae.initialize_codebooks(latents)
+    for channel in range(2):
+        _, given = residual_codes(vqvae, channel, rows_of(latents, channel))
+        for stage, rows in enumerate(given):
+            codes = vqvae.codebooks[2 * stage + channel].embedding.detach()
+            assert torch.cdist(codes.double(), rows).amin(1).max() < 1e-5  # each code is one of the vectors
+            assert len(codes.unique(dim=0)) == 16
+
+
+@pytest.mark.parametrize("use_ema_codebook", [True, False])
+def test_residual_codebooks_follow_what_they_are_given(use_ema_codebook):
+    vqvae = model(num_quantizers=2, use_ema_codebook=use_ema_codebook, ema_decay=0.8, revival_threshold=0.0)
+    output = vqvae(volumes(vqvae))
+    expected = {}
+    for channel in range(2):
+        codes, given = residual_codes(vqvae, channel, rows_of(output.latents.detach(), channel))
+        for stage, (indices, rows) in enumerate(zip(codes, given, strict=True)):
+            number = 2 * stage + channel
+            one_hot = torch.nn.functional.one_hot(indices, 16).float()
+            count = 0.8 * vqvae.codebooks[number].ema_count + 0.2 * one_hot.sum(0)
+            total = 0.8 * vqvae.codebooks[number].ema_sum + 0.2 * one_hot.T @ rows.float()
+            expected[number] = count, total
+    before = [codebook.embedding.detach().clone() for codebook in vqvae.codebooks]
+    statistics = vqvae.update_codebooks(output.latents, output.indices)
+    for number, (count, total) in expected.items():
+        codebook = vqvae.codebooks[number]
+        torch.testing.assert_close(codebook.ema_count, count)
+        torch.testing.assert_close(codebook.ema_sum, total, atol=1e-5, rtol=1e-4)
+        wanted = total / count[:, None] if use_ema_codebook else before[number]
+        torch.testing.assert_close(codebook.embedding.detach(), wanted, atol=1e-5, rtol=1e-4)
+        name = vqvae.codebook_names[number]
+        assert statistics[f"usage/{name}"] == len(output.indices[:, number].unique()) / 16
+    assert set(statistics) == {
+        f"{kind}/{name}" for kind in ("usage", "perplexity", "revived") for name in vqvae.codebook_names
+    }
+
+
+def test_dead_residual_codes_become_what_is_badly_quantized():
+    vqvae = model(num_quantizers=2, revival_threshold=0.5)
+    codebook = vqvae.codebooks[2]  # the cell's second
+    with torch.no_grad():
+        codebook.embedding[3:] = 1e3  # never the closest
+        codebook.ema_count[3:] = 1e-3
+    output = vqvae(volumes(vqvae))
+    _, given = residual_codes(vqvae, 0, rows_of(output.latents.detach(), 0))
+    statistics = vqvae.update_codebooks(output.latents, output.indices)
+    assert statistics["revived/cell_2"] >= 13
+    revived = codebook.embedding.detach()[3:]
+    assert torch.cdist(revived.double(), given[1]).amin(1).max() < 1e-5
+
+
+def test_gradients_reach_every_residual_codebook():
+    vqvae = model(num_quantizers=3, use_ema_codebook=False)
+    output = vqvae(volumes(vqvae))
+    distance = (output.latents - vqvae.quantize(output.latents).latents).square().mean()
+    torch.testing.assert_close(output.commit_loss, 1.25 * distance)
+    output.commit_loss.backward()
+    assert all(codebook.embedding.grad.abs().sum() > 0 for codebook in vqvae.codebooks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_residual_codes_in_half_precision_sum_in_float32(dtype):
+    vqvae = model(num_quantizers=2).to(dtype)
+    latents = torch.randn(2, 8, 4, 4, 4)
+    quantized = vqvae.quantize(latents)
+    indices = quantized.indices.unbind(1)
+    codes = [codebook.embedding.float()[i] for codebook, i in zip(vqvae.codebooks, indices, strict=True)]
+    expected = torch.cat([codes[0] + codes[2], codes[1] + codes[3]], -1).movedim(-1, 1)
+    assert torch.equal(quantized.latents, expected)
+    assert vqvae(volumes(vqvae)).sample.dtype == dtype
+
+
+@torch.no_grad()
+def test_residual_codebooks_do_not_change_the_scale_of_the_latents():
+    vqvae = model(num_quantizers=2)
+    latents = torch.randn(1, 8, 4, 4, 4)
+    scaled = vqvae.normalize_latents(latents)
+    for codebook in vqvae.codebooks[2:]:
+        codebook.embedding.mul_(10)
+    assert torch.equal(vqvae.normalize_latents(latents), scaled)
+    torch.testing.assert_close(vqvae.denormalize_latents(scaled), latents)
+
+
 @torch.no_grad()
 def test_quantizing_twice_is_quantizing_once():
     vqvae = model()

@@ -11,12 +11,13 @@ from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline
 from diffusers_byoc import BYOCPipeline, DualChannelUNet3D, MultiCodebookVQModel, VolumeProcessor
 
 
-def make_pipeline(num_channels=2, num_class_embeds=None, norm_num_groups=None, **config):
+def make_pipeline(num_channels=2, num_class_embeds=None, norm_num_groups=None, num_quantizers=1, **config):
     torch.manual_seed(0)
     vqvae = MultiCodebookVQModel(
         num_channels=num_channels,
         latent_channels=4,
         num_vq_embeddings=16,
+        num_quantizers=num_quantizers,
         block_out_channels=(8, 16),
         layers_per_block=1,
         norm_num_groups=norm_num_groups,
@@ -238,6 +239,19 @@ def test_save_and_load_are_identical(labelled, tmp_path):
     index = BYOCPipeline.load_config(tmp_path)
     assert index["unet"] == ["diffusers_byoc", "DualChannelUNet3D"]
     assert index["vqvae"] == ["diffusers_byoc", "MultiCodebookVQModel"]
+
+
+def test_residual_codebooks_are_part_of_the_pipeline(tmp_path):
+    pipeline = make_pipeline(num_quantizers=2)
+    pipeline.save_pretrained(tmp_path)
+    loaded = BYOCPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    volumes = pipeline(generator=seeded()).volumes
+    assert np.array_equal(loaded(generator=seeded()).volumes, volumes)
+    latents = pipeline(generator=seeded(), output_type="latent").volumes
+    quantized = pipeline.vqvae.quantize(pipeline.vqvae.denormalize_latents(latents)).latents
+    decoded = pipeline.vqvae.decode(quantized, force_not_quantize=True).sample.detach()
+    np.testing.assert_allclose((decoded / 2 + 0.5).clamp(0, 1).numpy(), volumes, atol=1e-5)
 
 
 def test_the_generic_class_loads_it_in_a_fresh_process(pipeline, tmp_path):

@@ -58,6 +58,8 @@ def generate(args: argparse.Namespace) -> None:
     pipeline.to(args.device or accelerator or "cpu")
     label2id = pipeline.config.label2id or {}
     labels = args.class_labels and [name if name in label2id else _number(name) for name in args.class_labels]
+    indices = pipeline.prepare_class_labels(labels, len(labels or [None]), "cpu")
+    labels = labels and indices.tolist()
 
     folder = Path(args.output_dir)
     with lock_folder(folder):

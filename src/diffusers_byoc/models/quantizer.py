@@ -1,5 +1,7 @@
 """The library of codebooks (BYOC section 3.1): one independent vector-quantiser per biological channel."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -219,3 +221,24 @@ def quantize_rows(vectors: Tensor, codebook: Codebook) -> tuple[Tensor, Tensor]:
     codes = codebook()
     indices = nearest_code(vectors, codes)
     return F.embedding(indices, codes), indices
+
+
+def quantize_residually(vectors: Tensor, codebooks: Sequence[Codebook]) -> tuple[Tensor, Tensor]:
+    """Each vector as a sum of codes: the closest of the first codebook, and of each further one to what is left.
+
+    Args:
+        vectors: (N, n).
+        codebooks: one or more.
+
+    Returns:
+        The sums (N, n), differentiable in the codes, and the codes' indices (N, number of codebooks).
+
+    Source: Zeghidour et al. 2021 (SoundStream), section III-C.
+    """
+    total, first = quantize_rows(vectors, codebooks[0])
+    indices = [first]
+    for codebook in codebooks[1:]:
+        codes, code_indices = quantize_rows(vectors.detach().float() - total.detach(), codebook)
+        total = total.float() + codes
+        indices.append(code_indices)
+    return total, torch.stack(indices, 1)

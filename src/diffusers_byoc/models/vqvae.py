@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .checked_loading import CheckedModelMixin
 from .encoder_decoder import Decoder3D, Encoder3D, initialize_convolution
 from .normalization import to_fast_memory_format
-from .quantizer import Codebook, quantize_rows, usage_and_perplexity
+from .quantizer import Codebook, quantize_residually, quantize_rows, usage_and_perplexity
 from .tiling import blend_tiles
 
 
@@ -27,7 +27,10 @@ class MultiCodebookEncoderOutput(BaseOutput):
 
 @dataclass
 class MultiCodebookQuantizerOutput(BaseOutput):
-    """`latents` (B, M*n, d, h, w): each vector replaced by its closest code; `indices` (B, M, d, h, w) int64."""
+    """`latents` (B, M*n, d, h, w): each vector replaced by its closest code; `indices` of these codes, int64.
+
+    `indices` (B, M*num_quantizers, d, h, w): one for each of the model's `codebooks`, in their order.
+    """
 
     latents: Tensor
     indices: Tensor
@@ -41,7 +44,7 @@ class MultiCodebookVQOutput(BaseOutput):
         sample: (B, M, D, H, W) reconstruction in [-1, 1].
         commit_loss: scalar, eq. 7 (and its mirror image, where codes are learnt by gradient).
         latents: (B, M*n, d, h, w) unquantised.
-        indices: (B, M, d, h, w) int64 codes.
+        indices: (B, M*num_quantizers, d, h, w) int64 codes, in the order of the model's `codebooks`.
     """
 
     sample: Tensor
@@ -61,6 +64,8 @@ class MultiCodebookVQModel(CheckedModelMixin, AutoencoderMixin, ConfigMixin):
         channel_names: their M names; "channel_0", ... where `None` and M is not 2.
         latent_channels: n, code length and features per channel of the latents (Table 2: 16).
         num_vq_embeddings: K, codes per codebook (Table 2: 1024).
+        num_quantizers: codebooks per channel (the paper: 1). Each further one quantises what those before it leave of
+            a vector, and the codes are summed (Zeghidour et al. 2021, section III-C).
         block_out_channels: features from the volume towards the latents; each entry after the first halves the grid,
             so three take 64³ to 16³. The first convolution halves at once: the first entry's features lie at half the
             resolution too, without residual blocks.
@@ -77,10 +82,15 @@ class MultiCodebookVQModel(CheckedModelMixin, AutoencoderMixin, ConfigMixin):
         revival_threshold: codes used less than this fraction of an even share are replaced; 0 replaces none.
         kmeans_iterations: rounds of k-means that the first codes, vectors of the first batch, go through.
         commitment_cost: weight of the commitment term in `commit_loss` (Table 2: 0.25).
-        latent_scaling: "codebook_range" maps each codebook's [min, max] to [-1, 1] (section 3.2); "standardize"
-            gives every latent feature zero mean and unit deviation, by `latents_mean` and `latents_std`.
+        latent_scaling: "codebook_range" maps [min, max] of each channel's first codebook to [-1, 1] (section 3.2),
+            whatever the `num_quantizers`: sums of codes lie little outside of it, and the extremes of several
+            codebooks never meet in one vector. "standardize" gives every latent feature zero mean and unit deviation,
+            by `latents_mean` and `latents_std`.
         latents_mean: M*n means of the training latents; `set_latent_statistics` records them after training.
         latents_std: M*n standard deviations, likewise.
+
+    Attributes:
+        codebooks: M*num_quantizers of them; the first of each channel, then the second of each, and so on.
 
     Raises:
         ValueError: for sizes that cannot be halved, or counts that do not fit together.
@@ -101,6 +111,7 @@ class MultiCodebookVQModel(CheckedModelMixin, AutoencoderMixin, ConfigMixin):
         channel_names: tuple[str, ...] | None = None,
         latent_channels: int = 16,
         num_vq_embeddings: int = 1024,
+        num_quantizers: int = 1,
         block_out_channels: tuple[int, ...] = (32, 64, 128),
         layers_per_block: int | tuple[int, ...] = 2,
         norm_num_groups: int | None = None,
@@ -146,11 +157,17 @@ class MultiCodebookVQModel(CheckedModelMixin, AutoencoderMixin, ConfigMixin):
                 f"got {len(layers_per_block)}: {layers_per_block}. Give one number for all, or one for each halving."
             )
 
+        if num_quantizers < 1:
+            raise ValueError(f"Expected num_quantizers of at least 1, got {num_quantizers}. Give 1 for the paper's.")
+
         num_encoders = 1 if share_encoder else num_channels
         shape = (block_out_channels, layers_per_block, norm_num_groups, act_fn)
         self.encoders = nn.ModuleList([Encoder3D(latent_channels, *shape) for _ in range(num_encoders)])
         self.codebooks = nn.ModuleList(
-            [Codebook(num_vq_embeddings, latent_channels, use_ema_codebook) for _ in range(num_channels)]
+            [
+                Codebook(num_vq_embeddings, latent_channels, use_ema_codebook)
+                for _ in range(num_quantizers * num_channels)
+            ]
         )
         self.decoder = Decoder3D(num_channels, num_channels * latent_channels, *shape)
         self.apply(initialize_convolution)
@@ -190,7 +207,8 @@ class MultiCodebookVQModel(CheckedModelMixin, AutoencoderMixin, ConfigMixin):
     def quantize(self, latents: Tensor, return_dict: bool = True) -> MultiCodebookQuantizerOutput | tuple[Tensor, ...]:
         """Replace every latent vector by the closest code of its channel's codebook (eq. 3-4).
 
-        Changes nothing in the model, in train mode either; `update_codebooks` does.
+        With several codebooks a channel, by the sum of the closest codes of each to what is left; such a sum may be
+        quantised to another one. Changes nothing in the model, in train mode either; `update_codebooks` does.
 
         Args:
             latents: (B, M*n, d, h, w), in the encoder's units (not normalised).
@@ -198,12 +216,14 @@ class MultiCodebookVQModel(CheckedModelMixin, AutoencoderMixin, ConfigMixin):
         """
         self._check_latents(latents)
         quantized, indices = [], []
-        for channel_latents, codebook in zip(self._split_channels(latents), self.codebooks, strict=True):
+        for channel_latents, codebooks in zip(
+            self._split_channels(latents), self._codebooks_by_channel(), strict=True
+        ):
             rows = channel_latents.movedim(1, -1)  # (B, d, h, w, n)
-            codes, code_indices = quantize_rows(rows.flatten(0, 3), codebook)
+            codes, code_indices = quantize_residually(rows.flatten(0, 3), codebooks)
             quantized.append(codes.to(latents.dtype).view(rows.shape).movedim(-1, 1))
-            indices.append(code_indices.view(rows.shape[:-1]))
-        quantized, indices = torch.cat(quantized, 1), torch.stack(indices, 1)
+            indices.append(code_indices.view(*rows.shape[:-1], -1).movedim(-1, 1))  # (B, num_quantizers, d, h, w)
+        quantized, indices = torch.cat(quantized, 1), torch.stack(indices, 2).flatten(1, 2)
         return MultiCodebookQuantizerOutput(quantized, indices) if return_dict else (quantized, indices)
 
     @apply_forward_hook
@@ -271,7 +291,8 @@ class MultiCodebookVQModel(CheckedModelMixin, AutoencoderMixin, ConfigMixin):
             shift, scale = torch.tensor(self.config.latents_mean), torch.tensor(self.config.latents_std)
         else:
             low, high = (
-                torch.stack(ends) for ends in zip(*(codebook.range for codebook in self.codebooks), strict=True)
+                torch.stack(ends)
+                for ends in zip(*(codebooks[0].range for codebooks in self._codebooks_by_channel()), strict=True)
             )  # (M,)
             shift, scale = ((low + high) / 2, ((high - low) / 2).clamp(min=1e-8))
             shift, scale = (x.repeat_interleave(self.config.latent_channels) for x in (shift, scale))
@@ -282,10 +303,15 @@ class MultiCodebookVQModel(CheckedModelMixin, AutoencoderMixin, ConfigMixin):
     @torch.no_grad()
     def initialize_codebooks(self, latents: Tensor, generator: torch.Generator | None = None) -> None:
         """Start every codebook from vectors of `latents` (B, M*n, d, h, w), once; later calls do nothing."""
-        for channel_latents, codebook in zip(self._split_channels(latents), self.codebooks, strict=True):
-            if not codebook.is_initialized:
-                rows = channel_latents.movedim(1, -1).flatten(0, 3)
-                codebook.initialize(rows, generator, self.config.kmeans_iterations)
+        for channel_latents, codebooks in zip(
+            self._split_channels(latents), self._codebooks_by_channel(), strict=True
+        ):
+            rows = channel_latents.movedim(1, -1).flatten(0, 3).float()
+            for stage, codebook in enumerate(codebooks):
+                if stage > 0:  # what those before it leave
+                    rows = rows - quantize_rows(rows, codebooks[stage - 1])[0]
+                if not codebook.is_initialized:
+                    codebook.initialize(rows, generator, self.config.kmeans_iterations)
 
     @torch.no_grad()
     def update_codebooks(
@@ -295,30 +321,36 @@ class MultiCodebookVQModel(CheckedModelMixin, AutoencoderMixin, ConfigMixin):
 
         Args:
             latents: (B, M*n, d, h, w) as `forward` returned them.
-            indices: (B, M, d, h, w) likewise.
+            indices: (B, M*num_quantizers, d, h, w) likewise.
             generator: CPU generator that chooses replacements for dead codes.
 
         Returns:
-            Per channel, in this batch: `usage/NAME` (share of codes assigned at least once), `perplexity/NAME`,
-            `revived/NAME`.
+            Per codebook, by `codebook_names`, in this batch: `usage/NAME` (share of codes assigned at least once),
+            `perplexity/NAME`, `revived/NAME`.
         """
+        vectors = {}  # of each codebook, before any moves
+        for channel, channel_latents in enumerate(self._split_channels(latents)):
+            rest = channel_latents.movedim(1, -1).flatten(0, 3).float()
+            for number in range(channel, len(self.codebooks), self.config.num_channels):
+                vectors[number] = rest
+                rest = rest - self.codebooks[number]()[indices[:, number].flatten()]
         statistics = {}
-        per_channel = zip(
-            self.config.channel_names, self._split_channels(latents), indices.unbind(1), self.codebooks, strict=True
-        )
-        for name, channel_latents, channel_indices, codebook in per_channel:
-            count, num_revived = codebook.update(
-                channel_latents.movedim(1, -1).flatten(0, 3),
-                channel_indices.flatten(),
-                self.config.ema_decay,
-                self.config.revival_threshold,
-                generator,
+        for number, rows in vectors.items():
+            count, num_revived = self.codebooks[number].update(
+                rows, indices[:, number].flatten(), self.config.ema_decay, self.config.revival_threshold, generator
             )
             usage, perplexity = usage_and_perplexity(count)
+            name = self.codebook_names[number]
             statistics[f"usage/{name}"] = usage.item()
             statistics[f"perplexity/{name}"] = perplexity.item()
             statistics[f"revived/{name}"] = float(num_revived)
         return statistics
+
+    @property
+    def codebook_names(self) -> list[str]:
+        """Of the `codebooks`, in their order: that of its channel, with its number from the second on ("cell_2")."""
+        stages = range(1, self.config.num_quantizers + 1)
+        return [name if stage == 1 else f"{name}_{stage}" for stage in stages for name in self.config.channel_names]
 
     # ------------------------------------------------------------------ inside
 
@@ -354,6 +386,11 @@ class MultiCodebookVQModel(CheckedModelMixin, AutoencoderMixin, ConfigMixin):
 
     def _split_channels(self, latents: Tensor) -> tuple[Tensor, ...]:
         return latents.split(self.config.latent_channels, dim=1)
+
+    def _codebooks_by_channel(self) -> list[list[Codebook]]:
+        return [
+            list(self.codebooks)[channel :: self.config.num_channels] for channel in range(self.config.num_channels)
+        ]
 
     def _check_volumes(self, volumes: Tensor) -> None:
         if volumes.ndim != 5 or volumes.shape[1] != self.config.num_channels:

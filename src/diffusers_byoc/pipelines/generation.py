@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline
+from torch import nn
 
 from ..data import write_volume
 from ..models.fingerprint import fingerprint_weights
 from ..whole_files import whole_or_absent
-from .pipeline_byoc import BYOCPipeline
 
 
 RECORD_NAME = "generation.json"
@@ -23,7 +24,7 @@ def cell_generator(seed: int, index: int) -> torch.Generator:
 
 
 def generate_cells(
-    pipeline: BYOCPipeline,
+    pipeline: DiffusionPipeline,
     folder: Path,
     num_samples: int,
     class_labels: Sequence[int | str] | None = None,
@@ -31,6 +32,7 @@ def generate_cells(
     seed: int = 0,
     batch_size: int = 8,
     suffix: str = ".ome.tif",
+    voxel_size_um: tuple[float, float, float] | None = None,
     share: tuple[int, int] = (0, 1),
 ) -> list[Path]:
     """Generate what is missing of a series of cells in `folder`.
@@ -40,7 +42,8 @@ def generate_cells(
     ``generation.json`` what its cells were made with.
 
     Args:
-        pipeline: where the cells come from.
+        pipeline: a `BYOCPipeline`, or another whose call takes `num_samples` and `generator` and returns `volumes`
+            (num_samples, M, D, H, W) in [0, 1].
         folder: made if missing; ``cell_000000.ome.tif`` and so on.
         num_samples: how many cells there shall be; more than before adds to them.
         class_labels: the classes that the cells have in turn; None without classes.
@@ -48,51 +51,57 @@ def generate_cells(
         seed: of the series, at least 0.
         batch_size: cells at a time.
         suffix: of the files, one that `write_volume` knows.
+        voxel_size_um: for the files; None for what the pipeline's `volume_processor` says.
         share: (process, number of processes); each makes its own cells of the series.
 
     Returns:
         All files of the series, those of the other processes too.
 
     Raises:
-        ValueError: if the folder holds cells that other weights or settings made, or the classes are not the model's.
+        ValueError: if the folder holds cells that other weights or settings made, or the pipeline refuses these.
     """
-    num_labels = 1 if class_labels is None else len(class_labels)
-    labels = pipeline.prepare_class_labels(class_labels and list(class_labels), num_labels, "cpu")
-    labels = labels if labels is None else labels.tolist()
-    steps = num_inference_steps or pipeline.config.default_num_inference_steps
+    networks = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    scheduler = getattr(pipeline, "scheduler", None)
+    labels = class_labels and [label if isinstance(label, str) else int(label) for label in class_labels]
     record = {
-        "weights": fingerprint_weights(pipeline.unet, fingerprint_weights(pipeline.vqvae)),
-        "scheduler": {"name": type(pipeline.scheduler).__name__} | dict(pipeline.scheduler.config),
-        "num_inference_steps": steps,
+        "weights": {name: fingerprint_weights(network) for name, network in networks.items()},
+        "scheduler": scheduler and {"name": type(scheduler).__name__} | _public(scheduler.config),
+        "num_inference_steps": num_inference_steps or pipeline.config.get("default_num_inference_steps"),
         "class_labels": labels,
         "seed": seed,
         "suffix": suffix,
     }
-    _check_or_write(record, folder / RECORD_NAME)
+    record = json.loads(json.dumps(record, default=str))  # as it is read again
+    _check(record, folder / RECORD_NAME)
+    processor = getattr(pipeline, "volume_processor", None)
+    voxel_size_um = voxel_size_um or (processor and processor.voxel_size_um)
 
     paths = [folder / f"cell_{index:06}{suffix}" for index in range(num_samples)]
     missing = [index for index in range(num_samples)[share[0] :: share[1]] if not paths[index].exists()]
     for start in range(0, len(missing), batch_size):
         batch = missing[start : start + batch_size]
-        volumes = pipeline(
-            len(batch),
-            class_labels=None if labels is None else [labels[index % len(labels)] for index in batch],
-            num_inference_steps=steps,
-            generator=[cell_generator(seed, index) for index in batch],
-        ).volumes
-        voxel_size_um, names = pipeline.volume_processor.voxel_size_um, tuple(pipeline.vqvae.config.channel_names)
+        arguments = {"num_samples": len(batch), "generator": [cell_generator(seed, index) for index in batch]}
+        if num_inference_steps is not None:
+            arguments["num_inference_steps"] = num_inference_steps
+        if labels:
+            arguments["class_labels"] = [labels[index % len(labels)] for index in batch]
+        volumes = pipeline(**arguments).volumes
+        if start == 0:  # the pipeline has taken the arguments
+            with whole_or_absent(folder / RECORD_NAME) as temporary:
+                temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
         for index, volume in zip(batch, volumes, strict=True):
-            write_volume(paths[index], volume, voxel_size_um, names)
+            names = processor.config.channel_names if processor else [f"channel_{m}" for m in range(len(volume))]
+            write_volume(paths[index], volume, voxel_size_um, tuple(names))
     return paths
 
 
-def _check_or_write(record: dict, path: Path) -> None:
-    text = json.dumps(record, indent=1, default=str)
-    if not path.is_file():
-        with whole_or_absent(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-        return
-    known, record = json.loads(path.read_text(encoding="utf-8")), json.loads(text)
+def _public(config: dict) -> dict:
+    return {name: value for name, value in config.items() if not name.startswith("_")}  # _diffusers_version, ...
+
+
+def _check(record: dict, path: Path) -> None:
+    """Refuse a folder whose cells were made with anything else."""
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else record
     differing = [name for name in record if known.get(name) != record[name]]
     if differing:
         raise ValueError(

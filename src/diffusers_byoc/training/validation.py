@@ -30,7 +30,7 @@ def validate_autoencoder(
         max_cells: how many of them.
 
     Returns:
-        `validation/reconstruction`, the mean squared error; for each channel NAME `validation/usage/NAME`, the share
+        `validation/reconstruction`, the mean squared error; for each codebook NAME `validation/usage/NAME`, the share
         of the codes that these cells use, and `validation/perplexity/NAME`.
     """
     was_training = vqvae.training
@@ -38,7 +38,7 @@ def validate_autoencoder(
     rows = range(accelerator.process_index, min(len(cells), max_cells), accelerator.num_processes)
     total = torch.zeros(2, device=accelerator.device)
     num_codes = vqvae.config.num_vq_embeddings
-    counts = torch.zeros(vqvae.config.num_channels, num_codes, device=accelerator.device)
+    counts = torch.zeros(len(vqvae.codebooks), num_codes, device=accelerator.device)
     for batch in DataLoader(Subset(cells, rows), batch_size=4):
         volumes = batch["volumes"].to(accelerator.device)
         with accelerator.autocast():
@@ -49,7 +49,7 @@ def validate_autoencoder(
     vqvae.train(was_training)
     losses = {"validation/reconstruction": _mean(accelerator, total)}
     counts = accelerator.reduce(counts, reduction="sum")
-    for name, count in zip(vqvae.config.channel_names, counts, strict=True):
+    for name, count in zip(vqvae.codebook_names, counts, strict=True):
         usage, perplexity = usage_and_perplexity(count)
         losses |= {f"validation/usage/{name}": usage.item(), f"validation/perplexity/{name}": perplexity.item()}
     return losses
