@@ -60,6 +60,7 @@ setup(
     package_data={"diffusers_byoc": ["commands/presets/*.json", "training/model_card.md"]},
     entry_points={
         "console_scripts": [
+            "byoc-evaluate = diffusers_byoc.commands.evaluate:main",
             "byoc-generate = diffusers_byoc.commands.generate:main",
             "byoc-train = diffusers_byoc.commands.train:main",
         ]

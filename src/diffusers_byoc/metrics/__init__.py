@@ -7,7 +7,14 @@ from .consistency import ChannelConsistency, channel_consistency
 from .feature_sets import standardize_features
 from .frechet import frechet_distance
 from .mmd import median_distance, mmd_linear, mmd_rbf
-from .morphology import MORPHOLOGY_NAMES, CellMorphology, measure_cell, measure_cells, morphology_features
+from .morphology import (
+    MORPHOLOGY_NAMES,
+    CellMorphology,
+    find_channels,
+    measure_cell,
+    measure_cells,
+    morphology_features,
+)
 from .neighbours import Memorisation, NeighbourMetrics, memorisation, neighbour_metrics
 from .reconstruction import CodebookUsage, ReconstructionQuality, codebook_usage, reconstruction_quality
 from .segmentation import Segmentation, segment_channel
@@ -35,6 +42,7 @@ __all__ = [
     "codebook_usage",
     "compare_features",
     "convert_med3d_checkpoint",
+    "find_channels",
     "frechet_distance",
     "grid_excess",
     "grid_test",

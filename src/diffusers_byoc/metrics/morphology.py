@@ -106,6 +106,32 @@ class CellMorphology:
 MORPHOLOGY_NAMES = tuple(field.name for field in fields(CellMorphology))
 
 
+def find_channels(channel_names: Sequence[str]) -> tuple[int, int | None]:
+    """Positions of the cell and of the nucleus: the channels of these names, whatever their case and order.
+
+    Where none has either name, the first channel is the cell and the second the nucleus. Where one of the two names is
+    missing, there is no nucleus, or the first other channel is the cell.
+
+    Args:
+        channel_names: M names, M ≥ 1.
+
+    Returns:
+        (cell, nucleus), for `measure_cell`; None for a nucleus that has no channel.
+
+    Raises:
+        ValueError: if there is no channel.
+    """
+    names = [name.lower() for name in channel_names]
+    if not names:
+        raise ValueError("Expected at least one channel, got none. Name the channels.")
+    if "cell" in names:
+        return names.index("cell"), names.index("nucleus") if "nucleus" in names else None
+    if len(names) == 1:
+        return 0, None
+    nucleus = names.index("nucleus") if "nucleus" in names else 1
+    return (1 if nucleus == 0 else 0), nucleus
+
+
 def measure_cell(
     volume: np.ndarray | torch.Tensor,
     voxel_size_um: float | Sequence[float] = 1.0,

@@ -1,0 +1,144 @@
+"""The sets of cells that an evaluation compares: generated ones, real ones, and what is made of real ones."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.ndimage import gaussian_filter
+
+from ..data import CellDataset, VolumeProcessor, read_volume
+from ..data.cells import check_channel_order, preprocess
+from ..data.files import VOLUME_SUFFIXES
+
+
+REAL, GENERATED = "real", "generated"
+BLUR = 2.0  # voxels, of the Gaussian of the row "blurred"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is done to all cells of a set to get another row of the table.
+
+    Args:
+        identity: name and all settings, under which its features are kept.
+        change: (B, M, D, H, W) -> the same, B ≥ M.
+    """
+
+    identity: str
+    change: Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class CellSet:
+    """Cells of one kind, and the rows of the table that are made of them.
+
+    Args:
+        name: of the row.
+        num_cells: how many there are.
+        volume: index -> (M, D, H, W) float32 in [0, 1].
+        labels: the class of each cell; None where nobody knows.
+        variants: name of another row -> what makes it of these cells.
+    """
+
+    name: str
+    num_cells: int
+    volume: Callable[[int], np.ndarray]
+    labels: tuple[str, ...] | None = None
+    variants: Mapping[str, Variant] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        return (self.name, *self.variants)
+
+    def volumes(self, indices: Sequence[int], row: str | None = None) -> np.ndarray:
+        """(B, M, D, H, W) of these cells, as they stand in one of the rows."""
+        volumes = np.stack([self.volume(int(index)) for index in indices])
+        return self.variants[row].change(volumes) if row in self.variants else volumes
+
+
+def real_cells(cells: CellDataset, autoencoder: torch.nn.Module | None = None, fingerprint: str = "") -> CellSet:
+    """Real cells; what an autoencoder makes of them; and two obviously bad generators.
+
+    Args:
+        cells: the data set.
+        autoencoder: of the pipeline that is judged: how much of the gap is its own.
+        fingerprint: of that pipeline.
+    """
+    variants = {}
+    if autoencoder is not None:
+        variants["encoded and decoded"] = Variant(f"decoded {fingerprint}", partial(_encode_and_decode, autoencoder))
+    if cells.processor.config.num_channels > 1:
+        variants["shuffled channels"] = Variant("shuffled", _shuffle_channels)
+    variants["blurred"] = Variant(f"blurred {BLUR}", _blur)
+    labels = tuple(cells.class_names[label] for label in cells.labels)
+    return CellSet(REAL, len(cells), lambda index: ((cells[index]["volumes"] + 1) / 2).numpy(), labels, variants)
+
+
+def find_volumes(folder: Path) -> list[Path]:
+    """All volumes below a folder, hidden files and folders left out."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in VOLUME_SUFFIXES
+        and not path.is_dir()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+
+
+def folder_cells(paths: Sequence[Path], processor: VolumeProcessor, labels: Sequence[str] | None = None) -> CellSet:
+    """Generated volumes from files.
+
+    One that fills the cube already is a generator's output and stays as it is, integers over their type's range,
+    floats in [0, 1]; any other is a crop, and goes the way of the real ones.
+
+    Args:
+        paths: the files.
+        processor: of the real cells.
+        labels: the class of each; None where nobody knows.
+    """
+    config = processor.config
+    cube = (config.num_channels, *(config.sample_size,) * 3)
+
+    def volume(index: int) -> np.ndarray:
+        path = paths[index]
+        file = read_volume(path)
+        if file.data.shape != cube:
+            return ((preprocess(file, processor, str(path))[0] + 1) / 2).numpy()
+        try:
+            check_channel_order(file, processor)
+        except ValueError as error:
+            raise ValueError(f"{error} It is {path}.") from error
+        return _unit_range(file.data, path)
+
+    return CellSet(GENERATED, len(paths), volume, None if labels is None else tuple(labels))
+
+
+def _unit_range(data: np.ndarray, path: Path) -> np.ndarray:
+    low, high = data.min(), data.max()
+    if data.dtype.kind in "bui":
+        if low < 0:
+            raise ValueError(f"Expected integers from 0 in {path}, got {low}. Shift and rescale them.")
+        return data.astype(np.float32) / (1 if data.dtype.kind == "b" else np.iinfo(data.dtype).max)
+    if not (low >= 0 and high <= 1):
+        raise ValueError(f"Expected floats in [0, 1] in {path}, got [{low:g}, {high:g}]. Rescale them.")
+    return data.astype(np.float32)
+
+
+@torch.no_grad()
+def _encode_and_decode(autoencoder: torch.nn.Module, volumes: np.ndarray) -> np.ndarray:
+    parameter = next(autoencoder.parameters())
+    batches = (torch.from_numpy(volumes) * 2 - 1).to(parameter.device, parameter.dtype).split(8)
+    decoded = torch.cat([autoencoder(batch).sample.float().cpu() for batch in batches])
+    return (decoded / 2 + 0.5).clamp(0, 1).numpy()
+
+
+def _shuffle_channels(volumes: np.ndarray) -> np.ndarray:
+    """Every channel real, from another cell each: for what looks at one channel alone, nothing has changed."""
+    return np.stack([np.roll(volumes[:, channel], -channel, axis=0) for channel in range(volumes.shape[1])], axis=1)
+
+
+def _blur(volumes: np.ndarray) -> np.ndarray:
+    return gaussian_filter(volumes, (0, 0, BLUR, BLUR, BLUR))
