@@ -13,7 +13,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from diffusers_byoc.data import files, read_volume, write_ome_tiff, write_volume
+from diffusers_byoc.data import read_volume, write_ome_tiff, write_volume
+from diffusers_byoc.data.formats import reading
+from diffusers_byoc.data.formats import tiff as tiff_format
 
 
 SHAPE = (2, 5, 6, 7)
@@ -152,19 +154,19 @@ def test_imagej_hyperstack(tmp_path, volume):
     assert read.voxel_size_um == pytest.approx((2.0, 0.5, 0.25))
 
 
-def test_imagej_pixels_without_a_length_have_no_voxel_size(tmp_path, volume):
+def test_imagej_pixels_without_a_length_are_refused_by_their_name(tmp_path, volume):
     metadata = {"axes": "ZCYX", "spacing": 2.0, "unit": "pixel"}
     tifffile.imwrite(tmp_path / "a.tif", volume.swapaxes(0, 1), imagej=True, metadata=metadata, resolution=(1, 1))
-    assert read_volume(tmp_path / "a.tif").voxel_size_um is None
+    assert_refused(tmp_path / "a.tif", "z: 2 pixel, .*'pixel' is no unit of length")
 
 
-@pytest.mark.parametrize(("unit", "expected"), [("nm", 0.25), ("mm", 250000.0), ("µm", 250.0), ("pixel", None)])
+@pytest.mark.parametrize(("unit", "expected"), [("nm", 0.25), ("mm", 250000.0), ("µm", 250.0)])
 def test_ome_units(tmp_path, volume, unit, expected):
     metadata = {"axes": "CZYX"}
     for axis in "XYZ":
         metadata |= {f"PhysicalSize{axis}": 250.0, f"PhysicalSize{axis}Unit": unit}
     tifffile.imwrite(tmp_path / "a.ome.tif", volume, ome=True, metadata=metadata, photometric="minisblack")
-    assert read_volume(tmp_path / "a.ome.tif").voxel_size_um == (expected and pytest.approx((expected,) * 3))
+    assert read_volume(tmp_path / "a.ome.tif").voxel_size_um == pytest.approx((expected,) * 3)
 
 
 def test_unnamed_tiff_axes_are_read_like_numpy(tmp_path, volume):
@@ -202,14 +204,14 @@ def assert_refused(path, match, error=ValueError):
 
 
 def test_missing_and_unknown_files(tmp_path):
-    assert_refused(tmp_path / "none.tif", "no such file", FileNotFoundError)
+    assert_refused(tmp_path / "none.tif", "does not exist", FileNotFoundError)
     (tmp_path / "folder.npy").mkdir()
-    assert_refused(tmp_path / "folder.npy", "no such file", FileNotFoundError)
+    assert_refused(tmp_path / "folder.npy", "a folder")
     (tmp_path / "a.png").write_bytes(b"x")
-    assert_refused(tmp_path / "a.png", r"expected one of \.tif.*got '\.png'")
+    assert_refused(tmp_path / "a.png", r"Expected one of \.tif.*ending in '\.png'")
 
 
-@pytest.mark.parametrize("suffix", files.VOLUME_SUFFIXES)
+@pytest.mark.parametrize("suffix", [".tif", ".tiff", ".npy", ".npz", ".nii", ".nii.gz", ".ims"])
 def test_empty_and_random_bytes(tmp_path, suffix):
     path = tmp_path / f"ä b{suffix}"
     path.write_bytes(b"")
@@ -219,7 +221,7 @@ def test_empty_and_random_bytes(tmp_path, suffix):
     for prefix in (b"", signatures.get(suffix, b"II*\x00\x08\x00\x00\x00")):
         for _ in range(5):
             path.write_bytes(prefix + rng.bytes(500))
-            assert_refused(path, "not a readable|damaged|expected")
+            assert_refused(path, "which is not|damaged|Expected")
 
 
 @pytest.mark.parametrize("kind", ["ome", "shaped", "pages", "npy", "npz"])
@@ -251,7 +253,7 @@ def test_truncated_files(tmp_path, volume, kind):
     [
         ((6, 7), "YX", "2D image"),
         ((2, 6, 7), "CYX", "2D image"),
-        ((2, 1, 6, 7), "CZYX", "not 3D.*at least 2 voxels"),
+        ((2, 1, 6, 7), "CZYX", "at least 2 voxels.*not 3D"),
         ((3, 5, 6, 7), "TZYX", "time series.*T=3"),
         ((3, 2, 5, 6, 7), "TCZYX", "time series"),
         ((5, 6, 7, 3), "ZYXS", "S=3"),
@@ -271,7 +273,7 @@ def test_tiff_of_several_images(tmp_path, volume):
     with tifffile.TiffWriter(tmp_path / "a.tif") as writer:
         writer.write(volume)
         writer.write(volume[:, :4], photometric="minisblack")
-    assert_refused(tmp_path / "a.tif", "expected one image, got 2")
+    assert_refused(tmp_path / "a.tif", "Expected one image in .*, got 2")
 
 
 def test_ome_tiff_with_missing_planes(tmp_path, volume):
@@ -280,7 +282,7 @@ def test_ome_tiff_with_missing_planes(tmp_path, volume):
     data = path.read_bytes()
     assert data.count(b'SizeZ="3"') == 1
     path.write_bytes(data.replace(b'SizeZ="3"', b'SizeZ="4"'))
-    assert_refused(path, "planes are missing")
+    assert_refused(path, "Expected 20 planes|got fewer|OME metadata describe")
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -294,11 +296,11 @@ def test_not_finite(tmp_path, bad):
 
 
 @pytest.mark.parametrize(
-    "shape", [(), (6,), (6, 7), (5, 6, 7), (1, 2, 5, 6, 7), (2, 1, 6, 7), (2, 0, 6, 7), (0, 5, 6, 7)]
+    "shape", [(), (6,), (6, 7), (1, 2, 5, 6, 7), (2, 1, 6, 7), (2, 0, 6, 7), (0, 5, 6, 7)]
 )
 def test_numpy_arrays_that_are_not_3d(tmp_path, shape):
     np.save(tmp_path / "a.npy", np.ones(shape))
-    assert_refused(tmp_path / "a.npy", "not 3D")
+    assert_refused(tmp_path / "a.npy", "not 3D|4 axes")
 
 
 def test_complex_and_text(tmp_path):
@@ -318,7 +320,7 @@ def test_pickles_are_not_run(tmp_path):
     array = np.array([Trap()] * 16, dtype=object).reshape(2, 2, 2, 2)
     np.save(tmp_path / "a.npy", array, allow_pickle=True)
     np.savez(tmp_path / "a.npz", volume=array)
-    assert_refused(tmp_path / "a.npy", "dtype object")
+    assert_refused(tmp_path / "a.npy", "exec, which cannot be read without running code")
     assert_refused(tmp_path / "a.npz", "dtype object")
     assert not hasattr(sys, "_byoc_trap")
 
@@ -335,7 +337,7 @@ def test_absurd_shapes_in_a_header(tmp_path, shape):
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
         archive.writestr("volume.npy", npy_header(shape) + bytes(1000))
     for name in ("a.npy", "a.npz"):
-        assert_refused(tmp_path / name, "at most|not 3D")
+        assert_refused(tmp_path / name, "at most|not 3D|bytes in|is not")
 
 
 def test_absurd_shape_in_a_tiff(tmp_path, volume):
@@ -345,7 +347,7 @@ def test_absurd_shape_in_a_tiff(tmp_path, volume):
         for page in tiff.pages:
             for tag in ("ImageWidth", "ImageLength"):
                 page.tags[tag].overwrite(2**31 - 1, dtype="I")
-    assert_refused(path, "at most")
+    assert_refused(path, "at most|damaged")
 
 
 OME = (
@@ -360,11 +362,11 @@ OME = (
     [
         ('SizeZ="5"', f'SizeZ="{10**8}"', "planes"),
         ('SizeT="1"', f'SizeT="{10**8}"', "planes"),
-        ('SizeX="7"', f'SizeX="{10**9}"', "voxels"),
+        ('SizeX="7"', f'SizeX="{10**9}"', "OME metadata describe"),
         ('PlaneCount="10"', f'PlaneCount="{10**9}"', "planes"),
         ('IFD="0"', f'IFD="{4 * 10**9}"', "planes"),
-        ('SizeZ="5"', 'SizeZ="-5"', "do not describe"),
-        ('SizeZ="5"', 'SizeZ="five"', "not a readable"),
+        ('SizeZ="5"', 'SizeZ="-5"', "OME metadata describe"),
+        ('SizeZ="5"', 'SizeZ="five"', "which is not"),
     ],
 )
 def test_absurd_ome_metadata(tmp_path, volume, old, new, match):
@@ -384,12 +386,12 @@ def test_absurd_tiles(tmp_path, volume, tag, value):
             page.tags[tag].overwrite(value, dtype="Q")
             if tag == "TileWidth":
                 page.tags["TileLength"].overwrite(value, dtype="Q")
-    assert_refused(path, "strips or tiles of at most|beyond the end|planes are missing")
+    assert_refused(path, "strips or tiles of at most|beyond its end|got fewer")
 
 
 @pytest.mark.parametrize(("compression", "compress"), [(8, zlib.compress), (34925, lzma.compress)])
 def test_a_strip_that_unpacks_to_too_much(tmp_path, monkeypatch, compression, compress):
-    monkeypatch.setattr(files, "MAX_VOLUME_BYTES", 10**6)
+    monkeypatch.setattr(tiff_format, "MAX_VOLUME_BYTES", 10**6)
     path, bomb = tmp_path / "a.tif", compress(bytes(2 * 10**7))
     tifffile.imwrite(path, np.zeros((2, 2, 300, 300), np.uint8), photometric="minisblack", metadata=None)
     with tifffile.TiffFile(path, mode="r+") as tiff:
@@ -401,7 +403,7 @@ def test_a_strip_that_unpacks_to_too_much(tmp_path, monkeypatch, compression, co
         file.seek(offset)
         file.write(bomb)
     tracemalloc.start()
-    assert_refused(path, "unpacks to more than 90000 bytes")
+    assert_refused(path, "at most 90000 bytes .* unpacks to more")
     assert tracemalloc.get_traced_memory()[1] < 10**7
     tracemalloc.stop()
 
@@ -435,14 +437,14 @@ def test_any_damage_is_refused_or_harmless(tmp_path, volume, data):
 
 
 def test_zip_bomb(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "MAX_VOLUME_BYTES", 10**6)
+    monkeypatch.setattr(reading, "MAX_VOLUME_BYTES", 10**6)
     with zipfile.ZipFile(tmp_path / "large.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("volume.npy", npy_header((2, 100, 100, 100)) + bytes(2 * 10**6))
     with zipfile.ZipFile(tmp_path / "lying.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("volume.npy", npy_header((2, 10, 10, 10)) + bytes(2 * 10**6))
     assert (tmp_path / "large.npz").stat().st_size < 10**4
     assert_refused(tmp_path / "large.npz", "at most 1000000 bytes")
-    assert_refused(tmp_path / "lying.npz", "needs 2000 bytes, got 2000000")
+    assert_refused(tmp_path / "lying.npz", "Expected 2000 bytes .* got 2000000")
 
 
 def test_a_long_header_is_not_unpacked(tmp_path):
@@ -453,7 +455,7 @@ def test_a_long_header_is_not_unpacked(tmp_path):
             for _ in range(100):
                 file.write(b" " * 10**6)
     tracemalloc.start()
-    assert_refused(tmp_path / "a.npz", "not a readable")
+    assert_refused(tmp_path / "a.npz", "which is not")
     assert tracemalloc.get_traced_memory()[1] < 10**7
     tracemalloc.stop()
 
@@ -470,8 +472,8 @@ def test_npz_of_another_compression(tmp_path, compression):
     [
         (np.array([1.0, 2.0]), None, "one or three numbers"),
         (np.array(["1"]), None, "one or three numbers"),
-        (np.array([1.0, np.nan, 1.0]), None, "voxel_size_um"),
-        (np.array([1.0, -1.0, 1.0]), None, "voxel_size_um"),
+        (np.array([1.0, np.nan, 1.0]), None, "voxel size"),
+        (np.array([1.0, -1.0, 1.0]), None, "voxel size"),
         (np.array(1.0), np.array([1, 2]), "list of short texts"),
         (np.array(1.0), np.array([["a", "b"]]), "list of short texts"),
         (np.array(1.0), np.array(["a", "b" * 10**5]), "list of short texts"),
@@ -488,7 +490,7 @@ def test_npz_without_a_clear_volume(tmp_path, volume):
     np.savez(tmp_path / "a.npz", raw=volume, mask=volume)
     np.savez(tmp_path / "none.npz")
     assert_refused(tmp_path / "a.npz", "raw.npy.*mask.npy")
-    assert_refused(tmp_path / "none.npz", "expected one array|not a readable")
+    assert_refused(tmp_path / "none.npz", "Expected one array|which is not")
 
 
 def test_missing_tifffile_names_the_extra(tmp_path, monkeypatch):
@@ -501,9 +503,9 @@ def test_missing_tifffile_names_the_extra(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "array", "options", "match"),
     [
-        ("a.npy", np.zeros(SHAPE), {}, "must end in"),
+        ("a.npy", np.zeros(SHAPE), {}, "ends in .tif"),
         ("a.tif", np.zeros((1, *SHAPE)), {}, "shape"),
-        ("a.tif", np.zeros((3, 5, 6, 7)), {}, "must name 3 channels"),
+        ("a.tif", np.zeros((3, 5, 6, 7)), {}, "Expected 3 names"),
         ("a.tif", np.full(SHAPE, -0.1), {}, r"\[0, 1\]"),
         ("a.tif", np.full(SHAPE, 2, np.uint8), {}, r"\[0, 1\]"),
         ("a.tif", np.full(SHAPE, np.nan), {}, r"\[0, 1\]"),

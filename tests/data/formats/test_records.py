@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 
-from diffusers_byoc.data.files import Volume
-from diffusers_byoc.data.records import decode_volume, encode_volume
+from diffusers_byoc.data.formats.records import decode_volume, encode_volume
+from diffusers_byoc.data.formats.volume import Volume
 
 
 volumes = st_numpy.arrays(

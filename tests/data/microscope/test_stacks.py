@@ -12,16 +12,8 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from diffusers_byoc.data import VolumeProcessor, resample_volume
-from diffusers_byoc.data.stacks import (
-    Stack,
-    channel_indices,
-    cut_cells,
-    find_cells,
-    mask_crop,
-    nucleus_contrast,
-    open_stack,
-    read_channels,
-)
+from diffusers_byoc.data.microscope.cutting import cut_cells, find_cells, mask_crop, nucleus_contrast
+from diffusers_byoc.data.microscope.stacks import Stack, channel_indices, open_stack, read_channels
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:bioio.*")
@@ -239,10 +231,10 @@ def test_a_crop_without_free_voxels_has_the_background_of_its_darkest():
     ("change", "message"),
     [
         ({"labels": np.ones((14, 40, 45), np.uint8)}, "label image of this very stack"),
-        ({"labels": np.ones((2, 14, 40, 46), np.uint8)}, "expected one channel"),
-        ({"labels": np.ones((14, 40, 46), bool)}, "memory: expected a label image"),
+        ({"labels": np.ones((2, 14, 40, 46), np.uint8)}, "Expected one channel"),
+        ({"labels": np.ones((14, 40, 46), bool)}, "memory: Expected a label image"),
         ({"nucleus_labels": stack_of(np.ones((14, 40, 45), np.uint8))}, "label image of this very stack"),
-        ({"voxel_size_um": None}, "source voxel size"),
+        ({"voxel_size_um": None}, "size of the voxels of memory in µm"),
         ({"target_um": 0.0}, "positive"),
         ({"mask_out": "all"}, "mask_out"),
     ],
@@ -316,20 +308,20 @@ def test_a_stack_larger_than_memory_is_read_by_boxes(tmp_path, data, max_gb):
 
 
 def test_a_plane_larger_than_memory_is_refused(tmp_path, data):
-    with pytest.raises(ValueError, match="allow more memory"):
+    with pytest.raises(ValueError, match="Allow more memory"):
         open_stack(write_tiff(tmp_path / "a.tif", data), max_gb=1e-6)
 
 
 def test_channels_that_are_not_there(tmp_path, data):
     stack = open_stack(write_tiff(tmp_path / "a.ome.tif", data, **ome(Channel={"Name": ["DNA", "DNA"]})))
-    for wanted, message in (("2", "no channel '2' for cell; it has 0 .DNA., 1 .DNA."), ("dna", "more than one")):
+    for wanted, message in (("2", "'2' for cell in .*, got none: it has 0 .DNA., 1 .DNA."), ("dna", "got several")):
         with pytest.raises(ValueError, match=message):
             channel_indices(stack, {"cell": wanted})
 
 
 @pytest.mark.parametrize(("unit", "factor"), [("micrometer", 1), ("nanometer", 1e-3), (None, None)])
 def test_ome_zarr(tmp_path, data, unit, factor):
-    pytest.importorskip("bioio_ome_zarr", minversion="3", reason="the newest for Python 3.10 reads no units")
+    pytest.importorskip("ome_zarr")
     from ome_zarr.writer import write_image
 
     axes = [{"name": "c", "type": "channel"}]
@@ -412,7 +404,7 @@ def test_other_scans_of_leica_are_named(tmp_path, data, dim_ids, axes):
     pytest.importorskip("bioio_lif")
     pytest.importorskip("liffile")  # of bioio-lif 2.0
     write_lif(tmp_path / "a.lif", data, 6.0, dim_ids)
-    with pytest.raises(ValueError, match=rf"a\.lif: expected planes of Y and X .* got a scan of {axes}; export it"):
+    with pytest.raises(ValueError, match=rf"Expected planes of Y and X .*a\.lif, got a scan of {axes}. Export it"):
         open_stack(tmp_path / "a.lif")
 
 
@@ -434,8 +426,11 @@ def test_nd2_says_whether_it_is_calibrated(tmp_path, data, monkeypatch, is_calib
     sizes = dict(zip("XYZ", np.where(is_calibrated, (0.25, 0.5, 1.5), 1.0).tolist(), strict=True))
     image = SimpleNamespace(
         scenes=["XYPos:0"],
+        set_scene=lambda index: None,
+        dtype=data.dtype,
         dims=dict(zip("TCZYX", (1, *data.shape), strict=True)),
-        get_image_dask_data=lambda axes: dask.array.from_array(data),
+        get_image_data=lambda axes: data[None],
+        get_image_dask_data=lambda axes: dask.array.from_array(data[None]),
         physical_pixel_sizes=SimpleNamespace(**sizes),
         dimension_properties=SimpleNamespace(**dict.fromkeys("ZYX", SimpleNamespace(unit=None))),
         channel_names=["membrane", "DNA"],
@@ -473,15 +468,15 @@ def test_several_scenes(tmp_path, data):
     with tifffile.TiffWriter(path, ome=True) as writer:
         for scene in (data, data + 1):
             writer.write(scene, photometric="minisblack", metadata={"axes": "CZYX"})
-    with pytest.raises(ValueError, match="2 scenes"):
+    with pytest.raises(ValueError, match="got 2: 0 .*, 1 "):
         open_stack(path)
     np.testing.assert_array_equal(read_channels(open_stack(path, scene="1")).data, data + 1)
-    with pytest.raises(ValueError, match="not readable"):
+    with pytest.raises(ValueError, match="Expected one image called 'third' .*, got 0 .*: 0 .*, 1 "):
         open_stack(path, scene="third")
 
 
 def test_no_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such file"):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
         open_stack(tmp_path / "a.tif")
     (tmp_path / "a.tif").touch()
     with pytest.raises(ValueError, match="0 bytes"):
@@ -490,7 +485,7 @@ def test_no_file(tmp_path):
     with pytest.raises(ValueError, match="a.ome.zarr"):
         open_stack(tmp_path / "a.ome.zarr")
     (tmp_path / "a.xyz").write_text("no image")
-    with pytest.raises(ValueError, match="no installed reader"):
+    with pytest.raises(ValueError, match="Expected one of"):
         open_stack(tmp_path / "a.xyz")
 
 

@@ -23,7 +23,7 @@ from diffusers_byoc.data import (
     encode_volume,
     write_shards,
 )
-from diffusers_byoc.data import streams as streams_module
+from diffusers_byoc.data.sets import batches as batches_module
 
 
 PROCESSOR = VolumeProcessor(sample_size=8)
@@ -121,7 +121,7 @@ def test_every_cell_once_an_epoch(shards, monkeypatch, num_processes, buffer_siz
         workers = []
         for worker in range(num_workers):
             info = SimpleNamespace(id=worker, num_workers=num_workers)
-            monkeypatch.setattr(streams_module, "get_worker_info", lambda info=info: info)
+            monkeypatch.setattr(batches_module, "get_worker_info", lambda info=info: info)
             workers.append([batch["row"].tolist() for batch in loader])
         turns = itertools.chain.from_iterable(itertools.zip_longest(*workers, fillvalue=()))
         streams.append(itertools.chain.from_iterable(turns))
@@ -146,7 +146,7 @@ def test_the_buffers_of_all_workers_together(shards, monkeypatch):
             yield row
 
     monkeypatch.setattr(cells, "_read", counting)
-    monkeypatch.setattr(streams_module, "get_worker_info", lambda: SimpleNamespace(id=1, num_workers=3))
+    monkeypatch.setattr(batches_module, "get_worker_info", lambda: SimpleNamespace(id=1, num_workers=3))
     for batch in StreamBatches(cells, 1, 0, 60, 0, buffer_size=12):
         given.append(batch)
         assert len(read) - len(given) <= 4

@@ -23,24 +23,23 @@ def read_metadata(path: Path, *required: str) -> list[tuple[int, dict[str, str]]
             reader = csv.DictReader(file, restkey="", strict=True)
             columns = list(reader.fieldnames or [])
             rows = [(reader.line_num, row) for row in reader]
-    except (UnicodeDecodeError, csv.Error) as err:
-        raise ValueError(f"{path}: not a readable CSV file ({err}); save it as CSV in UTF-8") from err
-    for column in ("file_name", *required):
-        if column not in columns:
-            raise ValueError(
-                f"{path}: expected a column {column}, got the columns {columns}; rename one, and separate columns by"
-                " commas"
-            )
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"Expected a readable CSV file, got {path} ({error}). Save it as CSV in UTF-8.") from error
+    if not {"file_name", *required} <= set(columns):
+        raise ValueError(
+            f"Expected the columns {', '.join(('file_name', *required))} in {path}, got {columns}. Rename one, and"
+            " separate columns by commas."
+        )
     repeated = sorted({column for column in columns if columns.count(column) > 1})
     if repeated:
-        raise ValueError(f"{path}: the column {repeated[0]!r} stands there more than once; rename or delete one")
+        raise ValueError(f"Expected each column once in {path}, got {repeated[0]!r} again. Rename or delete one.")
     if not rows:
-        raise ValueError(f"{path}: expected a row for each cell, got none; add them, or delete the file")
+        raise ValueError(f"Expected a row for each cell in {path}, got none. Add them, or delete the file.")
     for line, row in rows:
         if "" in row and "" not in columns or None in row.values():
             raise ValueError(
-                f"{path}, line {line}: expected {len(columns)} columns, got another number; quote commas in names"
+                f"Expected {len(columns)} columns in {path}, line {line}, got another number. Quote commas in names."
             )
         if not row["file_name"].strip():
-            raise ValueError(f"{path}, line {line}: file_name is empty; fill it in, or delete the row")
+            raise ValueError(f"Expected a file_name in {path}, line {line}, got none. Fill it in, or delete the row.")
     return rows

@@ -38,6 +38,8 @@ def open_images(path: Path) -> list[OpenImage]:
         elements = []
         if tiff.is_ome:
             xml, elements = _own_images(path, _ome_of(path, tiff.ome_metadata))
+            if not all(_describes_its_first_plane(element, tiff) for element in elements):
+                raise _other_planes(path)
             if xml is not None:
                 tiff.close()
                 tiff = _open(path, xml)
@@ -46,10 +48,7 @@ def open_images(path: Path) -> list[OpenImage]:
             raise VolumeFileError(f"Expected an image in {path}, got none. {DAMAGE_REMEDY}")
         if elements and (len(series) != len(elements) or any(one.kind != "ome" for one in series)):
             # tifffile leaves out images of which it finds nothing, and guesses where the metadata do not fit
-            raise VolumeFileError(
-                f"Expected the planes that its OME metadata describe in {path}, got others. It may be truncated or"
-                " damaged: export it again, into one file."
-            )
+            raise _other_planes(path)
         images = []
         for index, one in enumerate(series):
             pages = _pages_of(path, one)
@@ -209,6 +208,21 @@ def _check_claims(path: Path, pixels: ElementTree.Element) -> None:
             f"Expected OME metadata of at most {MAX_IMAGE_BYTES} voxels and {MAX_PLANES} planes in {path}, got"
             f" {num_voxels} and {max(num_planes, *claims, 0)}. {DAMAGE_REMEDY}"
         )
+
+
+def _describes_its_first_plane(image: ElementTree.Element, tiff) -> bool:
+    """Whether an image has the width and height of its first page; tifffile would look for billions of pages."""
+    pixels = image.find("{*}Pixels")
+    data = pixels.find("{*}TiffData")
+    page = tiff.pages[0 if data is None else int(data.get("IFD", "0"))]
+    return (int(pixels.get("SizeX")), int(pixels.get("SizeY"))) == (page.imagewidth, page.imagelength)
+
+
+def _other_planes(path: Path) -> VolumeFileError:
+    return VolumeFileError(
+        f"Expected the planes that its OME metadata describe in {path}, got others. It may be truncated or damaged:"
+        " export it again, into one file."
+    )
 
 
 # what a file says of its images

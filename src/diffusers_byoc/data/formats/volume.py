@@ -114,8 +114,8 @@ def czyx(image: OpenImage, time: int | None = None) -> tuple[tuple[int, int, int
         for position, letter in zip(unnamed, missing, strict=True):
             letters[position] = letter
     shape = {letter: image.shape[axis] for letter, axis in zip(letters, keep, strict=True)}
-    if sorted(letters) not in (["C", "X", "Y", "Z"], ["X", "Y", "Z"]) or min(shape[axis] for axis in "ZYX") < 2:
-        is_flat = set(letters) <= set("CZYX") and min(shape.get(axis, 1) for axis in "ZYX") < 2
+    is_flat = set(letters) <= set("CZYX") and (min(shape.get(axis, 1) for axis in "ZYX") < 2 or 0 in shape.values())
+    if sorted(letters) not in (["C", "X", "Y", "Z"], ["X", "Y", "Z"]) or is_flat:
         problem, remedy = "an image of other axes", "save it with the axes CZYX (diffusers_byoc.data.write_volume)"
         if "T" in letters:
             problem, remedy = "a time series", "choose a time point (--time N, or --time all), or save each as a file"

@@ -305,7 +305,7 @@ def _prepare_quietly(*arguments) -> dict:
 
 def _crashed(job: Job) -> dict:
     return _failure(
-        job, f"Expected to read {job.image}, got a crash of its reader, or memory ran out. Export it again."
+        job, f"Expected to read {job.image}, got a crash of its reader, or too little memory. Export it again."
     )
 
 

@@ -5,6 +5,7 @@ import errno
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,9 @@ import pytest
 import tifffile
 
 from diffusers_byoc import VolumeProcessor
+from diffusers_byoc.commands import prepare as command
 from diffusers_byoc.data import CellTable, decode_volume
+from diffusers_byoc.data.microscope import preparation
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:bioio.*")
@@ -75,18 +78,17 @@ ARGUMENTS += ["--metadata", "treatments.csv", "--label_column", "drug", "--chann
 
 
 @pytest.fixture
-def script(monkeypatch):
-    monkeypatch.syspath_prepend(SCRIPT.parent)
-    module = importlib.import_module("prepare_cells")
-    monkeypatch.setattr(
-        module, "prepare_stacks", lambda jobs, *arguments: (module.prepare_stack(job, *arguments) for job in jobs)
-    )
-    return module
+def main(monkeypatch):
+    def prepare_stacks(jobs, settings, features, output_dir, *where):
+        return (preparation.prepare_stack(job, settings, features, output_dir) for job in jobs)
+
+    monkeypatch.setattr(preparation, "prepare_stacks", prepare_stacks)
+    return command.main
 
 
 @pytest.fixture
-def prepare(script):
-    return lambda *more: script.main(script.parse_args([*ARGUMENTS, *more]))
+def prepare(main):
+    return lambda *more: main([*ARGUMENTS, *more])
 
 
 def cells_of(folder="cells"):
@@ -145,28 +147,13 @@ def test_the_table_trains(plate, prepare, monkeypatch):
     occupied = (cells[0]["volumes"] > -1).any(0).nonzero()
     assert (occupied.max(0).values - occupied.min(0).values + 1 <= 14).all()
 
-    import argparse
 
-    arguments = importlib.import_module("data_arguments")
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--seed", default=0)
-    arguments.add_data_arguments(parser)
-    names = ["--dataset_name", "cells", "--sample_size", "32", "--held_out", "0.34"]
-    for more in ([], ["--streaming"], ["--group_column", "plate"]):
-        train, held_out = arguments.load_cells(parser.parse_args([*names, *more]), ("cell", "nucleus"))
-        groups = (
-            [{cells.ids.index(name) // 4 for name in part.ids} for part in (train, held_out)] if not more else None
-        )
-        assert len(train) + len(held_out) == 12 and min(len(train), len(held_out)) >= 4
-        assert groups is None or not groups[0] & groups[1]
-
-
-def test_without_metadata(plate, prepare, script):
+def test_without_metadata(plate, prepare, main):
     less = ARGUMENTS[:6] + ["--channels", "cell=membrane", "nucleus=DNA"]
-    assert script.main(script.parse_args([*less])) == 0
+    assert main(less) == 0
     assert cells_of().features["label"].names == ["p1", "p2"]  # the folders
     flat = ["--images", "my plates/p1/*", "--output_dir", "flat", "--labels", "masks/p1/*"]
-    assert script.main(script.parse_args([*less, *flat])) == 0
+    assert main([*less, *flat]) == 0
     assert cells_of("flat").features["label"].names == ["cell"]
 
 
@@ -198,13 +185,13 @@ def break_stack(path, how):
     ("how", "message"),
     [
         ("empty", "0 bytes"),
-        ("truncated", "ä10.ome.tif: .*damaged"),
-        ("no TIFF", "ä10.ome.tif: .*damaged"),
+        ("truncated", "ä10.ome.tif, which is not .* damaged"),
+        ("no TIFF", "ä10.ome.tif, which is not .* damaged"),
         ("2D", "a 2D image"),
         ("time series", "a time series"),
         ("other shape", "label image of this very stack"),
         ("no voxel size", "--source_voxel_size_um"),
-        ("too few channels", "no channel '1' for cell"),
+        ("too few channels", "one channel '1' for cell .*, got none"),
         ("no labels", "ä10_cp_masks.tif: .*label image"),
         ("probabilities", "ä10_cp_masks.tif: .*probability map"),
     ],
@@ -217,7 +204,7 @@ def test_a_bad_stack_is_reported_and_does_not_stop_the_others(plate, prepare, ca
     errors = [row["error"] for row in report_of()]
     assert errors[0] == errors[2] == "" and "ä10" in errors[1]
     assert "Traceback" not in errors[1] and errors[1] in capsys.readouterr().out
-    assert importlib.import_module("re").search(message, errors[1])
+    assert re.search(message, errors[1])
     assert len(cells_of()) == 8 and not list(Path("cells").rglob(".tmp-*"))
 
     # mended, it is all that is left to do
@@ -255,7 +242,7 @@ def test_the_source_voxel_size_is_for_files_that_have_none(plate, prepare):
     with pytest.raises(SystemExit, match="source_voxel_size_um"):  # another argument in the same folder
         prepare("--source_voxel_size_um", "2", "1", "1")
     assert prepare("--source_voxel_size_um", "2", "1", "1", "--output_dir", "other") == 1
-    assert ["correct the file" in row["error"] for row in report_of("other")] == [True, True, False]
+    assert ["Correct the file" in row["error"] for row in report_of("other")] == [True, True, False]
 
 
 def test_labels_of_nuclei_decide(plate, prepare):
@@ -269,7 +256,7 @@ def test_labels_of_nuclei_decide(plate, prepare):
     assert sorted(set(cells_of()["label_id"])) == [41, 65535]
 
 
-def test_ome_zarr(plate, prepare, script):
+def test_ome_zarr(plate, prepare, main):
     from ome_zarr.writer import write_image
 
     data, labels = make_stack(0)
@@ -279,7 +266,7 @@ def test_ome_zarr(plate, prepare, script):
         scale = [[{"type": "scale", "scale": [1.0, 1.0, 1.0, 1.0]}]]
         write_image(array, f"{name}.ome.zarr", axes=axes, coordinate_transformations=scale, scale_factors=[])
     arguments = ["--images", "images/*.ome.zarr", "--labels", "labels/*.zarr", "--output_dir", "zarr"]
-    assert script.main(script.parse_args([*arguments, "--channels", "cell=1", "nucleus=2"])) == 0
+    assert main([*arguments, "--channels", "cell=1", "nucleus=2"]) == 0
     prepare()
     from_tiff = cells_of().select(range(4))
     for cell, expected in zip(cells_of("zarr"), from_tiff, strict=True):
@@ -289,9 +276,9 @@ def test_ome_zarr(plate, prepare, script):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--margin_um", "1"], "margin_um = 2.0, this run has 1.0"),
+        (["--margin_um", "1"], "margin_um = 2.0, got 1.0"),
         (["--channels", "cell=2", "nucleus=1"], "channels"),
-        (["--images", "my plates/p1/*", "--labels", "masks/p1/*", "--metadata", "p1.csv"], "--images leaves out"),
+        (["--images", "my plates/p1/*", "--labels", "masks/p1/*", "--metadata", "p1.csv"], "stacks of cells in --images"),
     ],
 )
 def test_other_arguments_need_another_folder(plate, prepare, more, message):
@@ -323,12 +310,12 @@ def test_where_no_data_set_can_be(plate, prepare, name, message):
     assert not Path("[1] cells").exists()
 
 
-def test_a_full_disk_ends_the_run(plate, prepare, script, monkeypatch):
+def test_a_full_disk_ends_the_run(plate, prepare, monkeypatch):
     def cut_cells(*arguments, **options):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(script, "cut_cells", cut_cells)
+        patch.setattr(preparation, "cut_cells", cut_cells)
         with pytest.raises(SystemExit, match="cells: the disk is full; make room"):
             prepare()
     assert not list(Path("cells").rglob(".tmp-*"))
@@ -344,11 +331,11 @@ def test_a_lost_shard_is_cut_again_and_a_foreign_one_refused(plate, prepare):
     assert prepare() == 0
     assert [path.read_bytes() for path in shards] == before
     Path("cells/data/other.parquet").write_bytes(before[0])
-    with pytest.raises(SystemExit, match=r"other\.parquet is of no stack"):
+    with pytest.raises(SystemExit, match=r"got other\.parquet"):
         prepare()
     Path("cells/data/other.parquet").unlink()
     Path("cells/prepare_cells.json").write_text("[]")
-    with pytest.raises(SystemExit, match=r"prepare_cells\.json: expected what this script writes, got a list"):
+    with pytest.raises(SystemExit, match=r"Expected what byoc-prepare writes in .*prepare_cells\.json, got a list"):
         prepare()
 
 
@@ -368,7 +355,7 @@ def test_a_changed_file_is_cut_again(plate, prepare):
         (lambda: Path("masks/p2/Zelle ä1_cp_masks.tif").unlink(), "ä1.ome.tif: has no labels"),
         (lambda: Path("my plates/p2/Zelle ä1.ome.tif").unlink(), "belongs to no image|masks"),
         (lambda: Path("treatments.csv").write_text("file_name,drug\nx.tif,y\n"), "'x.tif' names no image"),
-        (lambda: Path("treatments.csv").write_text("file_name,treatment\nx,y\n"), "expected a column drug"),
+        (lambda: Path("treatments.csv").write_text("file_name,treatment\nx,y\n"), "columns file_name, drug"),
         (lambda: Path("treatments.csv").unlink(), "treatments.csv"),
     ],
 )
@@ -382,7 +369,7 @@ def test_what_does_not_fit_together_is_said_before_any_work(plate, prepare, chan
 def test_a_column_that_is_taken(plate, prepare):
     text = Path("treatments.csv").read_text("utf-8-sig").replace("well", "label_id")
     Path("treatments.csv").write_text(text, "utf-8")
-    with pytest.raises(SystemExit, match="label_id.* are taken"):
+    with pytest.raises(SystemExit, match="label_id.*Rename"):
         prepare()
 
 
@@ -397,14 +384,14 @@ def test_a_column_that_is_taken(plate, prepare):
         ["--num_proc", "0"],
     ],
 )
-def test_wrong_arguments(script, capsys, more):
+def test_wrong_arguments(capsys, more):
     with pytest.raises(SystemExit):
-        script.parse_args([*ARGUMENTS, *more])
+        command.parse_args([*ARGUMENTS, *more])
     assert more[0] in capsys.readouterr().err
 
 
 def test_no_cell_left(plate, prepare):
-    with pytest.raises(SystemExit, match="no cell was kept"):
+    with pytest.raises(SystemExit, match="none that was kept"):
         prepare("--min_volume_um3", "1e9")
     assert {row["reason"] for row in report_of(name="dropped.csv")} == {"touches the border", "too small"}
 
@@ -414,16 +401,16 @@ def test_no_cell_left(plate, prepare):
 # a stack whose name has "crash" in it ends its process, as a reader does that is written in C
 HOSTILE = """
 import os, sys
-sys.path.insert(0, {examples!r})
-import prepare_cells
-original = prepare_cells.open_stack
+from diffusers_byoc.commands.prepare import main
+from diffusers_byoc.data.microscope import preparation
+original = preparation.open_stack
 def open_stack(path, *arguments):
     if "crash" in path:
         os.abort()
     return original(path, *arguments)
-prepare_cells.open_stack = open_stack
+preparation.open_stack = open_stack
 if __name__ == "__main__":
-    sys.exit(prepare_cells.main(prepare_cells.parse_args()))
+    sys.exit(main())
 """
 
 
@@ -472,12 +459,12 @@ def test_killed_at_any_moment_it_goes_on(tmp_path):
 @pytest.mark.slow
 def test_a_crash_of_a_reader_costs_one_stack(tmp_path):
     many_stacks(tmp_path, ["A1", "A2", "A3 crash", "A4", "A5", "A6 crash", "A7"])
-    (tmp_path / "hostile.py").write_text(HOSTILE.format(examples=str(SCRIPT.parent)))
+    (tmp_path / "hostile.py").write_text(HOSTILE)
     command = [sys.executable, "hostile.py", *MANY, "--output_dir", "cells"]
     done = subprocess.run(command, cwd=tmp_path, env=environment(), timeout=280, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
     errors = {row["source"]: row["error"] for row in report_of(tmp_path / "cells")}
-    assert {source for source, error in errors.items() if "crashed" in error} == {
+    assert {source for source, error in errors.items() if "a crash of its reader" in error} == {
         "A3 crash.ome.tif",
         "A6 crash.ome.tif",
     }
