@@ -57,7 +57,7 @@ def report(pipeline_of, folder, channel_names):
 @pytest.mark.parametrize("channel_names", [("cell", "nucleus"), ("nucleus", "cell"), ("nucleus", "actin", "cell")])
 def test_cell_and_nucleus_are_found_by_name(pipeline_of, tmp_path, channel_names):
     text = report(pipeline_of, tmp_path, channel_names)
-    (row,) = [line for line in text.splitlines() if line.startswith("| real training cells (2)")]
+    (row,) = [line for line in text.splitlines() if line.startswith("| real cells (2)")]
     cell, nucleus, ratio = (float(column.split("±")[0]) for column in row.split("|")[2:5])
     assert (cell, nucleus) == (CHANNELS["cell"].sum(), CHANNELS["nucleus"].sum())
     assert ratio == pytest.approx(nucleus / cell, abs=0.006)

@@ -100,10 +100,12 @@ def run(args: argparse.Namespace, state: PartialState, vqvae: MultiCodebookVQMod
             train_diffusion(stage, unet, make_noise_scheduler(args), vqvae, cells, held_out_cells, texture_unet)
         if state.is_main_process:
             pipeline = BYOCPipeline.from_pretrained(output_dir).to(state.device)  # what a user will load
-            training = describe_training(args)
+            training, origin = describe_training(args), "phantoms" if cells.is_phantom else "cells"
             minutes = (time.perf_counter() - started) / 60
             options = {"num_samples": args.num_samples, "seed": args.seed, "cell_threshold": args.cell_threshold}
-            write_report(pipeline, cells, output_dir, f"{training}, in {minutes:.1f} minutes", **options)
+            what = f"{len(cells)} {origin} ({', '.join(cells.class_names)})"
+            opening = f"Trained on {what}: {training}, in {minutes:.1f} minutes."
+            write_report(pipeline, cells, output_dir, opening, **options)
             if args.push_to_hub:
                 push_pipeline(pipeline, output_dir, args.hub_model_id, cells, held_out_cells, training)
 
