@@ -142,7 +142,8 @@ def _make_parser(description: str) -> argparse.ArgumentParser:
     add = parser.add_argument_group("diffusion").add_argument
     help_text = "trained autoencoder for the later stages alone (default: OUTPUT_DIR/vqvae)"
     add("--vqvae_path", help=help_text)
-    add("--latent_scaling", choices=["codebook_range", "standardize"], help="how latents come to the noise's scale")
+    scalings = ["codebook_range", "standardize", "cell"]
+    add("--latent_scaling", choices=scalings, help="how latents come to the noise's scale")
     add("--class_conditional", **flag, help="give the labels to the U-Net")
     add("--prediction_type", choices=["epsilon", "v_prediction", "sample"], help="what the U-Net predicts")
     add("--loss_type", choices=["l1", "l2"], default="l1")

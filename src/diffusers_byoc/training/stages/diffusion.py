@@ -15,7 +15,7 @@ from ...models.fingerprint import fingerprint_weights
 from ...pipelines import BYOCPipeline
 from ...randomness import process_share
 from ..batches import latent_batches, sample_cells
-from ..latents import cache_latents, latent_statistics
+from ..latents import cache_latents, latent_statistics, measure_latents
 from ..losses import diffusion_loss
 from ..optimizers import make_optimizer
 from ..settings import StageSettings
@@ -101,8 +101,7 @@ def train_diffusion(
     known = cells if is_kept else sample_cells(cells, 256, settings.seed)
     folder, workers = stage.output_dir / "latents", settings.dataloader_num_workers
     latents = cache_latents(vqvae, known, folder / "train", accelerator, num_workers=workers)
-    if vqvae.config.latent_scaling == "standardize":
-        vqvae.set_latent_statistics(*latents.mean_and_std())
+    measure_latents(vqvae, latents)
     statistics = latent_statistics(vqvae, latents.chunks())
     accelerator.log(statistics, step=0)
     logger.info(f"latents, normalised: {', '.join(f'{name} {value:.3f}' for name, value in statistics.items())}")
