@@ -15,7 +15,7 @@ extras = {
         *("datasets>=3.0", "filelock>=3.12", "tqdm>=4.66"),
     ],
     # segmentation and shape of cells, distances between sets of cells, tests
-    "metrics": ["scipy>=1.11", "scikit-image>=0.22", "scikit-learn>=1.5", "trimesh>=4.5"],
+    "metrics": ["scipy>=1.11", "scikit-image>=0.22", "scikit-learn>=1.5", "trimesh>=4.5", "PyWavelets>=1.5"],
     # Med3D features, the paper's FID
     "med3d": ["monai>=1.4", "transformers>=5.0"],
     # pictures of volumes, charts

@@ -1,6 +1,6 @@
 """Does every metric move the right way when real cells are damaged by a known amount? Prints a table.
 
-    python benchmarks/degraded_cells.py --train_data_dir my_cells                        # morphology and voxels
+    python benchmarks/degraded_cells.py --train_data_dir my_cells                        # without Med3D
     python benchmarks/degraded_cells.py --train_data_dir my_cells --med3d resnet_50.pth  # FID as well
 
 A third of the cells takes the generator's part, damaged; it is compared with another third, and the last third is what
@@ -9,19 +9,15 @@ that generator would have been trained on. Mean ± standard deviation over rando
 
 import argparse
 import sys
-from pathlib import Path
 
 import numpy as np
+from degraded_phantoms import Features, blur, enlarge_nuclei, swap_nuclei
 from scipy.ndimage import shift
 
-
-sys.path.append(str(Path(__file__).parents[1] / "examples"))
-
-from degraded_phantoms import Features, blur, enlarge_nuclei, scores, swap_nuclei  # noqa: E402
-
-from cell_sets import real_cells  # noqa: E402
-from data_arguments import add_data_arguments, load_cells  # noqa: E402
-from diffusers_byoc.metrics import MORPHOLOGY_NAMES  # noqa: E402
+from diffusers_byoc.commands.cells import read_cells
+from diffusers_byoc.commands.data_arguments import add_source_arguments
+from diffusers_byoc.evaluation import real_cells
+from diffusers_byoc.metrics import MORPHOLOGY_NAMES
 
 
 HARMLESS = ("shifted by a voxel", "mirrored along x")  # what training cells may undergo and still be copies
@@ -41,13 +37,12 @@ def move_nuclei(volumes: np.ndarray) -> np.ndarray:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_data_arguments(parser)
-    parser.set_defaults(held_out=0.0)
+    add_source_arguments(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--repetitions", type=int, default=5, help="of the choice of thirds")
     parser.add_argument("--med3d", help="weights of Med3D")
     args = parser.parse_args()
-    cells = real_cells(load_cells(args, ("cell", "nucleus"))[0])
+    cells = real_cells(read_cells(args, ("cell", "nucleus")))
     volumes = cells.volumes(range(cells.num_cells))
     extract = Features(args.med3d)
 
@@ -88,7 +83,7 @@ def main() -> None:
             "training cells mirrored": take("mirrored along x", training),
         }
         for name, candidate in candidates.items():
-            values = scores(take("new cells", held_out), candidate, take("new cells", training))
+            values = extract.scores(take("new cells", held_out), candidate, take("new cells", training))
             found.setdefault(name, []).append(values)
 
     metrics = list(found["new cells"][0])

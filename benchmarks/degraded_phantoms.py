@@ -1,6 +1,6 @@
 """Does every metric move the right way when phantoms are damaged by a known amount? Draws docs/images/degradation.png.
 
-    python benchmarks/degraded_phantoms.py                      # minutes; morphology and voxels
+    python benchmarks/degraded_phantoms.py                      # without Med3D
     python benchmarks/degraded_phantoms.py --med3d resnet_50.pth  # FID as well
 
 Damage goes from 0 to 1: a blur of up to 3 voxels, nuclei of up to twice their volume in the same cells, up to half the
@@ -12,29 +12,32 @@ import argparse
 from functools import partial
 
 import numpy as np
-import torch
 from scipy.ndimage import affine_transform, center_of_mass, gaussian_filter
 
 from diffusers_byoc.data import PHENOTYPES, PhantomCells, VolumeProcessor
-from diffusers_byoc.metrics import (
-    MORPHOLOGY_NAMES,
-    CellMorphology,
-    channel_consistency,
-    classifier_test,
-    compare_features,
-    frechet_distance,
-    load_med3d,
-    measure_cells,
-    median_distance,
-    memorisation,
-    mmd_rbf,
-    morphology_features,
-    neighbour_metrics,
-    standardize_features,
-)
+from diffusers_byoc.evaluation import FEATURES, METRICS, Comparison, EvaluationSettings
+from diffusers_byoc.evaluation.metric_table import compute_metrics
 from diffusers_byoc.visualization import degradation_curves, write_png
 
 
+SHOWN = (
+    "med3d/frechet",
+    "morphology/frechet",
+    "morphology/mmd_rbf",
+    "morphology/median_effect",
+    "morphology/classifier_accuracy",
+    "morphology/precision",
+    "morphology/recall",
+    "morphology/density",
+    "morphology/coverage",
+    "morphology/nucleus_inside_share",
+    "morphology/one_nucleus_share",
+    "morphology/volume_correlation",
+    "texture/frechet",
+    "texture/classifier_accuracy",
+    "grid/share_2",
+    "voxels/near_share",
+)
 LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)
 DRUG = "nocodazole"
 
@@ -63,46 +66,25 @@ class Features:
     """Volumes -> kind of features -> (N, K)."""
 
     def __init__(self, med3d: str | None):
-        self.model = load_med3d(med3d) if med3d else None
+        self.settings = EvaluationSettings(med3d=med3d or "")
+        kinds = [kind for kind in FEATURES if med3d or kind != "med3d"]
+        self.extractors = {kind: FEATURES[kind](self.settings) for kind in kinds}
 
-    @torch.no_grad()
     def __call__(self, volumes: np.ndarray) -> dict[str, np.ndarray]:
-        tensor = torch.from_numpy(volumes)
-        features = {
-            "morphology": morphology_features(measure_cells(volumes)),
-            "voxels": torch.nn.functional.adaptive_avg_pool3d(tensor, 16).flatten(1).numpy(),
+        return {kind: extractor.extract(volumes) for kind, extractor in self.extractors.items()}
+
+    def scores(self, real: dict, candidate: dict, training: dict) -> dict[str, float]:
+        """Title in the figure -> value, of the metrics that are shown."""
+        values = {}
+        for kind, extractor in self.extractors.items():
+            rows = (real[kind], candidate[kind], training[kind])
+            values |= compute_metrics(kind, Comparison(*rows, extractor.names, False, self.settings))
+        titles = {
+            f"{kind}/{metric.name}": f"{metric.title_of(kind)} ({metric.good})"
+            for metric in METRICS
+            for kind in metric.kinds
         }
-        if self.model:
-            features["med3d"] = torch.cat([self.model(chunk).features for chunk in tensor.split(8)]).numpy()
-        return features
-
-
-def scores(real: dict, candidate: dict, training: dict) -> dict[str, float]:
-    """Title in the figure -> value."""
-    raw = real["morphology"], candidate["morphology"]
-    scaled = [standardize_features(x, training["morphology"]) for x in raw]
-    neighbours = neighbour_metrics(*scaled)
-    fit = channel_consistency([CellMorphology(*row) for row in candidate["morphology"]])
-    copies = memorisation(candidate["voxels"], training["voxels"], real["voxels"])
-    effects = [row.effect for row in compare_features(*raw, MORPHOLOGY_NAMES)]
-    bandwidth = median_distance(standardize_features(training["morphology"], training["morphology"]))
-    values = {
-        "Fréchet distance, morphology (low)": frechet_distance(*scaled),
-        "MMD, Gaussian kernel, morphology (0)": mmd_rbf(*scaled, bandwidth),
-        "median Wasserstein distance, σ (low)": np.nanmedian(effects),
-        "accuracy of telling from real (0.5)": classifier_test(*raw).accuracy,
-        "precision (high)": neighbours.precision,
-        "recall (high)": neighbours.recall,
-        "density (1)": neighbours.density,
-        "coverage (high)": neighbours.coverage,
-        "share of the nucleus inside (as real)": fit.nucleus_inside_share,
-        "cells with one nucleus, inside (as real)": fit.one_nucleus_share,
-        "correlation of the volumes (as real)": fit.volume_correlation,
-        "nearer to training than held-out (0.05)": copies.near_share,
-    }
-    if "med3d" in real:
-        values["FID (low)"] = frechet_distance(real["med3d"], candidate["med3d"])
-    return values
+        return {titles[key]: values[key] for key in SHOWN if key in values}
 
 
 def main() -> None:
@@ -161,7 +143,7 @@ def main() -> None:
             for part in (real, training)
         )
         for level in LEVELS:
-            for metric, value in scores(reference, candidates(level), seen).items():
+            for metric, value in extract.scores(reference, candidates(level), seen).items():
                 curves.setdefault(metric, {}).setdefault(kind, []).append(float(value))
         print(kind, flush=True)
     for metric, by_kind in curves.items():

@@ -18,7 +18,7 @@ ALLOWED = {
     "training": {"training", "models", "data", "metrics", "pipelines", "visualization"},
     "baselines": {"baselines", "models", "data"},
 }
-ALLOWED["evaluation"] = {"evaluation", *ALLOWED} - {"baselines"}
+ALLOWED["evaluation"] = {"evaluation", "__version__", *ALLOWED} - {"baselines"}
 ALLOWED["commands"] = {"commands", "__version__", *ALLOWED}
 
 

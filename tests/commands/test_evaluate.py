@@ -1,4 +1,3 @@
-import importlib
 import json
 import os
 import subprocess
@@ -19,10 +18,12 @@ SMALL = ["--num_phantoms", "36", "--sample_size", "32", "--num_folds", "2", "--f
 SMALL += ["--no-volume_classifier", "--num_cpu_threads", "1"]
 
 
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPOSITORY / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
 def evaluate(*arguments, launcher=(), check=True) -> subprocess.CompletedProcess:
-    command = [sys.executable, *launcher, "examples/evaluate_byoc.py", *map(str, arguments)]
-    env = os.environ | {"PYTHONPATH": str(REPOSITORY / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True)
+    command = [sys.executable, *launcher, "-m", "diffusers_byoc.commands.evaluate", *map(str, arguments)]
+    done = subprocess.run(command, cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
 
@@ -49,8 +50,8 @@ def test_volumes_made_elsewhere_are_judged_and_the_bad_rows_are_worse(phantoms, 
     assert frechet["generated"] == pytest.approx(np.mean(folds))
     assert rows["generated"]["morphology/frechet"]["std"] == pytest.approx(np.std(folds, ddof=1))
     table = (tmp_path / "metrics.md").read_text()
-    assert "| Fréchet distance (morphology) | low |" in table
-    for name in ("cells.png", "metrics.png", "distributions.png", "nearest.png"):
+    assert "| Fréchet distance, morphology | low |" in table
+    for name in ("cells.png", "metrics.png", "distributions_morphology.png", "nearest.png"):
         assert (tmp_path / name).stat().st_size > 1000 and f"({name})" in table
 
     splits = [json.loads((tmp_path / f"split_{number}.json").read_text()) for number in range(2)]
@@ -79,6 +80,7 @@ def test_a_pipeline_generates_each_cell_from_its_seed_and_number_alone(tmp_path)
     assert set(results["reconstruction"]) == {"cell", "nucleus"}
     assert 0 < results["reconstruction"]["cell"]["codes_used"] <= 1
     assert "Reconstruction" in (tmp_path / "a" / "metrics.md").read_text()
+    assert set(results["summary"]) == {"generated", "real", "encoded and decoded", "shuffled channels", "blurred"}
 
     # more cells, in other batches, by two processes: the first ones stay what they are
     generated = sorted((tmp_path / "a" / "generated").glob("*.tif"))
@@ -99,7 +101,7 @@ def test_a_pipeline_generates_each_cell_from_its_seed_and_number_alone(tmp_path)
         pipeline.unet.conv_out.bias.add_(1)
     pipeline.save_pretrained(tmp_path / "pipeline")
     done = evaluate(*arguments, "--output_dir", tmp_path / "a", "--num_samples", "14", check=False)
-    assert done.returncode != 0 and "holds cells of other settings" in done.stderr
+    assert done.returncode != 0 and "cells of the same weights, got others" in done.stderr
 
 
 def read_volume_bytes(content: bytes, folder: Path) -> np.ndarray:
@@ -107,54 +109,27 @@ def read_volume_bytes(content: bytes, folder: Path) -> np.ndarray:
     return read_volume(folder / "before.tif").data
 
 
-@pytest.fixture
-def script(monkeypatch):
-    monkeypatch.syspath_prepend(REPOSITORY / "examples")
-    return importlib.import_module("evaluate_byoc")
-
-
-def test_the_channels_of_the_names_are_measured_or_else_the_first_two(script):
-    assert script.cell_and_nucleus(("Nucleus", "actin", "Cell")) == (2, 0)
-    assert script.cell_and_nucleus(("membrane", "dna", "actin")) == (0, 1)
-    with pytest.raises(ValueError, match="got membrane alone; give --features med3d"):
-        script.cell_and_nucleus(("membrane",))
-
-
-def test_blank_copied_and_dark_volumes_are_named(script):
-    real, generated = np.random.default_rng(0).random((2, 9, 20))
-    assert script.suspicions(generated, real) == []
-    generated[:3], generated[5] = 0, generated[4]
-    blank, copies, dark = script.suspicions(generated / 16, real)
-    assert blank.startswith("3 of the 9 generated volumes are blank")
-    assert copies.startswith("3 of the 9 generated volumes are copies")
-    assert "rescale" in dark
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda v: (v * 2 - 1).astype(np.float32), r"bad.npy: expected floats in \[0, 1\], got \[-1"),
-        (lambda v: ((v * 2 - 1) * 32767).astype(np.int16), "bad.npy: expected integers from 0, got -"),
-        (lambda v: np.where(v > 0.5, np.nan, v), "bad.npy: expected finite intensities"),
-        (lambda v: v[:1], "bad.npy: .*channel"),
-    ],
-)
-def test_volumes_that_are_no_cells_are_an_error_with_the_file(script, tmp_path, damage, message):
-    cells = PhantomCells(1, VolumeProcessor(sample_size=32), ["nocodazole"], seed=7)
-    np.save(tmp_path / "bad.npy", damage(((cells[0]["volumes"] + 1) / 2).numpy()))
-    with pytest.raises(ValueError, match=message):
-        script.folder_cells([tmp_path / "bad.npy"], cells).volume(0)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "either --pretrained or --generated_dir"),
-        (["--generated_dir", "nowhere"], "nowhere: expected at least 10 volumes"),
+        (["--generated_dir", "nowhere"], "at least 10 volumes in nowhere, got 0"),
         (["--generated_dir", "nowhere", "--features", "med3d"], "Download resnet_50.pth"),
         (["--generated_dir", "nowhere", "--num_folds", "5", "--num_phantoms", "20"], "at least 10 real cells"),
+        (["--generated_dir", "nowhere", "--num_samples", "9"], "--num_samples of at least 10, got 9"),
+        (["--generated_dir", "nowhere", "--streaming"], "unrecognized arguments: --streaming"),
+        (["--generated_dir", "nowhere", "--augmentation", "full"], "unrecognized arguments: --augmentation"),
     ],
 )
 def test_what_cannot_work_is_said_before_any_work(arguments, message, tmp_path):
     done = evaluate(*SMALL, *arguments, "--output_dir", tmp_path, check=False)
     assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_help_does_not_wait_for_torch():
+    script = (
+        "import sys\nfrom diffusers_byoc.commands.evaluate import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit:\n    print({'torch', 'numpy'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.stdout.endswith("set()\n") and "--generated_dir" in done.stdout, done.stderr

@@ -27,6 +27,14 @@ def test_the_correction_keeps_false_discoveries_rare():
     assert found > 15 and corrected <= 5
 
 
+def test_a_feature_that_no_cell_has_is_no_hindrance_to_trees():
+    generator = np.random.default_rng(0)
+    real, generated = generator.normal(size=(2, 40, 3))
+    real[:, 2] = generated[:, 2] = np.nan
+    generated[:, 0] += 5
+    assert classifier_test(real, generated).accuracy > 0.95
+
+
 def test_cells_without_a_feature_are_left_out_and_counted():
     real = np.array([[1.0, 5.0], [2.0, 5.0], [np.nan, 5.0]])
     generated = np.array([[np.nan, np.nan], [2.0, np.nan]])

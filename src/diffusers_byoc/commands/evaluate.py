@@ -12,14 +12,19 @@ import argparse
 from .data_arguments import add_source_arguments, add_split_arguments, positive
 
 
+FEATURES = ["med3d", "morphology", "texture"]
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="byoc-evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--pretrained", help="pipeline to judge, any whose call returns volumes: a folder or a Hub repository")
     add("--generated_dir", help="volumes made elsewhere, in place of --pretrained; any files that training reads")
     add("--output_dir", default="results", help="metrics, figures, and what need not be computed again")
     add("--num_samples", type=positive, default=5000, help="cells to generate, or to take from --generated_dir")
-    add("--features", nargs="+", choices=["med3d", "morphology"], default=["med3d", "morphology"])
+    add("--features", nargs="+", choices=FEATURES, default=FEATURES, help="to compare cells by")
     add("--channel_names", nargs="+", help="of all volumes (default: the pipeline's; cell nucleus)")
     add("--seed", type=int, default=0)
     add("--num_cpu_threads", type=positive, help="per process, without a GPU (default: a fair share of all cores)")

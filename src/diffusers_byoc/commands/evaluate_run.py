@@ -10,6 +10,7 @@ from accelerate import PartialState
 from diffusers import DiffusionPipeline
 
 from ..data import CellDataset
+from ..data.sets.folder import find_volumes
 from ..evaluation import (
     FEATURES,
     MIN_CELLS,
@@ -20,10 +21,7 @@ from ..evaluation import (
     channel_names_of,
     compare_rows,
     extract_features,
-    find_volumes,
-    fingerprint,
     folder_cells,
-    generate_cells,
     has_classes,
     judge_reconstruction,
     make_folds,
@@ -31,6 +29,7 @@ from ..evaluation import (
     suspicions,
     write_report,
 )
+from ..pipelines.generation import generate_cells
 from ..training import fair_num_threads, is_cpu_training, keep_freed_memory
 from .cells import read_cells
 
@@ -48,7 +47,7 @@ def evaluate(args: argparse.Namespace) -> None:
     try:
         run(args, state)
     except (OSError, ValueError, ImportError) as error:  # the message says what to mend
-        raise SystemExit(f"byoc-evaluate: error: {error}") from error
+        raise SystemExit(f"byoc-evaluate: error: {' '.join(str(error).split())}") from error
     state.wait_for_everyone()
     state.destroy_process_group()
 
@@ -98,7 +97,7 @@ def run(args: argparse.Namespace, state: PartialState) -> None:
 
     # 2. every set of cells, measured and compared
     autoencoder = pipeline and autoencoder_of(pipeline)
-    real = real_cells(cells, autoencoder, fingerprint(pipeline) if pipeline else "")
+    real = real_cells(cells, autoencoder)
     sets, features = (generated, real), {}
     for cell_set in sets:
         features |= extract_features(cell_set, extractors, folder / "cache")
@@ -114,7 +113,7 @@ def run(args: argparse.Namespace, state: PartialState) -> None:
         notes += suspicions(features["generated"]["voxels"], features["real"]["voxels"], pipeline is None)
         results = Results(
             origin=args.pretrained or args.generated_dir,
-            is_phantoms=not (args.train_data_dir or args.dataset_name),
+            is_phantom=cells.is_phantom,
             sets=sets,
             features=features,
             names={kind: extractor.names for kind, extractor in extractors.items() if extractor.names},
@@ -130,7 +129,7 @@ def run(args: argparse.Namespace, state: PartialState) -> None:
 
 
 def load_pipeline(args: argparse.Namespace, device: torch.device) -> DiffusionPipeline:
-    return DiffusionPipeline.from_pretrained(args.pretrained, torch_dtype=getattr(torch, args.dtype)).to(device)
+    return DiffusionPipeline.from_pretrained(args.pretrained, dtype=getattr(torch, args.dtype)).to(device)
 
 
 def generated_cells(
@@ -147,16 +146,18 @@ def generated_cells(
         labels = [path.relative_to(folder).parts[0] for path in paths]
         return folder_cells(paths, cells.processor, labels if set(labels) <= set(cells.class_names) else None)
     class_names = [cells.class_names[label] for label in cells.labels] if has_classes(pipeline) else None
+    state = PartialState()
     paths = generate_cells(
         pipeline,
-        args.num_samples,
         Path(args.output_dir) / "generated",
-        args.seed,
-        args.num_inference_steps,
+        args.num_samples,
         class_names,
+        args.num_inference_steps,
+        args.seed,
         args.batch_size,
-        settings.channel_names,
-        settings.voxel_size_um,
+        voxel_size_um=settings.voxel_size_um,
+        share=(state.process_index, state.num_processes),
     )
+    state.wait_for_everyone()
     labels = None if class_names is None else [class_names[i % len(class_names)] for i in range(len(paths))]
     return folder_cells(paths, cells.processor, labels)

@@ -3,14 +3,14 @@
 Needs ``pip install "diffusers_byoc[train,metrics,viz]"``, and for the features of Med3D ``"diffusers_byoc[med3d]"``.
 """
 
+from .any_pipeline import autoencoder_of, channel_names_of, has_classes
 from .comparison import compare_rows
 from .features import FEATURES, Extractor, extract_features
 from .folds import MIN_CELLS, make_folds
-from .generation import autoencoder_of, channel_names_of, fingerprint, generate_cells, has_classes
 from .metric_table import METRICS, Comparison, Metric
 from .reconstruction import judge_reconstruction
 from .report import Results, write_report
-from .sets import CellSet, Variant, find_volumes, folder_cells, real_cells
+from .sets import CellSet, Variant, folder_cells, real_cells
 from .settings import EvaluationSettings
 from .suspicions import suspicions
 
@@ -30,10 +30,7 @@ __all__ = [
     "channel_names_of",
     "compare_rows",
     "extract_features",
-    "find_volumes",
-    "fingerprint",
     "folder_cells",
-    "generate_cells",
     "has_classes",
     "judge_reconstruction",
     "make_folds",

@@ -64,6 +64,9 @@ def _compare_features(sets, cells: CellSet, row: str, features, extractors, fold
     pool = training if _is_of_real(cells) else np.arange(cells.num_cells)
     num_cells = min(len(training), *(other.num_cells for other in sets))
     chosen = _generator(settings.seed, row, held_out[0]).choice(pool, num_cells, replace=False)
+    labels, real_cells = None, next(other for other in sets if other.name == REAL)
+    if cells.labels is not None and real_cells.labels is not None:
+        labels = np.array(real_cells.labels)[held_out], np.array(cells.labels)[chosen]
     metrics = {}
     for kind, extractor in extractors.items():
         real = features[REAL][kind]
@@ -74,6 +77,7 @@ def _compare_features(sets, cells: CellSet, row: str, features, extractors, fold
             names=extractor.names,
             is_real=row == REAL,
             settings=settings,
+            labels=labels,
         )
         metrics |= compute_metrics(kind, comparison)
     return metrics

@@ -20,6 +20,8 @@ from ..metrics import (
     measure_cells,
     morphology_features,
     segment_channel,
+    texture_features,
+    texture_names,
 )
 from ..whole_files import whole_or_absent
 from .sets import CellSet
@@ -66,6 +68,23 @@ def morphology(settings: EvaluationSettings) -> Extractor:
     return Extractor(identity, extract, MORPHOLOGY_NAMES)
 
 
+def texture(settings: EvaluationSettings) -> Extractor:
+    """Spectrum, co-occurrence, spots, wavelets of each channel, the nucleus in the nucleus, all else in the cell."""
+    cell, nucleus = find_channels(settings.channel_names)
+
+    def extract(volumes: np.ndarray) -> np.ndarray:
+        features = []
+        for volume in volumes:
+            masks = [segment_channel(volume[cell], settings.cell_threshold).mask] * len(volume)
+            if nucleus is not None:
+                masks[nucleus] = segment_channel(volume[nucleus]).mask
+            features.append(texture_features(volume, masks))
+        return np.stack(features)
+
+    names = texture_names(settings.channel_names)
+    return Extractor(f"texture {names} {cell} {nucleus} {settings.cell_threshold}", extract, names)
+
+
 def grid(settings: EvaluationSettings) -> Extractor:
     """Power at the frequencies of grids, stripes and chequers inside the cell."""
     cell, _ = find_channels(settings.channel_names)
@@ -93,7 +112,7 @@ def med3d(settings: EvaluationSettings) -> Extractor:
 
 
 #: Kind of features -> what makes its extractor.
-FEATURES = {"med3d": med3d, "morphology": morphology, "grid": grid, "voxels": voxels}
+FEATURES = {"med3d": med3d, "morphology": morphology, "texture": texture, "grid": grid, "voxels": voxels}
 
 
 def extract_features(

@@ -23,9 +23,11 @@ from ..metrics import (
     mmd_rbf,
     neighbour_metrics,
     standardize_features,
+    transfer_test,
     volume_classifier_test,
 )
 from ..metrics.spectrum import GRID_FREQUENCIES
+from .features import VOXEL_GRID
 from .settings import EvaluationSettings
 
 
@@ -39,6 +41,7 @@ class Comparison:
         training: (T, K) the other real cells: the scale of everything.
         names: K names, where each feature is a measurement of its own; see `Extractor`.
         is_real: the row is that of the real cells: `candidate` are some of `training`.
+        labels: classes of `real` and of `candidate`; None where nobody knows them.
         settings: of the evaluation.
     """
 
@@ -48,6 +51,7 @@ class Comparison:
     names: tuple[str, ...] | None
     is_real: bool
     settings: EvaluationSettings
+    labels: tuple[np.ndarray, np.ndarray] | None = None
     _found: dict = field(default_factory=dict)
 
     @cached_property
@@ -119,7 +123,7 @@ def copies(comparison: Comparison):
     samples, new = comparison.candidate, comparison.real
     if comparison.is_real:  # which are training cells: one half of the new ones takes the samples' part
         samples, new = comparison.real[::2], comparison.real[1::2]
-    return memorisation(samples, comparison.training, new)
+    return memorisation(samples, comparison.training, new, VOXEL_GRID)
 
 
 def grids(comparison: Comparison) -> dict[str, float]:
@@ -129,6 +133,15 @@ def grids(comparison: Comparison) -> dict[str, float]:
         return dict.fromkeys(("excess_2", "share_2", "excess_4", "share_4"), np.nan)
     tests = grid_test(excesses)
     return {f"{name}_{test.period}": getattr(test, name) for test in tests for name in ("excess", "share")}
+
+
+def classes(comparison: Comparison):
+    """Trees that learned the classes from the row's cells name those of held-out real ones."""
+    if comparison.labels is None or len(np.unique(comparison.labels[1])) < 2:
+        return np.nan, np.nan, np.nan
+    real, candidate = comparison.labels
+    test = transfer_test(comparison.candidate, candidate, comparison.real, real, seed=comparison.settings.seed)
+    return with_interval(test)
 
 
 def trees(comparison: Comparison):
@@ -145,9 +158,9 @@ def with_interval(test) -> tuple[float, float, float]:
     return (test.accuracy, *test.interval)
 
 
-TITLES = {"med3d": "Med3D", "morphology": "morphology"}  # of the kinds that share a metric
+TITLES = {"med3d": "Med3D", "morphology": "morphology", "texture": "texture"}  # of the kinds that share a metric
 VECTORS = tuple(TITLES)
-MEASUREMENTS = ("morphology",)
+MEASUREMENTS = ("morphology", "texture")
 
 # fmt: off
 METRICS = (
@@ -164,6 +177,8 @@ METRICS = (
            lambda c: differing_share(c.once(columns))),
     Metric("classifier_accuracy", "accuracy of telling it from real, trees", "0.5", MEASUREMENTS, trees,
            is_drawn=True),
+    Metric("class_accuracy", "accuracy of naming the class of real cells, trees that learned from these", "as real",
+           MEASUREMENTS, classes),
     Metric("nucleus_inside_share", "share of the nucleus inside the cell", "as real", ("morphology",),
            lambda c: c.once(consistency).nucleus_inside_share),
     Metric("one_nucleus_share", "share of cells with one nucleus, inside", "as real", ("morphology",),

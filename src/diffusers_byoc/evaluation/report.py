@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..metrics import FeatureComparison, compare_features, memorisation
+from ..metrics import FeatureComparison, compare_features, memorisation, turn
 from ..visualization import compare_pairs, compare_volumes, feature_distributions, metric_bars, write_png
 from ..whole_files import whole_or_absent
+from .features import VOXEL_GRID
 from .metric_table import KINDS, METRICS
 from .sets import GENERATED, REAL, CellSet
 
@@ -21,7 +22,7 @@ class Results:
 
     Args:
         origin: what made the generated cells, as a reader of the page names it.
-        is_phantoms: the "real" cells are phantoms.
+        is_phantom: the "real" cells are phantoms.
         sets: generated cells and real ones.
         features: row -> kind -> (N, K).
         names: kind -> names of its features, of the kinds whose features have some.
@@ -35,7 +36,7 @@ class Results:
     """
 
     origin: str
-    is_phantoms: bool
+    is_phantom: bool
     sets: Sequence[CellSet]
     features: Mapping[str, Mapping[str, np.ndarray]]
     names: Mapping[str, Sequence[str]]
@@ -95,11 +96,11 @@ def _page(results: Results, summary: Mapping, comparisons: Mapping, figures: Map
         "# Evaluation",
         "",
         f"{num_cells[GENERATED]} cells of `{results.origin}` against {num_cells[REAL]}"
-        f" {kind if results.is_phantoms else 'real ones'}. Mean ± standard deviation over {len(results.folds)}"
-        " fold(s); every column is compared with the same held-out cells, in equal numbers. *real*: the other real cells,"
-        " the best that can be reached. Obviously bad generators: *blurred* (σ = 2 voxels) and, of several channels,"
-        " *shuffled channels* (each from another cell). *encoded and decoded*: what the pipeline's autoencoder makes"
-        " of real cells, if it has one.",
+        f" {kind if results.is_phantom else 'real ones'}. Mean ± standard deviation over {len(results.folds)}"
+        " fold(s); every column is compared with the same held-out cells, in equal numbers. *real*: the other real"
+        " cells, the best that can be reached. Obviously bad generators: *blurred* (σ = 2 voxels) and, of several"
+        " channels, *shuffled channels* (each from another cell). *encoded and decoded*: what the pipeline's"
+        " autoencoder makes of real cells, if it has one.",
         "",
         *(line for note in results.notes for line in (f"> {note}", "")),
         "| metric | good is | " + " | ".join(summary) + " |",
@@ -173,13 +174,14 @@ def _write_figures(output_dir: Path, results: Results, comparisons: Mapping) -> 
         write(f"Measurements of {kind}, real and generated; corrected p", f"distributions_{kind}.png", figure)
     sets = {cells.name: cells for cells in results.sets}
     generated, real = features[GENERATED]["voxels"], features[REAL]["voxels"]
-    found = memorisation(generated, real, generated[:1])  # the baseline is of no use here, the pairs are
+    found = memorisation(generated, real, generated[:1], VOXEL_GRID)  # the baseline is of no use here, the pairs are
     closest = np.argsort(found.distances)[:8]
+    samples = zip(sets[GENERATED].volumes(closest), found.poses[closest], strict=True)
     pairs = compare_pairs(
-        sets[GENERATED].volumes(closest),
+        np.stack([turn(volume, pose) for volume, pose in samples]),
         sets[REAL].volumes(found.nearest[closest]),
         [f"distance {found.distances[index]:.2f}" for index in closest],
-        headings=("generated", "nearest real cell"),
+        headings=("generated, turned", "nearest real cell"),
         channel_names=results.channel_names,
         voxel_size_um=results.voxel_size_um,
     )

@@ -10,8 +10,8 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from ..data import CellDataset, VolumeProcessor, read_volume
-from ..data.cells import check_channel_order, preprocess
-from ..data.files import VOLUME_SUFFIXES
+from ..data.sets.cells import check_channel_order, preprocess
+from ..models.fingerprint import fingerprint_weights
 
 
 REAL, GENERATED = "real", "generated"
@@ -59,33 +59,22 @@ class CellSet:
         return self.variants[row].change(volumes) if row in self.variants else volumes
 
 
-def real_cells(cells: CellDataset, autoencoder: torch.nn.Module | None = None, fingerprint: str = "") -> CellSet:
+def real_cells(cells: CellDataset, autoencoder: torch.nn.Module | None = None) -> CellSet:
     """Real cells; what an autoencoder makes of them; and two obviously bad generators.
 
     Args:
         cells: the data set.
         autoencoder: of the pipeline that is judged: how much of the gap is its own.
-        fingerprint: of that pipeline.
     """
     variants = {}
     if autoencoder is not None:
-        variants["encoded and decoded"] = Variant(f"decoded {fingerprint}", partial(_encode_and_decode, autoencoder))
+        identity = f"decoded {fingerprint_weights(autoencoder, dict(autoencoder.config))}"
+        variants["encoded and decoded"] = Variant(identity, partial(_encode_and_decode, autoencoder))
     if cells.processor.config.num_channels > 1:
         variants["shuffled channels"] = Variant("shuffled", _shuffle_channels)
     variants["blurred"] = Variant(f"blurred {BLUR}", _blur)
     labels = tuple(cells.class_names[label] for label in cells.labels)
     return CellSet(REAL, len(cells), lambda index: ((cells[index]["volumes"] + 1) / 2).numpy(), labels, variants)
-
-
-def find_volumes(folder: Path) -> list[Path]:
-    """All volumes below a folder, hidden files and folders left out."""
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in VOLUME_SUFFIXES
-        and not path.is_dir()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
 
 
 def folder_cells(paths: Sequence[Path], processor: VolumeProcessor, labels: Sequence[str] | None = None) -> CellSet:

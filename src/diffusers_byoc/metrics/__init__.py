@@ -16,15 +16,19 @@ from .morphology import (
     morphology_features,
 )
 from .neighbours import Memorisation, NeighbourMetrics, memorisation, neighbour_metrics
+from .poses import POSES, turn
 from .reconstruction import CodebookUsage, ReconstructionQuality, codebook_usage, reconstruction_quality
 from .segmentation import Segmentation, segment_channel
 from .spectrum import GridTest, grid_excess, grid_test, radial_spectrum
+from .texture import texture_features, texture_names
+from .transfer import TransferTest, transfer_test
 from .two_sample import ClassifierTest, FeatureComparison, classifier_test, compare_features
 from .volume_classifier import volume_classifier_test
 
 
 __all__ = [
     "MORPHOLOGY_NAMES",
+    "POSES",
     "CellMorphology",
     "ChannelConsistency",
     "ClassifierTest",
@@ -37,6 +41,7 @@ __all__ = [
     "NeighbourMetrics",
     "ReconstructionQuality",
     "Segmentation",
+    "TransferTest",
     "channel_consistency",
     "classifier_test",
     "codebook_usage",
@@ -59,6 +64,10 @@ __all__ = [
     "reconstruction_quality",
     "segment_channel",
     "standardize_features",
+    "texture_features",
+    "texture_names",
+    "transfer_test",
+    "turn",
     "volume_classifier_test",
 ]
 

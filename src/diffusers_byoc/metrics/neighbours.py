@@ -14,6 +14,7 @@ import numpy as np
 
 from ..optional import optional
 from .feature_sets import check_features, check_pair
+from .poses import nearest_in_any_pose
 
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ class Memorisation:
     Attributes:
         distances: (N,) distance of each sample to its nearest training cell.
         nearest: (N,) index of that training cell.
+        poses: (N,) the pose in which the sample is nearest to it, for `turn`; 0, as it is, unless poses were tried.
         held_out_distances: (H,) distance of each held-out cell to its nearest training cell.
         distance_ratio: median of the first over median of the last; near 1 for new cells, 0 for copies.
         near_share: share in [0, 1] of the samples that lie nearer to a training cell than all but 5 % of the held-out
@@ -101,22 +103,30 @@ class Memorisation:
 
     distances: np.ndarray
     nearest: np.ndarray
+    poses: np.ndarray
     held_out_distances: np.ndarray
     distance_ratio: float
     near_share: float
     p_value: float
 
 
-def memorisation(samples: Features, training: Features, held_out: Features) -> Memorisation:
+def memorisation(
+    samples: Features, training: Features, held_out: Features, cube_size: int | None = None
+) -> Memorisation:
     """Compare how near samples and held-out cells come to the training cells.
 
     A small distance alone says nothing, as real cells resemble each other too; held-out cells show how much. They
     must be of the kind of the training cells but not among them.
 
+    A generator that was trained on turned and mirrored cells may copy a cell in any pose. Where the features are
+    voxels, `cube_size` says so, and the distance is the smallest in all 48 poses of the cube, of samples and of
+    held-out cells alike.
+
     Args:
         samples: (N, K) finite features of generated cells.
         training: (T, K) of the cells the generator was trained on.
         held_out: (H, K) of cells it never saw.
+        cube_size: S, where the features are the voxels of M cubes (K = M S³); None where poses mean nothing.
 
     Returns:
         Distances, the training cell nearest to each sample, and their summary.
@@ -127,9 +137,14 @@ def memorisation(samples: Features, training: Features, held_out: Features) -> M
     """
     samples, training = check_pair(samples, training, min_cells=1)
     held_out = check_features(held_out, "held_out", min_cells=1)
-    search = optional("sklearn.neighbors", "metrics").NearestNeighbors(n_neighbors=1).fit(training)
-    distances, nearest = (column[:, 0] for column in search.kneighbors(samples))
-    held_out_distances = search.kneighbors(held_out)[0][:, 0]
+    if cube_size is None:
+        search = optional("sklearn.neighbors", "metrics").NearestNeighbors(n_neighbors=1).fit(training)
+        distances, nearest = (column[:, 0] for column in search.kneighbors(samples))
+        poses = np.zeros(len(samples), int)
+        held_out_distances = search.kneighbors(held_out)[0][:, 0]
+    else:
+        distances, nearest, poses = nearest_in_any_pose(samples, training, cube_size)
+        held_out_distances = nearest_in_any_pose(held_out, training, cube_size)[0]
     typical = np.median(held_out_distances)
     if typical == 0:
         raise ValueError(
@@ -139,6 +154,7 @@ def memorisation(samples: Features, training: Features, held_out: Features) -> M
     return Memorisation(
         distances=distances,
         nearest=nearest,
+        poses=poses,
         held_out_distances=held_out_distances,
         distance_ratio=float(np.median(distances) / typical),
         near_share=float((distances < np.quantile(held_out_distances, NEAR_QUANTILE)).mean()),

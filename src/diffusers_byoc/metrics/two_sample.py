@@ -14,6 +14,7 @@ import numpy as np
 
 from ..optional import optional
 from .feature_sets import check_pair
+from .trees import train_trees
 
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ class ClassifierTest:
 def classifier_test(real: Features, generated: Features, num_folds: int = 5, seed: int = 0) -> ClassifierTest:
     """Train gradient-boosted trees to tell generated cells from real ones, by their features.
 
-    Trees need no scaling, and take a missing value for what it is. Of the larger set a sample of the smaller's size
+    Of the larger set a sample of the smaller's size
     takes part, so that guessing gives 0.5.
 
     Args:
@@ -130,14 +131,9 @@ def classifier_test(real: Features, generated: Features, num_folds: int = 5, see
         ImportError: if scikit-learn or SciPy is missing.
     """
     real, generated = check_pair(real, generated, min_cells=num_folds, allow_nan=True)
-    ensemble = optional("sklearn.ensemble", "metrics")
 
     def judge(training, is_generated, judged, fold):
-        # at fewer than 20 cells a leaf, the default, trees of few cells would have no branch
-        trees = ensemble.HistGradientBoostingClassifier(
-            min_samples_leaf=min(20, len(training) // 10), random_state=seed
-        )
-        return trees.fit(training, is_generated).predict(judged)
+        return train_trees(training, is_generated, seed)(judged)
 
     return cross_validated_test(real, generated, judge, num_folds, seed)
 
