@@ -129,7 +129,9 @@ def run(args: argparse.Namespace, state: PartialState) -> None:
 
 
 def load_pipeline(args: argparse.Namespace, device: torch.device) -> DiffusionPipeline:
-    return DiffusionPipeline.from_pretrained(args.pretrained, dtype=getattr(torch, args.dtype)).to(device)
+    pipeline = DiffusionPipeline.from_pretrained(args.pretrained, dtype=getattr(torch, args.dtype)).to(device)
+    pipeline.set_progress_bar_config(disable=True)  # the series of cells has one
+    return pipeline
 
 
 def generated_cells(

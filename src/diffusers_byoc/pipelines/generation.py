@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
+from tqdm.auto import tqdm
 
 from ..data import write_volume
 from ..models.fingerprint import fingerprint_weights
@@ -79,7 +80,7 @@ def generate_cells(
 
     paths = [folder / f"cell_{index:06}{suffix}" for index in range(num_samples)]
     missing = [index for index in range(num_samples)[share[0] :: share[1]] if not paths[index].exists()]
-    for start in range(0, len(missing), batch_size):
+    for start in tqdm(range(0, len(missing), batch_size), "Generating", unit="batch", disable=share[0] > 0):
         batch = missing[start : start + batch_size]
         arguments = {"num_samples": len(batch), "generator": [cell_generator(seed, index) for index in batch]}
         if num_inference_steps is not None:
