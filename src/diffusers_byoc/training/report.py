@@ -1,6 +1,5 @@
 """Generate cells from a trained pipeline and write what a person wants: a picture, the volumes, a page of numbers."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ..data import Cells, write_volume
-from ..metrics import CellMorphology, measure_cells
+from ..metrics import CellMorphology, find_channels, measure_cells
 from ..pipelines import BYOCPipeline
 from ..visualization import compare_volumes, surface_library, write_png
 from .losses import reconstruction_loss
@@ -25,7 +24,7 @@ def write_report(
 ) -> None:
     """Generate cells into `output_dir`: cells.png, surfaces.png, volumes/*.ome.tif and report.md.
 
-    Cell and nucleus are measured where the pipeline has channels of these names.
+    Cell and nucleus are measured in the channels that `find_channels` finds.
 
     Args:
         pipeline: on the device to generate on.
@@ -69,21 +68,10 @@ def write_report(
         write_volume(output_dir / "volumes" / f"cell_{index:03}.ome.tif", volume, voxel_size_um, channel_names)
 
     # 2. numbers
-    channels = cell_and_nucleus(channel_names)
-    if channels is None:
-        numbers = [f"Nothing was measured: of {', '.join(channel_names)}, none or one is called cell or nucleus."]
-    else:
-        thresholds, otsu = (cell_threshold, None), "Otsu's threshold"
-        threshold = otsu if cell_threshold is None else f"{cell_threshold} (cell) and {otsu} (nucleus)"
-        numbers = [
-            f"| cells | cell volume, {unit} | nucleus volume, {unit} | nucleus to cell | nucleus inside |"
-            " one connected cell |",
-            "| --- | --- | --- | --- | --- | --- |",
-            _row(f"real {origin} ({len(real)})", measure_cells(real, spacing, thresholds, *channels)),
-            _row(f"generated ({len(generated)})", measure_cells(generated, spacing, thresholds, *channels)),
-            "",
-            f"Mean and standard deviation over the cells; the last column counts them. Segmented by {threshold}.",
-        ]
+    channels = find_channels(channel_names)
+    measured_in = [channel_names[channel] for channel in channels if channel is not None]
+    thresholds, otsu = (cell_threshold, None), "Otsu's threshold"
+    threshold = otsu if cell_threshold is None else f"{cell_threshold} (cell) and {otsu} (nucleus)"
     lines = [
         "# BYOC report",
         "",
@@ -98,19 +86,20 @@ def write_report(
         f"Reconstruction error of 8 training cells (mean squared, volumes in [-1, 1]): "
         f"{reconstruction_loss(reconstruction, real_cells[:8]).item():.5f}.",
         "",
-        *numbers,
+        f"| cells | cell volume, {unit} | nucleus volume, {unit} | nucleus to cell | nucleus inside |"
+        " one connected cell |",
+        "| --- | --- | --- | --- | --- | --- |",
+        _row(f"real {origin} ({len(real)})", measure_cells(real, spacing, thresholds, *channels)),
+        _row(f"generated ({len(generated)})", measure_cells(generated, spacing, thresholds, *channels)),
+        "",
+        f"Mean and standard deviation over the cells; the last column counts them. Measured in the channels"
+        f" {', '.join(measured_in)}; segmented by {threshold}.",
         ""
         if voxel_size_um
         else "The cells' voxel sizes are unknown or differ: lengths are in voxels, bars as if of 1 µm.",
     ]
     (output_dir / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"Wrote {output_dir / 'report.md'}, {output_dir / 'cells.png'} and {len(generated)} volumes.")
-
-
-def cell_and_nucleus(channel_names: Sequence[str]) -> tuple[int, int] | None:
-    """Positions of the channels of these names, in any order and among any others; None if one is missing."""
-    names = [name.lower() for name in channel_names]
-    return (names.index("cell"), names.index("nucleus")) if {"cell", "nucleus"} <= set(names) else None
 
 
 def _row(name: str, measured: list[CellMorphology]) -> str:
