@@ -72,7 +72,8 @@ def test_what_is_missing_is_made_and_nothing_else(tmp_path):
     generate(tmp_path, "--num_samples", 3)
     first = {path.name: path.read_bytes() for path in tmp_path.glob("*.ome.tif")}
     (tmp_path / "cell_000001.ome.tif").unlink()
-    (tmp_path / f"{TEMPORARY_PREFIX}00000000-cell_000002.ome.tif").write_bytes(b"half of one")
+    (tmp_path / f"{TEMPORARY_PREFIX}x").mkdir()
+    (tmp_path / f"{TEMPORARY_PREFIX}x" / "cell_000002.ome.tif").write_bytes(b"half of one")
     kept = (tmp_path / "cell_000000.ome.tif").stat().st_mtime_ns
     generate(tmp_path, "--num_samples", 4)
     assert (tmp_path / "cell_000000.ome.tif").stat().st_mtime_ns == kept
