@@ -8,8 +8,12 @@ from setuptools import find_packages, setup
 readme = Path(__file__).parent / "README.md"
 
 extras = {
-    # volumes from TIFF, .npy and Hugging Face data sets; phantom cells
-    "data": ["tifffile>=2024.8.10", "scipy>=1.11", "pandas>=2.1", "datasets>=3.0", "filelock>=3.12", "tqdm>=4.66"],
+    # volumes and stacks from TIFF (imagecodecs: LZW and zstd, as microscopes write), .npy and Hugging Face data sets;
+    # phantom cells
+    "data": [
+        *("tifffile>=2024.8.10", "imagecodecs>=2024.6.1", "dask>=2024.8", "scipy>=1.11", "pandas>=2.1"),
+        *("datasets>=3.0", "filelock>=3.12", "tqdm>=4.66"),
+    ],
     # segmentation and shape of cells, distances between sets of cells, tests
     "metrics": ["scipy>=1.11", "scikit-image>=0.22", "scikit-learn>=1.5", "trimesh>=4.5", "PyWavelets>=1.5"],
     # Med3D features, the paper's FID
@@ -21,15 +25,21 @@ extras = {
     # LoRA fine-tuning on few cells
     "lora": ["peft>=0.15"],
     # volumes to and from OME-Zarr
-    "zarr": ["ome-zarr>=0.10", "zarr>=2.18"],
+    "zarr": ["ome-zarr>=0.10", "zarr>=2.18", "dask>=2024.8"],
+    # volumes to and from NIfTI, from Imaris
+    "nifti": ["nibabel>=5.2"],
+    "imaris": ["h5py>=3.10"],
+    # byoc-prepare on the workers of a cluster
+    "dask": ["dask>=2024.8", "distributed>=2024.8"],
 }
 extras["train"] = ["accelerate>=1.1", "tensorboard>=2.15", *extras["data"]]
 extras["all"] = sorted({requirement for requirements in extras.values() for requirement in requirements})
 # Microscopes' own formats. Not in "all": bioio-czi is under the GPL, and so is what bioio-lif before 2.0 brings.
-free_readers = ["bioio>=3.0", "bioio-ome-tiff>=1.1", "bioio-ome-zarr>=1.2", "bioio-tifffile>=1.3", "bioio-nd2>=1.0"]
+free_readers = ["bioio>=3.0", "bioio-nd2>=1.0"]
 extras["bioio"] = [*free_readers, "bioio-czi>=2.0", "bioio-lif>=1.4"]
 checks = ["pytest>=8.0", "pytest-timeout>=2.3", "hypothesis>=6.100", "torchmetrics>=1.5", "wandb>=0.18"]
-extras["test"] = [*checks, *free_readers, *extras["all"]]
+others_readers = ["bioio-ome-tiff>=1.1", "bioio-ome-zarr>=1.2", "bioio-tifffile>=1.3"]  # of what is written here
+extras["test"] = [*checks, *free_readers, *others_readers, *extras["all"]]
 # what this package is timed against (docs/performance.md), and what MedicalDiffusion's own code imports
 extras["benchmarks"] = [
     "monai>=1.4",
@@ -62,6 +72,7 @@ setup(
         "console_scripts": [
             "byoc-evaluate = diffusers_byoc.commands.evaluate:main",
             "byoc-generate = diffusers_byoc.commands.generate:main",
+            "byoc-prepare = diffusers_byoc.commands.prepare:main",
             "byoc-train = diffusers_byoc.commands.train:main",
         ]
     },

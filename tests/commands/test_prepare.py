@@ -2,7 +2,6 @@
 
 import csv
 import errno
-import importlib
 import json
 import os
 import re
@@ -278,7 +277,7 @@ def test_ome_zarr(plate, prepare, main):
     [
         (["--margin_um", "1"], "margin_um = 2.0, got 1.0"),
         (["--channels", "cell=2", "nucleus=1"], "channels"),
-        (["--images", "my plates/p1/*", "--labels", "masks/p1/*", "--metadata", "p1.csv"], "stacks of cells in --images"),
+        (["--images", "my plates/p1/*", "--labels", "masks/p1/*", "--metadata", "p1.csv"], "all stacks of cells"),
     ],
 )
 def test_other_arguments_need_another_folder(plate, prepare, more, message):

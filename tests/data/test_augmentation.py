@@ -219,8 +219,8 @@ def test_bad_draws(options):
     [
         ((2, 2, 4, 4, 5), 2, (2, 2), "cubes"),
         ((2, 4, 4, 4), 2, (2, 2), "cubes"),
-        ((2, 2, 4, 4, 4), 3, (2, 2), "drawn for"),
-        ((2, 2, 4, 4, 4), 2, (2, 3), "drawn for"),
+        ((2, 2, 4, 4, 4), 3, (2, 2), "Draw them for this batch"),
+        ((2, 2, 4, 4, 4), 2, (2, 3), "Draw them for this batch"),
     ],
 )
 def test_bad_batches(shape, num_poses, gammas_shape, match):

@@ -126,7 +126,7 @@ def test_extents_agree(source_um, target_um):
         (np.ones((1, 5, 5, 5)), (0.0, 2.0), "voxel_size_um"),
         (np.ones((1, 5, 5, 5)), (1.0, (1.0, 2.0)), "voxel_size_um"),
         (np.ones((1, 5, 5, 5)), (1.0, 2.0, 3), "`order`"),
-        (np.ones((1, 50, 50, 50)), (650.0, 1.0), "check the units"),
+        (np.ones((1, 50, 50, 50)), (650.0, 1.0), "Check the units"),
     ],
 )
 def test_refusals(data, arguments, match):

@@ -38,7 +38,7 @@ def judge(folder, real_volumes, generated_volumes, channel_names, classifier_cel
     cells = CellFolder(folder / "cells", processor)
     settings = EvaluationSettings(
         channel_names=channel_names,
-        features=("morphology",),
+        features=("morphology", "texture"),
         classifier_cells=classifier_cells,
     )
     extractors = {kind: FEATURES[kind](settings) for kind in FEATURES if kind != "med3d"}
@@ -62,12 +62,14 @@ def test_every_metric_stands_in_every_column_and_in_the_page(volumes, tmp_path):
     found, page, record = judge(tmp_path, volumes[:28], volumes[28:], ("cell", "nucleus"), classifier_cells=6)
     assert len(found) == 2 and list(found[0]) == ["generated", "real", "shuffled channels", "blurred"]
     keys = {f"{kind}/{metric.name}" for metric in METRICS for kind in metric.kinds if kind != "med3d"}
+    undefined = {"morphology/class_accuracy", "texture/class_accuracy"}  # of cells without classes
     for fold in found:
         for row, values in fold.items():
             assert keys <= set(values), row
     for metric in METRICS:
         for kind in metric.kinds:
-            assert (f"| {metric.title_of(kind)} | {metric.good} |" in page) == (kind != "med3d"), (kind, metric.name)
+            is_shown = kind != "med3d" and f"{kind}/{metric.name}" not in undefined
+            assert (f"| {metric.title_of(kind)} | {metric.good} |" in page) == is_shown, (kind, metric.name)
     assert "| generated | real | shuffled channels | blurred |" in page and "> A note." in page
     summary = record["summary"]
     assert summary["blurred"]["morphology/frechet"]["mean"] > 5 * summary["real"]["morphology/frechet"]["mean"]
@@ -100,6 +102,22 @@ def test_a_new_row_of_the_table_reaches_the_results_and_the_page(volumes, tmp_pa
     found, page, _ = judge(tmp_path, volumes[:28], volumes[28:], ("cell", "nucleus"))
     assert abs(found[0]["real"]["voxels/mean_offset"]) < 0.05
     assert "| offset of the means | 0 |" in page
+
+
+def test_classes_are_learned_from_a_row_and_named_in_held_out_real_cells():
+    generator = np.random.default_rng(0)
+    labels = np.tile(["a", "b"], 30)
+    real, good, bad = generator.normal(size=(3, 60, 2))
+    real[labels == "b"] += 6
+    good[labels == "b"] += 6
+
+    def accuracy(candidate, labels):
+        comparison = Comparison(real, candidate, real, ("x", "y"), False, EvaluationSettings(), labels)
+        return metric_table.compute_metrics("texture", comparison)["texture/class_accuracy"]
+
+    assert accuracy(good, (labels, labels)) > 0.95
+    assert accuracy(bad, (labels, labels)) < 0.8
+    assert np.isnan(accuracy(good, None)) and np.isnan(accuracy(good, (labels, np.repeat("a", 60))))
 
 
 def test_functions_that_several_rows_share_are_called_once():

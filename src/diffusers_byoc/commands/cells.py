@@ -20,9 +20,7 @@ from ..data.sets.folder import METADATA_NAME
 from .data_arguments import SPLIT_NAME
 
 
-def read_cells(
-    args: argparse.Namespace, channel_names: tuple[str, ...], streaming: bool = False
-) -> Cells:
+def read_cells(args: argparse.Namespace, channel_names: tuple[str, ...], streaming: bool = False) -> Cells:
     """All cells that `args` name, not split, as volumes of these channels.
 
     Args:

@@ -97,7 +97,7 @@ def run(args: argparse.Namespace, state: PartialState) -> None:
 
     # 2. every set of cells, measured and compared
     autoencoder = pipeline and autoencoder_of(pipeline)
-    real = real_cells(cells, autoencoder)
+    real = real_cells(cells, autoencoder, pipeline if getattr(pipeline, "texture_unet", None) else None)
     sets, features = (generated, real), {}
     for cell_set in sets:
         features |= extract_features(cell_set, extractors, folder / "cache")

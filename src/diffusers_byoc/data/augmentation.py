@@ -43,9 +43,9 @@ def draw_augmentation(
         ValueError: if an argument is out of range.
     """
     if rotation not in ROTATIONS:
-        raise ValueError(f"`rotation` must be one of {', '.join(ROTATIONS)}, got {rotation!r}")
+        raise ValueError(f"Expected `rotation` {', '.join(ROTATIONS)}, got {rotation!r}. Choose one.")
     if not 0 <= intensity_jitter <= 1:
-        raise ValueError(f"`intensity_jitter` must lie in [0, 1], got {intensity_jitter}")
+        raise ValueError(f"Expected `intensity_jitter` in [0, 1], got {intensity_jitter}. Correct it.")
     exponents = torch.rand(num_cells, num_channels, generator=generator) * 2 - 1
     gammas = (1 + intensity_jitter) ** exponents
 
@@ -88,11 +88,11 @@ def augment_cells(volumes: Tensor, poses: Tensor, gammas: Tensor) -> Tensor:
         ValueError: if the shapes do not fit each other, or the volumes are not cubes.
     """
     if volumes.ndim != 5 or len(set(volumes.shape[2:])) != 1:
-        raise ValueError(f"`volumes` must have shape (B, M, S, S, S), got {tuple(volumes.shape)}; pad them to cubes")
+        raise ValueError(f"Expected volumes (B, M, S, S, S), got {tuple(volumes.shape)}. Pad them to cubes.")
     if poses.shape != (len(volumes), 3, 3) or gammas.shape != volumes.shape[:2]:
         raise ValueError(
-            f"`poses` and `gammas` must be drawn for {tuple(volumes.shape[:2])} cells and channels, got"
-            f" {tuple(poses.shape)} and {tuple(gammas.shape)}"
+            f"Expected `poses` and `gammas` for {tuple(volumes.shape[:2])} cells and channels, got"
+            f" {tuple(poses.shape)} and {tuple(gammas.shape)}. Draw them for this batch."
         )
     poses = poses.cpu()  # where every cell's decides what is done with it
     quarter_turns = _nearest_quarter_turns(poses)

@@ -17,7 +17,7 @@ SAME_SIZE = 1e-3  # voxel sizes that differ by less are equal: 64 voxels are the
 
 @dataclass(frozen=True)
 class PreprocessingRecord:
-    """What `VolumeProcessor` did to one crop; all that `restore` needs. JSON takes it as `dataclasses.asdict`.
+    """What `VolumeProcessor` did to one crop. JSON takes it as `dataclasses.asdict`.
 
     Args:
         shape: (d, h, w) of the crop.
@@ -37,7 +37,7 @@ class PreprocessingRecord:
 
 
 class VolumeProcessor(ConfigMixin):
-    r"""Raw crops of any size and dtype ↔ (M, S, S, S) in [-1, 1].
+    r"""Raw crops of any size and dtype to (M, S, S, S) in [-1, 1].
 
     The same object serves training, sampling and evaluation, and is saved beside the pipeline:
     ``processor.save_config(folder)``, ``VolumeProcessor.from_config(VolumeProcessor.load_config(folder))``.
@@ -53,7 +53,7 @@ class VolumeProcessor(ConfigMixin):
        background (-1). If the voxel size is that of the crop, voxels are copied; otherwise they are interpolated
        linearly, and smoothed first where they grow (see `resample_volume`).
 
-    What was done to a crop is its `PreprocessingRecord` (`preprocess_with_record`), and `restore` is the way back.
+    What was done to a crop is its `PreprocessingRecord` (`preprocess_with_record`).
 
     Args:
         sample_size: edge S of the cube in voxels.
@@ -92,33 +92,36 @@ class VolumeProcessor(ConfigMixin):
         oversize: str = "error",
     ):
         if sample_size < 1:
-            raise ValueError(f"`sample_size` must be positive, got {sample_size}")
+            raise ValueError(f"Expected `sample_size` of at least 1, got {sample_size}. Raise it.")
         if num_channels < 1 or len(channel_names) != num_channels:
             raise ValueError(
-                f"`channel_names` must name every channel: expected {num_channels} names, got {tuple(channel_names)}"
+                f"Expected {num_channels} names in `channel_names`, got {tuple(channel_names)}. Name every channel."
             )
         if normalization not in ("percentile", "minmax", "fixed"):
-            raise ValueError(f"`normalization` must be 'percentile', 'minmax' or 'fixed', got {normalization!r}")
+            raise ValueError(
+                f"Expected `normalization` 'percentile', 'minmax' or 'fixed', got {normalization!r}. Choose one."
+            )
         if oversize not in ("error", "rescale", "crop"):
-            raise ValueError(f"`oversize` must be 'error', 'rescale' or 'crop', got {oversize!r}")
+            raise ValueError(f"Expected `oversize` 'error', 'rescale' or 'crop', got {oversize!r}. Choose one.")
         low, high = percentiles
         if not 0 <= low < high <= 100:
-            raise ValueError(f"`percentiles` must satisfy 0 <= low < high <= 100, got {tuple(percentiles)}")
+            raise ValueError(f"Expected `percentiles` 0 <= low < high <= 100, got {tuple(percentiles)}. Correct them.")
         if (normalization == "fixed") != (intensity_range is not None):
             raise ValueError(
-                f"`intensity_range` goes with normalization='fixed' and only with it, got {intensity_range} with"
-                f" {normalization!r}"
+                f"Expected `intensity_range` with normalization='fixed' and only with it, got {intensity_range} with"
+                f" {normalization!r}. Give both or none."
             )
         if intensity_range is not None:
             try:
                 self.intensity_ranges = np.broadcast_to(np.asarray(intensity_range, np.float64), (num_channels, 2))
-            except ValueError as err:
+            except ValueError as error:
                 raise ValueError(
-                    f"`intensity_range` must be (low, high) or {num_channels} of them, got {intensity_range}"
-                ) from err
+                    f"Expected `intensity_range` (low, high) or {num_channels} of them, got {intensity_range}. Correct"
+                    " it."
+                ) from error
             spans = np.diff(self.intensity_ranges)
             if not (np.isfinite(spans) & (spans > 0)).all():
-                raise ValueError(f"`intensity_range` must satisfy low < high, got {intensity_range}")
+                raise ValueError(f"Expected `intensity_range` with low < high, got {intensity_range}. Correct it.")
         self.voxel_size_um = None if voxel_size_um is None else voxel_size_triple(voxel_size_um)
 
     def preprocess(
@@ -169,14 +172,14 @@ class VolumeProcessor(ConfigMixin):
         longest, shrinking = max(lengths), 1.0
         if round(longest) > size and self.config.oversize == "error":
             raise ValueError(
-                f"a cell of {tuple(round(length) for length in lengths)} voxels (z, y, x) is larger than the cube of"
-                f" {size}³; choose oversize='rescale' to shrink it, oversize='crop' to cut it, or sample_size >="
-                f" {round(longest)}"
+                f"Expected a cell of at most {size}³ voxels, got {tuple(round(length) for length in lengths)} (z, y,"
+                " x). Choose oversize='rescale' to shrink it, oversize='crop' to cut it, or sample_size >="
+                f" {round(longest)}."
             )
         if longest < 1:
             raise ValueError(
-                f"a cell of {is_cell.shape} voxels of {voxel_size_um} µm is smaller than one voxel of"
-                f" {self.voxel_size_um} µm; check the units of both"
+                f"Expected a cell of at least one voxel of {self.voxel_size_um} µm, got {is_cell.shape} voxels of"
+                f" {voxel_size_um} µm. Check the units of both."
             )
         if round(longest) > size and self.config.oversize == "rescale":
             shrinking = longest / size
@@ -199,41 +202,6 @@ class VolumeProcessor(ConfigMixin):
         cube_um = cube_um and tuple(edge * shrinking for edge in cube_um)
         return cube, PreprocessingRecord(is_cell.shape, dtype, ranges, start, step, cube_um)
 
-    def restore(self, volume: np.ndarray | Tensor, record: PreprocessingRecord) -> np.ndarray:
-        """The crop that a cube came from, or would have come from: `preprocess` undone.
-
-        Integers come back exactly where nothing was clipped, cut or resampled and high - low is below 2**22, as
-        float32 has no more digits. Where a crop was resampled, so is its restoration: smoother, in the same place.
-
-        Args:
-            volume: (M, S, S, S) in [-1, 1]; what lies outside is clipped.
-            record: from `preprocess_with_record`.
-
-        Returns:
-            (M, d, h, w) in the crop's number type; what the cube does not cover is the `low` of its channel.
-
-        Raises:
-            ValueError: if the volume has another shape or holds NaN or infinity.
-            ImportError: if the crop was resampled and scipy is not installed.
-        """
-        shape = (self.config.num_channels, *(self.config.sample_size,) * 3)
-        if tuple(volume.shape) != shape:
-            raise ValueError(
-                f"`volume` must have shape (M, S, S, S) = {shape}, got {tuple(volume.shape)}; restore cells singly"
-            )
-        volume = self.postprocess(torch.as_tensor(volume)[None])[0]  # (M, S, S, S), [0, 1]
-        start = [-first / stride for first, stride in zip(record.start, record.step, strict=True)]
-        step = [1 / stride for stride in record.step]
-        crop = _sample_on_background(volume, start, step, record.shape)  # (M, d, h, w), [0, 1]
-        low, high = np.array(record.intensity_ranges).T.reshape(2, -1, 1, 1, 1)
-        crop = low + crop * (high - low)
-        if record.dtype == "bool":
-            return crop >= 0.5
-        if "int" in record.dtype:
-            limits = np.iinfo(record.dtype)
-            crop = np.rint(crop).clip(limits.min, limits.max)
-        return crop.astype("float32" if record.dtype == "bfloat16" else record.dtype)
-
     def postprocess(self, volumes: Tensor, output_type: str = "np") -> np.ndarray | Tensor:
         """Network output as intensities for viewing and measuring.
 
@@ -248,14 +216,15 @@ class VolumeProcessor(ConfigMixin):
             ValueError: if the shape or the output type is wrong, or the volumes hold NaN or infinity.
         """
         if output_type not in ("np", "pt"):
-            raise ValueError(f"`output_type` must be 'np' or 'pt', got {output_type!r}")
+            raise ValueError(f"Expected `output_type` 'np' or 'pt', got {output_type!r}. Choose one.")
         if volumes.ndim != 5 or volumes.shape[1] != self.config.num_channels:
             raise ValueError(
-                f"`volumes` must have shape (B, {self.config.num_channels}, D, H, W), got {tuple(volumes.shape)}"
+                f"Expected volumes (B, {self.config.num_channels}, D, H, W), got {tuple(volumes.shape)}. Give a batch"
+                " of these."
             )
         volumes = volumes.detach().float()
         if not volumes.isfinite().all():
-            raise ValueError("`volumes` must be finite, got NaN or infinity; a network in fp16 may need bf16 or fp32")
+            raise ValueError("Expected finite volumes, got NaN or infinity. A network in fp16 may need bf16 or fp32.")
         volumes = (volumes / 2 + 0.5).clamp(0, 1)
         return volumes.cpu().numpy() if output_type == "np" else volumes
 
@@ -268,19 +237,19 @@ class VolumeProcessor(ConfigMixin):
         num_channels, names = self.config.num_channels, ", ".join(self.config.channel_names)
         if volume.ndim != 4 or 0 in volume.shape:
             raise ValueError(
-                f"not 3D: expected ({num_channels} channels, z, y, x), got shape {volume.shape}; give one cell with"
-                " its channels on the first axis"
+                f"Expected a volume of {num_channels} channels, z, y, x, got shape {volume.shape}. Give one cell with"
+                " its channels on the first axis."
             )
         if len(volume) != num_channels:
             raise ValueError(
-                f"wrong number of channels: expected {num_channels} ({names}) on the first axis, got shape"
-                f" {volume.shape}; keep these channels only, in this order, or set `num_channels`"
+                f"Expected {num_channels} channels ({names}) on the first axis, got shape {volume.shape}. Keep these"
+                " channels only, in this order, or set `num_channels`."
             )
         if volume.dtype.kind not in "buif":
-            raise ValueError(f"expected integers or real floats, got dtype {volume.dtype}; convert the volume first")
+            raise ValueError(f"Expected integers or real floats, got dtype {volume.dtype}. Convert the volume first.")
         intensities = volume.astype(np.result_type(volume.dtype, np.float32))
         if not np.isfinite(intensities).all():
-            raise ValueError("expected finite intensities, got NaN or infinity; replace them (by 0) first")
+            raise ValueError("Expected finite intensities, got NaN or infinity. Replace them (by 0) first.")
         return intensities
 
     def _step(self, voxel_size_um) -> tuple[float, float, float]:
@@ -289,16 +258,16 @@ class VolumeProcessor(ConfigMixin):
             if self.voxel_size_um is None:
                 return (1.0, 1.0, 1.0)
             raise ValueError(
-                f"expected a crop of known voxel size, to bring it to {self.voxel_size_um} µm, got None; give"
+                f"Expected a crop of known voxel size, to bring it to {self.voxel_size_um} µm, got None. Give"
                 " `voxel_size_um`, save the file with its voxel size (diffusers_byoc.data.write_volume), or set the"
-                " processor's `voxel_size_um` to None to take all crops as they are"
+                " processor's `voxel_size_um` to None to take all crops as they are."
             )
         source = voxel_size_triple(voxel_size_um)
         if self.voxel_size_um is None:
             if max(source) / min(source) - 1 > SAME_SIZE:
                 raise ValueError(
-                    f"expected cubic voxels, got {source} µm (z, y, x); set the processor's `voxel_size_um` to the"
-                    f" size that all crops shall be resampled to, for example {max(source)}"
+                    f"Expected cubic voxels, got {source} µm (z, y, x). Set the processor's `voxel_size_um` to the"
+                    f" size that all crops shall be resampled to, for example {max(source)}."
                 )
             return (1.0, 1.0, 1.0)
         steps = [target / size for target, size in zip(self.voxel_size_um, source, strict=True)]
@@ -311,8 +280,8 @@ class VolumeProcessor(ConfigMixin):
         background = channel.min()
         if background == channel.max():
             raise ValueError(
-                f"channel {index} ({name}) is all background (every voxel is {background:g}); leave the cell out, or"
-                " export it again"
+                f"Expected contrast in channel {index} ({name}), got all background (every voxel is {background:g})."
+                " Leave the cell out, or export it again."
             )
         if self.config.normalization == "minmax":
             low, high = background, channel.max()
@@ -325,7 +294,8 @@ class VolumeProcessor(ConfigMixin):
         with np.errstate(over="ignore"):
             if not 0 < np.subtract(high, low, dtype=np.float64) < np.finfo(channel.dtype).max:
                 raise ValueError(
-                    f"channel {index} ({name}) has no contrast: low {low:g}, high {high:g}; widen `percentiles`"
+                    f"Expected contrast in channel {index} ({name}), got low {low:g}, high {high:g}. Widen"
+                    " `percentiles`."
                 )
         return float(low), float(high)
 
@@ -335,8 +305,9 @@ class VolumeProcessor(ConfigMixin):
             normalized = np.clip((channel - low) / (high - low), 0, 1).astype(np.float32)
         if not normalized.any():
             raise ValueError(
-                f"channel {index} ({self.config.channel_names[index]}) is all background: nothing is above {low:g} (it"
-                f" reaches {channel.max():g}); lower `intensity_range`, or leave the cell out"
+                f"Expected contrast in channel {index} ({self.config.channel_names[index]}), got all background:"
+                f" nothing is above {low:g} (it reaches {channel.max():g}). Lower `intensity_range`, or leave the cell"
+                " out."
             )
         return normalized
 

@@ -39,17 +39,17 @@ def resample_volume(
     """
     source, target = voxel_size_triple(source_um), voxel_size_triple(target_um)
     if data.ndim != 4 or 0 in data.shape:
-        raise ValueError(f"`data` must have shape (C, Z, Y, X), got {data.shape}; add the channel axis")
+        raise ValueError(f"Expected `data` of shape (C, Z, Y, X), got {data.shape}. Add the channel axis.")
     if order not in (0, 1):
-        raise ValueError(f"`order` must be 0 (labels) or 1 (intensities), got {order}")
+        raise ValueError(f"Expected `order` 0 (labels) or 1 (intensities), got {order}. Choose one.")
     dtype = data.dtype if order == 0 else np.result_type(data.dtype, np.float32)
     growth = [new / old for old, new in zip(source, target, strict=True)]
     # the 1e-9 sends exact halves, which division may have made a little less, all the same way
     lengths = [max(1, math.floor(old / grown + 0.5 + 1e-9)) for old, grown in zip(data.shape[1:], growth, strict=True)]
     if math.prod(lengths) * len(data) * dtype.itemsize > MAX_VOLUME_BYTES:
         raise ValueError(
-            f"{data.shape} voxels of {source} µm would become {tuple(lengths)} of {target} µm (z, y, x), more than"
-            f" {MAX_VOLUME_BYTES} bytes; check the units of both voxel sizes"
+            f"Expected at most {MAX_VOLUME_BYTES} bytes after resampling, got {data.shape} voxels of {source} µm that"
+            f" become {tuple(lengths)} of {target} µm (z, y, x). Check the units of both voxel sizes."
         )
     # where the first new voxel's centre lies, in old voxels
     starts = [

@@ -100,7 +100,7 @@ def _page(results: Results, summary: Mapping, comparisons: Mapping, figures: Map
         " fold(s); every column is compared with the same held-out cells, in equal numbers. *real*: the other real"
         " cells, the best that can be reached. Obviously bad generators: *blurred* (σ = 2 voxels) and, of several"
         " channels, *shuffled channels* (each from another cell). *encoded and decoded*: what the pipeline's"
-        " autoencoder makes of real cells, if it has one.",
+        " autoencoder makes of real cells, if it has one; *with texture*: the same, after its texture network.",
         "",
         *(line for note in results.notes for line in (f"> {note}", "")),
         "| metric | good is | " + " | ".join(summary) + " |",

@@ -68,6 +68,7 @@ def generate_cells(
         "weights": {name: fingerprint_weights(network) for name, network in networks.items()},
         "scheduler": scheduler and {"name": type(scheduler).__name__} | _public(scheduler.config),
         "num_inference_steps": num_inference_steps or pipeline.config.get("default_num_inference_steps"),
+        "num_texture_steps": pipeline.config.get("default_num_texture_steps"),
         "class_labels": labels,
         "seed": seed,
         "suffix": suffix,

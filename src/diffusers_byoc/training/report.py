@@ -1,6 +1,5 @@
 """Generate cells from a trained pipeline and write what a person wants: a picture, the volumes, a page of numbers."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +7,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from ..data import Cells, write_volume
-from ..metrics import CellMorphology, measure_cells
+from ..metrics import CellMorphology, find_channels, measure_cells
 from ..pipelines import BYOCPipeline
-from ..visualization import compare_volumes, write_png
+from ..visualization import compare_volumes, surface_library, write_png
 from .losses import reconstruction_loss
 
 
@@ -18,20 +17,20 @@ def write_report(
     pipeline: BYOCPipeline,
     cells: Cells,
     output_dir: str | Path,
-    training: str,
+    opening: str,
     num_samples: int = 8,
     seed: int = 0,
     cell_threshold: float | None = None,
 ) -> None:
-    """Generate cells into `output_dir`: cells.png, volumes/*.ome.tif and report.md.
+    """Generate cells into `output_dir`: cells.png, surfaces.png, volumes/*.ome.tif and report.md.
 
-    Cell and nucleus are measured where the pipeline has channels of these names.
+    Cell and nucleus are measured in the channels that `find_channels` finds.
 
     Args:
         pipeline: on the device to generate on.
-        cells: that it was trained on.
+        cells: to show and measure beside the generated ones.
         output_dir: made if missing.
-        training: a sentence for the report: how long, how many steps.
+        opening: of the report: what the pipeline was trained on, how long, in how many steps.
         num_samples: cells to generate.
         seed: of their noise.
         cell_threshold: in [0, 1], the cell is brighter; None for Otsu's threshold.
@@ -43,63 +42,64 @@ def write_report(
     generator = torch.Generator().manual_seed(seed)
     generated = pipeline(num_samples, class_labels=class_labels, generator=generator).volumes
 
-    real_cells = next(iter(DataLoader(cells, batch_size=min(64, len(cells)))))["volumes"]
-    with torch.no_grad():
-        reconstruction = pipeline.vqvae(real_cells[:8].to(pipeline.device)).sample.cpu()
+    batch = next(iter(DataLoader(cells, batch_size=min(64, len(cells)))))
+    real_cells, real_labels = batch["volumes"], batch["class_labels"].tolist()
+    reconstruction = pipeline.reconstruct(real_cells[:8], num_texture_steps=0).cpu()
     real = ((real_cells + 1) / 2).numpy()
     is_phantom = cells.is_phantom
-    origin = "phantoms" if is_phantom else "training cells"
+    origin = "phantoms" if is_phantom else "cells"
     voxel_size_um = pipeline.volume_processor.voxel_size_um
     spacing, unit = (voxel_size_um, "µm³") if voxel_size_um else (1.0, "voxels")
     channel_names = pipeline.vqvae.config.channel_names
 
     # 1. picture and volumes
     rows = {f"real {origin}": real[:num_samples], "generated": generated}
+    if class_labels is not None:
+        rows = {}
+        for index, name in enumerate(cells.class_names):
+            rows[f"{name}, real {origin}"] = real[[label == index for label in real_labels]][:8]
+            rows[f"{name}, generated"] = generated[[label == index for label in class_labels]][:8]
+        rows = {heading: row for heading, row in rows.items() if len(row)}
     write_png(compare_volumes(rows, channel_names, spacing), output_dir / "cells.png")
+    thresholds = [cell_threshold if name.lower() == "cell" else None for name in channel_names]
+    figure = surface_library(generated[:24], channel_names, spacing, thresholds)
+    write_png(figure, output_dir / "surfaces.png")
     for index, volume in enumerate(generated):
         write_volume(output_dir / "volumes" / f"cell_{index:03}.ome.tif", volume, voxel_size_um, channel_names)
 
     # 2. numbers
-    channels = cell_and_nucleus(channel_names)
-    if channels is None:
-        numbers = [f"Nothing was measured: of {', '.join(channel_names)}, none or one is called cell or nucleus."]
-    else:
-        thresholds, otsu = (cell_threshold, None), "Otsu's threshold"
-        threshold = otsu if cell_threshold is None else f"{cell_threshold} (cell) and {otsu} (nucleus)"
-        numbers = [
-            f"| cells | cell volume, {unit} | nucleus volume, {unit} | nucleus to cell | nucleus inside |"
-            " one connected cell |",
-            "| --- | --- | --- | --- | --- | --- |",
-            _row(f"real {origin} ({len(real)})", measure_cells(real, spacing, thresholds, *channels)),
-            _row(f"generated ({len(generated)})", measure_cells(generated, spacing, thresholds, *channels)),
-            "",
-            f"Mean and standard deviation over the cells; the last column counts them. Segmented by {threshold}.",
-        ]
+    channels = find_channels(channel_names)
+    measured_in = [channel_names[channel] for channel in channels if channel is not None]
+    thresholds, otsu = (cell_threshold, None), "Otsu's threshold"
+    threshold = otsu if cell_threshold is None else f"{cell_threshold} (cell) and {otsu} (nucleus)"
     lines = [
-        "# BYOC training report",
+        "# BYOC report",
         "",
-        f"Trained on {len(cells)} {origin} ({', '.join(cells.class_names)}): {training}.",
+        opening,
         "Phantoms are synthetic shapes drawn by a formula, not microscopy." if is_phantom else "",
         "",
         "![real above, generated below](cells.png)",
+        "",
+        "![surfaces of generated cells](surfaces.png)",
         "",
         f"{type(pipeline.scheduler).__name__}, {pipeline.config.default_num_inference_steps} steps. "
         f"Reconstruction error of 8 training cells (mean squared, volumes in [-1, 1]): "
         f"{reconstruction_loss(reconstruction, real_cells[:8]).item():.5f}.",
         "",
-        *numbers,
+        f"| cells | cell volume, {unit} | nucleus volume, {unit} | nucleus to cell | nucleus inside |"
+        " one connected cell |",
+        "| --- | --- | --- | --- | --- | --- |",
+        _row(f"real {origin} ({len(real)})", measure_cells(real, spacing, thresholds, *channels)),
+        _row(f"generated ({len(generated)})", measure_cells(generated, spacing, thresholds, *channels)),
+        "",
+        f"Mean and standard deviation over the cells; the last column counts them. Measured in the channels"
+        f" {', '.join(measured_in)}; segmented by {threshold}.",
         ""
         if voxel_size_um
         else "The cells' voxel sizes are unknown or differ: lengths are in voxels, bars as if of 1 µm.",
     ]
     (output_dir / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"Wrote {output_dir / 'report.md'}, {output_dir / 'cells.png'} and {len(generated)} volumes.")
-
-
-def cell_and_nucleus(channel_names: Sequence[str]) -> tuple[int, int] | None:
-    """Positions of the channels of these names, in any order and among any others; None if one is missing."""
-    names = [name.lower() for name in channel_names]
-    return (names.index("cell"), names.index("nucleus")) if {"cell", "nucleus"} <= set(names) else None
 
 
 def _row(name: str, measured: list[CellMorphology]) -> str:

@@ -159,11 +159,11 @@ def test_a_cell_that_does_not_fit_is_drawn_smaller():
     ("arguments", "message"),
     [
         ({"phenotype": "dmso", "seed": 0}, "binimetinib, blebbistatin, nocodazole, got 'dmso'"),
-        ({"phenotype": "nocodazole", "seed": -1}, "seed must be 0 or more, got -1"),
+        ({"phenotype": "nocodazole", "seed": -1}, "`seed` of at least 0, got -1"),
         ({"phenotype": "nocodazole", "seed": 0, "max_size": 8}, "at least 32 voxels, got 8"),
         ({"phenotype": "nocodazole", "seed": 0, "voxel_size_um": 0.0}, r"in \(0, 3\], got 0.0"),
         ({"phenotype": "nocodazole", "seed": 0, "voxel_size_um": 5.0}, r"in \(0, 3\], got 5.0"),
-        ({"phenotype": "nocodazole", "seed": 0, "voxel_size_um": 0.25}, "raise max_size to 120"),
+        ({"phenotype": "nocodazole", "seed": 0, "voxel_size_um": 0.25}, "Raise max_size to 120"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, message):

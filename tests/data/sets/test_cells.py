@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from diffusers_byoc.data import PHENOTYPES, CellFolder, PhantomCells, VolumeProcessor, write_ome_tiff
 
 
-REAL_CELLS = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "mitotic_cells"
+REAL_CELLS = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "mitotic_cells"
 PROCESSOR = VolumeProcessor(sample_size=16)
 PHANTOM_PROCESSOR = VolumeProcessor(sample_size=32, voxel_size_um=2.0)
 
@@ -105,7 +105,7 @@ def test_byte_order_mark_and_other_columns(folder):
 
 def test_folder_without_metadata(folder):
     (folder / "metadata.csv").unlink()
-    with pytest.raises(ValueError, match="3 of 5 cells lie outside the sub-folders"):
+    with pytest.raises(ValueError, match="got 3 of 5 outside"):
         CellFolder(folder, PROCESSOR)
     flat = CellFolder(folder / "images", PROCESSOR)
     assert [path.name for path in flat.paths] == ["b 1.npy", "ä.ome.tif"] and flat.labels == [0, 0]
@@ -131,28 +131,28 @@ def test_voxel_size_where_all_agree(tmp_path):
 
 
 def test_folders_without_cells(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
+    with pytest.raises(FileNotFoundError, match="nowhere, which does not exist"):
         CellFolder(tmp_path / "nowhere", PROCESSOR)
-    with pytest.raises(ValueError, match="no cells; expected metadata.csv"):
+    with pytest.raises(ValueError, match="Expected metadata.csv, .* got no cells"):
         CellFolder(tmp_path, PROCESSOR)
 
 
 @pytest.mark.parametrize("label", ["spindly", ["flat", "spindly"], []])
 def test_label_without_cells_lists_the_labels(folder, label):
-    with pytest.raises(ValueError, match="no cells with the label .*; the labels there are: flat, round"):
+    with pytest.raises(ValueError, match="Expected cells with the label .* got flat, round"):
         CellFolder(folder, PROCESSOR, label=label)
 
 
 @pytest.mark.parametrize(
     ("rows", "error", "match"),
     [
-        ([("d.npy", "a"), ("gone.npy", "a")], FileNotFoundError, "line 3: no file .*gone.npy"),
-        ([("d.npy", "a"), ("c.npz", "a"), ("./d.npy", "b")], ValueError, "line 4: './d.npy' stands already in line 2"),
-        ([("../d.npy", "a")], ValueError, "line 2: '../d.npy' is not inside"),
-        ([("images/../../d.npy", "a")], ValueError, "line 2: .* is not inside"),
-        ([("/etc/passwd", "a")], ValueError, "line 2: '/etc/passwd' is not inside"),
+        ([("d.npy", "a"), ("gone.npy", "a")], FileNotFoundError, "Expected the file of .*line 3, got no .*gone.npy"),
+        ([("d.npy", "a"), ("c.npz", "a"), ("./d.npy", "b")], ValueError, "line 4, got './d.npy', .* line 2"),
+        ([("../d.npy", "a")], ValueError, "Expected a file inside .*line 2, got '../d.npy'"),
+        ([("images/../../d.npy", "a")], ValueError, "Expected a file inside .*line 2, got"),
+        ([("/etc/passwd", "a")], ValueError, "Expected a file inside .*line 2, got '/etc/passwd'"),
         ([("", "a")], ValueError, "Expected a file_name in .*, line 2"),
-        ([("d.npy", " ")], ValueError, "line 2: label is empty"),
+        ([("d.npy", " ")], ValueError, "Expected a label in .*line 2, got none"),
         ([("d.npy",)], ValueError, "Expected 2 columns in .*, line 2"),
         ([("d.npy", "a", "b")], ValueError, "Expected 2 columns in .*, line 2"),
         ([], ValueError, "a row for each cell"),
@@ -187,8 +187,8 @@ def test_bad_tables(folder, content, match):
 @pytest.mark.parametrize(
     ("array", "match"),
     [
-        (make_cell(0)[:1], "wrong number of channels"),
-        (make_cell(0)[0], "Expected a volume of 2 channels"),
+        (make_cell(0)[:1], "Expected 2 channels"),
+        (make_cell(0)[0], "Expected 2 channels"),
         (make_cell(0) * 0, "all background"),
         (make_cell(0) * np.nan, "finite"),
         (np.pad(make_cell(0)[:, 2:6, 2:7, 2:8], ((0, 0), (0, 0), (0, 20), (0, 0)), mode="edge"), "oversize='rescale'"),
@@ -204,14 +204,14 @@ def test_a_bad_cell_is_found_at_construction(folder, array, match):
 def test_truncated_cell_is_found_at_construction(folder):
     path = folder / "images" / "ä.ome.tif"
     path.write_bytes(path.read_bytes()[:-50])
-    with pytest.raises(ValueError, match="damaged|not a readable") as caught:
+    with pytest.raises(ValueError, match="damaged") as caught:
         CellFolder(folder, PROCESSOR)
     assert str(path) in str(caught.value)
 
 
 def test_swapped_channels_are_found(tmp_path):
     write_ome_tiff(tmp_path / "a.ome.tif", make_cell(0) / 255, channel_names=("Nucleus", "Cell"))
-    with pytest.raises(ValueError, match=r"a\.ome\.tif: expected the channels in the order cell, nucleus"):
+    with pytest.raises(ValueError, match=r"a\.ome\.tif: Expected the channels in the order cell, nucleus"):
         CellFolder(tmp_path, PROCESSOR)
     write_ome_tiff(tmp_path / "a.ome.tif", make_cell(0) / 255, channel_names=("membrane", "DNA"))
     assert len(CellFolder(tmp_path, PROCESSOR)) == 1  # other names say nothing about the order
@@ -260,7 +260,7 @@ def test_some_phenotypes():
         ({"phenotypes": []}, "phenotypes"),
         ({"seed": -1}, "seed"),
         ({"processor": VolumeProcessor(voxel_size_um=(2.0, 1.0, 1.0))}, "cubic"),
-        ({"processor": VolumeProcessor(num_channels=1, channel_names=("cell",))}, "2 channels"),
+        ({"processor": VolumeProcessor(num_channels=1, channel_names=("cell",))}, "`num_channels` 2"),
     ],
 )
 def test_phantom_cells_refuse(options, match):

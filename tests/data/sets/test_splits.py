@@ -85,7 +85,7 @@ def test_nothing_held_out():
         ({"num_folds": 1, "fold": 0}, "at least 2"),
         ({"num_folds": 5, "fold": 5}, "0 to 4, got 5"),
         ({"num_folds": 5}, "0 to 4, got None"),
-        ({"fold": 1}, "needs `num_folds`"),
+        ({"fold": 1}, "Expected `num_folds`"),
         ({"num_folds": 101, "fold": 0}, "at least 101 groups"),
         ({"seed": -1}, "seed"),
     ],
@@ -96,7 +96,7 @@ def test_refusals(options, match):
 
 
 def test_one_source_image_cannot_be_split():
-    with pytest.raises(ValueError, match=r"at least 2 groups .* got 1 \(plate\); group by another column"):
+    with pytest.raises(ValueError, match=r"at least 2 groups .* got 1 \(plate\). Group by another column"):
         split_cells(population(["plate"] * 9))
 
 
@@ -117,12 +117,12 @@ def test_file_round_trip(tmp_path):
 )
 def test_a_split_of_other_cells_is_refused(tmp_path, other):
     write_split(tmp_path / "split.json", split_cells(SINGLE))
-    with pytest.raises(ValueError, match="split.json: made for 100 cells"):
+    with pytest.raises(ValueError, match="Expected the 100 cells for which .*split.json"):
         read_split(tmp_path / "split.json", other)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", json.dumps({"train": 3, "held_out": []})])
 def test_what_is_no_split_is_refused(tmp_path, content):
     (tmp_path / "split.json").write_text(content)
-    with pytest.raises(ValueError, match="split.json: not a split file"):
+    with pytest.raises(ValueError, match="Expected a split file, got .*split.json"):
         read_split(tmp_path / "split.json", SINGLE)

@@ -198,11 +198,11 @@ def test_labels_of_a_class_label(write_parquet):
     for reader in READERS:
         cells = reader(table, PROCESSOR, volume_column="image", label_column="drug")
         assert cells.class_names == ["y", "z"] and cells.labels == [1, 0] and cells.voxel_size_um is None
-        with pytest.raises(ValueError, match="columns volume, shape and dtype, got image, .*--image_column"):
+        with pytest.raises(ValueError, match="columns volume, shape and dtype in .*, got image, .*--image_column"):
             reader(table, PROCESSOR)
-        with pytest.raises(ValueError, match="expected bytes in the column drug"):
+        with pytest.raises(ValueError, match="Expected bytes in the column drug"):
             reader(table, PROCESSOR, volume_column="drug")
-        with pytest.raises(ValueError, match="expected a column label, got image, shape, dtype, drug"):
+        with pytest.raises(ValueError, match="Expected a column label in .*, got image, shape, dtype, drug"):
             reader(table, PROCESSOR, volume_column="image", label_column="label")
 
 
@@ -213,11 +213,11 @@ def test_labels_of_a_class_label(write_parquet):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"shape": [3, 4, 5, 6]}, r"row 1: expected shape .* 2 channels \(cell, nucleus\), got \[3, 4, 5, 6\]"),
-        ({"shape": None}, "row 1: expected shape"),
-        ({"label": " "}, "row 1: expected text or a whole number in the column label, got ' '"),
-        ({"label": None}, "row 1: expected text"),
-        ({"source": ""}, "row 1: .* column source"),
+        ({"shape": [3, 4, 5, 6]}, r"Expected shape .* 2 channels \(cell, nucleus\) in .*row 1, got \[3, 4, 5, 6\]"),
+        ({"shape": None}, "Expected shape .*row 1, got None"),
+        ({"label": " "}, "text or a whole number in the column label of .*row 1, got ' '"),
+        ({"label": None}, "Expected text .*row 1, got None"),
+        ({"source": ""}, "column source of .*row 1"),
         ({"voxel_size_um": [1.0, 0.0, 1.0]}, "voxel_size_um"),
     ],
 )
@@ -251,21 +251,21 @@ def test_a_damaged_row_is_named(write_parquet, reader, change, match):
 
 @pytest.mark.parametrize("reader", READERS)
 def test_where_there_is_no_table(tmp_path, reader):
-    with pytest.raises(OSError, match="nowhere: no such data set"):
+    with pytest.raises(OSError, match="got nowhere, which is none|got .*nowhere, which is none"):
         reader(str(tmp_path / "nowhere"), PROCESSOR)
-    with pytest.raises(OSError, match="no such files"):
+    with pytest.raises(OSError, match="Expected files of the name"):
         reader(str(tmp_path / "*.tar"), PROCESSOR)
     (tmp_path / "[1] cells").mkdir()
-    with pytest.raises(ValueError, match=r"\[1\] cells: .* for patterns; rename the folder"):
+    with pytest.raises(ValueError, match=r"\[1\] cells: .* for patterns. Rename it"):
         reader(str(tmp_path / "[1] cells"), PROCESSOR)
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 and no more")
-    with pytest.raises(ValueError, match=r"broken\.parquet|not readable Parquet"):
+    with pytest.raises(ValueError, match=r"broken\.parquet|readable Parquet"):
         reader(str(tmp_path / "broken.parquet"), PROCESSOR)
     (tmp_path / "broken.tar").write_bytes(b"no tar" * 200)
-    with pytest.raises(ValueError, match=r"broken\.tar: not a readable, uncompressed tar"):
+    with pytest.raises(ValueError, match=r"readable, uncompressed tar, got .*broken\.tar"):
         reader(str(tmp_path / "broken.tar"), PROCESSOR)
     (tmp_path / "cells.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match=r"ending in \.parquet, or in \.tar, got \.csv"):
+    with pytest.raises(ValueError, match=r"ending in \.parquet, or in \.tar, in .*, got \.csv"):
         reader(str(tmp_path / "cells.csv"), PROCESSOR)
 
 
@@ -288,15 +288,15 @@ def npy(data):
     ("members", "match"),
     [
         ({"a.json": b"{}"}, "no cells"),
-        ({"a.npy": npy(make_volume(0).data), "b.json": b"{}"}, r"b\.json: there is no volume"),
-        ({"a.npy": b"", "a.json": b"{}"}, r"a\.npy: expected a file of 1 to"),
-        ({"a.npy": b"x", "a.npz": b"x"}, "twice"),
+        ({"a.npy": npy(make_volume(0).data), "b.json": b"{}"}, r"a volume beside b\.json"),
+        ({"a.npy": b"", "a.json": b"{}"}, r"Expected a file of 1 to .*a\.npy"),
+        ({"a.npy": b"x", "a.npz": b"x"}, "got a.npz again"),
         ({"a.npy": b"x", "a.json": b"[1]"}, "a JSON object"),
         ({"a.npy": b"x", "a.json": b"[" * 100_000}, "a JSON object"),
         ({"a.npy": npy(np.array([print], object)), "a.json": b"{}"}, r"cells\.tar, a\.npy: .*"),
         ({"a.npy": npy(make_volume(0).data)[:-9]}, r"cells\.tar, a\.npy: .*truncated"),
         ({"a.npy": npy(make_volume(0).data), "a.json": b'{"voxel_size_um": "large"}'}, "voxel_size_um"),
-        ({"a.npy": npy(make_volume(0).data[:1])}, r"cells\.tar, a\.npy: wrong number of channels"),
+        ({"a.npy": npy(make_volume(0).data[:1])}, r"cells\.tar, a\.npy: Expected 2 channels"),
     ],
 )
 def test_hostile_archives(tmp_path, reader, members, match):
@@ -322,7 +322,7 @@ def test_writing_is_checked(tmp_path):
     with pytest.raises(ValueError, match="cells_per_shard"):
         write_shards(tmp_path, cells, cells_per_shard=0)
     assert write_shards(tmp_path, cells) == 1
-    with pytest.raises(ValueError, match="holds a data set already"):
+    with pytest.raises(ValueError, match="which holds one"):
         write_shards(tmp_path, cells)
 
 
@@ -363,4 +363,4 @@ for reader in (StreamedCells, CellTable):
 """)
     streamed, error, whole, other_error = (json.loads(line) for line in printed.splitlines())
     assert streamed == whole and streamed[:2] == [11, ["b"]]
-    assert "org/nothing: no such data set" in error and "org/nothing: no such data set" in other_error
+    assert "got org/nothing, which is none" in error and "got org/nothing, which is none" in other_error

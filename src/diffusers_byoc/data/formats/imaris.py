@@ -36,7 +36,7 @@ def open_images(path: Path) -> list[OpenImage]:
     names = tuple("" if group is None else _text(group.attrs.get("Name", "")) for group in descriptions)
 
     def lazy():
-        dask_array = optional("dask.array", "bioio,imaris")
+        dask_array = optional("dask.array", "data")
         return dask_array.stack(
             [dask_array.stack([dask_array.from_array(data)[box] for data in time]) for time in channels]
         )

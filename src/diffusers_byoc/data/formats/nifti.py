@@ -32,7 +32,7 @@ def open_images(path: Path) -> list[OpenImage]:
     scaled = proxy.slope != 1 or proxy.inter != 0
 
     def lazy():
-        return optional("dask.array", "bioio").from_array(proxy, chunks=(*image.shape[:3], *(1,) * (image.ndim - 3)))
+        return optional("dask.array", "data").from_array(proxy, chunks=(*image.shape[:3], *(1,) * (image.ndim - 3)))
 
     return [
         OpenImage(

@@ -65,7 +65,7 @@ def _image(path: Path, shape, dtype: np.dtype, read, **known) -> OpenImage:
         shape=tuple(shape),
         dtype=dtype.newbyteorder("="),
         read=read,
-        lazy=lambda: optional("dask.array", "bioio").from_array(read()),
+        lazy=lambda: optional("dask.array", "data").from_array(read()),
         **known,
     )
 

@@ -142,7 +142,7 @@ def _image(path: Path, group, multiscale: dict, attributes: dict, name: str) -> 
         if is_stated
     }
     channels = [channel.get("label") for channel in attributes.get("omero", {}).get("channels", [])]
-    dask_array = optional("dask.array", "bioio,zarr")
+    dask_array = optional("dask.array", "zarr")
 
     def lazy():
         return dask_array.from_array(array, chunks=array.chunks)

@@ -43,22 +43,30 @@ def decode_volume(row: Mapping, column: str = "volume") -> Volume:
     """
     missing = {column, "shape", "dtype"} - set(row)
     if missing:
-        raise VolumeFileError(f"expected the columns {column}, shape and dtype, got none named {sorted(missing)}")
+        raise VolumeFileError(
+            f"Expected the columns {column}, shape and dtype, got none named {sorted(missing)}. Add them."
+        )
     shape, dtype = tuple(row["shape"] or ()), _dtype(row["dtype"])
     if len(shape) != 4 or not all(isinstance(length, int) and length > 0 for length in shape):
-        raise VolumeFileError(f"expected shape (C, Z, Y, X), got {shape}; write the data set again")
+        raise VolumeFileError(f"Expected shape (C, Z, Y, X), got {shape}. Write the data set again.")
     expected = math.prod(shape) * dtype.itemsize
     if expected > MAX_VOLUME_BYTES:
-        raise VolumeFileError(f"expected shape (C, Z, Y, X) of at most {MAX_VOLUME_BYTES} bytes, got {shape}")
+        raise VolumeFileError(
+            f"Expected shape (C, Z, Y, X) of at most {MAX_VOLUME_BYTES} bytes, got {shape}. Leave the cell out."
+        )
     if not isinstance(row[column], bytes):
-        raise VolumeFileError(f"expected bytes in the column {column}, got {type(row[column]).__name__}")
+        raise VolumeFileError(
+            f"Expected bytes in the column {column}, got {type(row[column]).__name__}. Write the data set again."
+        )
     inflate = zlib.decompressobj()
     try:
         unpacked = inflate.decompress(row[column], max_length=expected + 1)  # + 1, so that too much is seen
-    except zlib.error as err:
-        raise VolumeFileError(f"damaged volume ({err}); write the data set again") from err
+    except zlib.error as error:
+        raise VolumeFileError(f"Expected a volume, got damaged bytes ({error}). Write the data set again.") from error
     if len(unpacked) != expected or not inflate.eof:
-        raise VolumeFileError(f"shape {shape} of {dtype} needs {expected} bytes, got another number; write it again")
+        raise VolumeFileError(
+            f"Expected {expected} bytes for shape {shape} of {dtype}, got another number. Write the data set again."
+        )
     data = np.frombuffer(bytearray(unpacked), dtype).reshape(shape)
     voxel_size_um, channel_names = row.get("voxel_size_um"), row.get("channel_names")
     return Volume(
@@ -71,8 +79,8 @@ def decode_volume(row: Mapping, column: str = "volume") -> Volume:
 def _dtype(name: str) -> np.dtype:
     try:
         dtype = np.dtype(str(name)).newbyteorder("<")  # of None, NumPy would make float64
-    except TypeError as err:
-        raise VolumeFileError(f"expected a number type, got dtype {name!r}") from err
+    except TypeError as error:
+        raise VolumeFileError(f"Expected a number type, got dtype {name!r}. Write the data set again.") from error
     if dtype.kind not in "buif":
-        raise VolumeFileError(f"expected integers or real floats, got dtype {name!r}")
+        raise VolumeFileError(f"Expected integers or real floats, got dtype {name!r}. Convert them.")
     return dtype

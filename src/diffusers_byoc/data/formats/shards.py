@@ -69,25 +69,28 @@ def find_shards(name: str, config_name: str | None = None) -> list[str]:
         ValueError: if it has no such configuration, no "train" split, or files of other kinds.
     """
     if os.path.isdir(name) and glob.has_magic(os.path.abspath(name)):
-        raise ValueError(f"{os.path.abspath(name)}: 🤗 Datasets takes *, ? and [ for patterns; rename the folder")
+        raise ValueError(
+            f"Expected a folder without *, ? and [ in its path, got {os.path.abspath(name)}: 🤗 Datasets takes them"
+            " for patterns. Rename it."
+        )
     if os.path.isfile(name) or glob.has_magic(name):
         files = sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) else [name]
         if not files:
-            raise FileNotFoundError(f"{name}: no such files; correct the pattern")
+            raise FileNotFoundError(f"Expected files of the name {name}, got none. Correct the pattern.")
     else:
         datasets = import_datasets()
         try:
             files = datasets.load_dataset_builder(name, config_name).config.data_files or {}
-        except (OSError, ValueError) as err:  # of datasets, huggingface_hub and the network
-            raise _error_of(name, err) from err
+        except (OSError, ValueError) as error:  # of datasets, huggingface_hub and the network
+            raise _error_of(name, error) from error
         if "train" not in files:
-            raise ValueError(f'{name}: expected a split "train", got {sorted(files) or "no data files"}; name one so')
+            raise ValueError(f'Expected a split "train" in {name}, got {sorted(files) or "no files"}. Name one so.')
         files = [str(file) for file in files["train"]]
     suffixes = {PurePosixPath(file).suffix.lower() for file in files}
     if suffixes not in ({".parquet"}, {".tar"}):
         raise ValueError(
-            f"{name}: expected files ending in .parquet, or in .tar, got {', '.join(sorted(suffixes))}; convert them"
-            " (diffusers_byoc.data.write_shards), or leave the others out"
+            f"Expected files ending in .parquet, or in .tar, in {name}, got {', '.join(sorted(suffixes))}. Convert"
+            " them (diffusers_byoc.data.write_shards), or leave the others out."
         )
     return files
 
@@ -118,8 +121,10 @@ class ParquetShards:
             try:
                 with _open(file) as stream:
                     return pq.read_metadata(stream)
-            except (pa.ArrowException, ValueError) as err:
-                raise VolumeFileError(f"{file}: not a readable Parquet file ({err}); write it again") from err
+            except (pa.ArrowException, ValueError) as error:
+                raise VolumeFileError(
+                    f"Expected a readable Parquet file, got {file}, which is not ({error}). Write it again."
+                ) from error
 
         self.units, self._firsts, self._footers, self.num_rows = [], [], [], 0
         for number, metadata in enumerate(_map_files(footer, files)):
@@ -127,7 +132,9 @@ class ParquetShards:
             if number == 0:
                 schema = columns
             elif not columns.equals(schema):
-                raise VolumeFileError(f"{files[number]}: has other columns than {files[0]}; write the data set again")
+                raise VolumeFileError(
+                    f"Expected the columns of {files[0]}, got others in {files[number]}. Write the data set again."
+                )
             self._firsts.append(self.num_rows)
             for group in range(metadata.num_row_groups):
                 count = metadata.row_group(group).num_rows
@@ -201,8 +208,10 @@ class TarShards:
             try:
                 with _open(file) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
                     found = _samples_of(archive, file)
-            except tarfile.TarError as err:
-                raise VolumeFileError(f"{file}: not a readable, uncompressed tar ({err}); write it again") from err
+            except tarfile.TarError as error:
+                raise VolumeFileError(
+                    f"Expected a readable, uncompressed tar, got {file}, which is not ({error}). Write it again."
+                ) from error
             for first in range(0, len(found), _UNIT_ROWS):
                 count = min(_UNIT_ROWS, len(found) - first)
                 self.units.append(Unit(number, 0, len(keys) + first, count))
@@ -215,7 +224,9 @@ class TarShards:
         self._text_bounds = np.cumsum([0, *map(len, texts)])
         if len(set(keys)) != len(keys):
             double = next(key for position, key in enumerate(keys) if key in keys[:position])
-            raise VolumeFileError(f"the key {double} stands in several of {', '.join(files[:3])}, ...; rename one")
+            raise VolumeFileError(
+                f"Expected other keys in each of {', '.join(files[:3])}, ..., got {double} in several. Rename one."
+            )
 
     @property
     def column_names(self) -> list[str]:
@@ -253,8 +264,8 @@ class TarShards:
             file.flush()
             try:
                 volume = read_volume(file.name)
-            except ValueError as err:
-                raise VolumeFileError(str(err).replace(f"{file.name}: ", "")) from err
+            except ValueError as error:
+                raise VolumeFileError(str(error).replace(file.name, "it")) from error
         size, names = metadata.get("voxel_size_um"), metadata.get("channel_names")
         return Volume(
             volume.data,
@@ -291,11 +302,11 @@ def write_shards(
     folder = Path(folder)
     write, suffix = {"parquet": (_write_parquet, "parquet"), "webdataset": (_write_tar, "tar")}.get(kind, (None, ""))
     if write is None:
-        raise ValueError(f"`kind` must be 'parquet' or 'webdataset', got {kind!r}")
+        raise ValueError(f"Expected `kind` 'parquet' or 'webdataset', got {kind!r}. Choose one.")
     if cells_per_shard < 1:
-        raise ValueError(f"`cells_per_shard` must be positive, got {cells_per_shard}")
+        raise ValueError(f"Expected `cells_per_shard` of at least 1, got {cells_per_shard}. Raise it.")
     if any(folder.glob(f"train-*.{suffix}")):
-        raise ValueError(f"{folder}: holds a data set already; give another folder")
+        raise ValueError(f"Expected a folder without a data set, got {folder}, which holds one. Give another folder.")
     folder.mkdir(parents=True, exist_ok=True)
     count, cells = 0, iter(cells)
     for shard, first in enumerate(cells):
@@ -318,14 +329,15 @@ def check_columns(features: Mapping, volume_column: str, where: str) -> None:
     missing = {volume_column, "shape", "dtype"} - set(features)
     if missing:
         raise VolumeFileError(
-            f"{where}: expected the columns {volume_column}, shape and dtype, got {', '.join(features) or 'none'}; say"
-            " which one holds the volumes (--image_column), or write the table with diffusers_byoc.data.write_shards"
+            f"Expected the columns {volume_column}, shape and dtype in {where}, got {', '.join(features) or 'none'}."
+            " Say which one holds the volumes (--image_column), or write the table with"
+            " diffusers_byoc.data.write_shards."
         )
     dtype = getattr(features[volume_column], "dtype", None)
     if dtype not in ("binary", "large_binary"):
         raise VolumeFileError(
-            f"{where}: expected bytes in the column {volume_column}, got {features[volume_column]}; name another"
-            " column (--image_column), or write the table with diffusers_byoc.data.write_shards"
+            f"Expected bytes in the column {volume_column} of {where}, got {features[volume_column]}. Name another"
+            " column (--image_column), or write the table with diffusers_byoc.data.write_shards."
         )
 
 
@@ -365,11 +377,14 @@ def _unpack_footer(footer: bytes):
     return pq.read_metadata(io.BytesIO(footer))
 
 
-def _error_of(name: str, err: Exception) -> Exception:
-    message = str(err).split("\n")[0]
-    if isinstance(err, ValueError) and not isinstance(err, OSError):
-        return ValueError(f"{name}: {message}")
-    return FileNotFoundError(f"{name}: no such data set, here or on the Hub, or the Hub cannot be reached ({message})")
+def _error_of(name: str, error: Exception) -> Exception:
+    message = str(error).split("\n")[0].rstrip(".")
+    if isinstance(error, ValueError) and not isinstance(error, OSError):
+        return ValueError(f"Expected a data set, got {name}, which is none ({message}). Check its name and its files.")
+    return FileNotFoundError(
+        f"Expected a data set here or on the Hub, got {name}, which is none, or the Hub cannot be reached ({message})."
+        " Check the name and the connection."
+    )
 
 
 def _samples_of(archive: tarfile.TarFile, file: str) -> dict[str, tuple[str, int, int, bytes]]:
@@ -383,23 +398,31 @@ def _samples_of(archive: tarfile.TarFile, file: str) -> dict[str, tuple[str, int
             continue
         limit = MAX_JSON_BYTES if suffix == ".json" else MAX_VOLUME_BYTES
         if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or not 0 < member.size <= limit:
-            raise VolumeFileError(f"{file}, {member.name}: expected a file of 1 to {limit} bytes, got {member.size}")
+            raise VolumeFileError(
+                f"Expected a file of 1 to {limit} bytes in {file}, {member.name}, got {member.size}. Write it again."
+            )
         if key in found:
-            raise VolumeFileError(f"{file}, {member.name}: the key {key} stands there twice; rename one")
+            raise VolumeFileError(f"Expected the key {key} once in {file}, got {member.name} again. Rename one.")
         if suffix == ".json":
             texts[key] = archive.extractfile(member).read()
             try:
                 if not isinstance(json.loads(texts[key]), dict):
                     raise ValueError("not an object")
-            except (ValueError, RecursionError) as err:
-                raise VolumeFileError(f"{file}, {member.name}: expected a JSON object ({err})") from err
+            except (ValueError, RecursionError) as error:
+                raise VolumeFileError(
+                    f"Expected a JSON object in {file}, {member.name}, got another text ({error}). Correct it."
+                ) from error
         else:
             volumes[key] = (suffix, member.offset_data, member.size)
     if not volumes:
-        raise VolumeFileError(f"{file}: no cells; expected members KEY{'/'.join(SAMPLE_SUFFIXES)} with KEY.json")
+        raise VolumeFileError(
+            f"Expected members KEY{'/'.join(SAMPLE_SUFFIXES)} with KEY.json in {file}, got no cells. Write it again."
+        )
     lonely = sorted(set(texts) - set(volumes))
     if lonely:
-        raise VolumeFileError(f"{file}, {lonely[0]}.json: there is no volume beside it; add it, or delete this")
+        raise VolumeFileError(
+            f"Expected a volume beside {lonely[0]}.json in {file}, got none. Add it, or delete this one."
+        )
     return {key: (*volume, texts.get(key, b"{}")) for key, volume in volumes.items()}
 
 

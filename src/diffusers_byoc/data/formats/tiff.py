@@ -318,7 +318,7 @@ def _read(path: Path, series, pages: list) -> np.ndarray:
 
 def _lazy(path: Path, series, pages: list):
     planes = _mapped(path, series) if series.is_truncated else _Planes(path, series, pages)
-    array = optional("dask.array", "bioio").from_array(planes, (1, *planes.shape[1:]), asarray=True)
+    array = optional("dask.array", "data").from_array(planes, (1, *planes.shape[1:]), asarray=True)
     return array.reshape(series.get_shape(squeeze=False))
 
 

@@ -40,21 +40,21 @@ class Phantom:
 
 def _check(phenotype: str, seed: int, max_size: int, voxel_size_um: float) -> None:
     if phenotype not in RECIPES:
-        raise ValueError(f"phenotype must be one of {', '.join(PHENOTYPES)}, got {phenotype!r}")
+        raise ValueError(f"Expected `phenotype` {', '.join(PHENOTYPES)}, got {phenotype!r}. Choose one.")
     if seed < 0:
-        raise ValueError(f"seed must be 0 or more, got {seed}; number the cells of a set from 0")
+        raise ValueError(f"Expected `seed` of at least 0, got {seed}. Number the cells of a set from 0.")
     if max_size < MIN_SIZE:
-        raise ValueError(f"max_size must be at least {MIN_SIZE} voxels, got {max_size}; raise it")
+        raise ValueError(f"Expected `max_size` of at least {MIN_SIZE} voxels, got {max_size}. Raise it.")
     if not 0 < voxel_size_um <= MAX_VOXEL_SIZE_UM:
         raise ValueError(
-            f"voxel_size_um must be in (0, {MAX_VOXEL_SIZE_UM:g}], got {voxel_size_um}; "
-            "coarser voxels lose the nucleus, take finer ones"
+            f"Expected `voxel_size_um` in (0, {MAX_VOXEL_SIZE_UM:g}], got {voxel_size_um}. Coarser voxels lose the"
+            " nucleus: take finer ones."
         )
     if max_size * voxel_size_um < MIN_FIELD_UM:
         raise ValueError(
-            f"max_size * voxel_size_um must be at least {MIN_FIELD_UM:g} µm, the room a cell needs, got "
-            f"{max_size} * {voxel_size_um} = {max_size * voxel_size_um:g}; raise max_size to "
-            f"{math.ceil(MIN_FIELD_UM / voxel_size_um)} or take larger voxels"
+            f"Expected `max_size` * `voxel_size_um` of at least {MIN_FIELD_UM:g} µm, the room a cell needs, got"
+            f" {max_size} * {voxel_size_um} = {max_size * voxel_size_um:g}. Raise max_size to"
+            f" {math.ceil(MIN_FIELD_UM / voxel_size_um)} or take larger voxels."
         )
 
 

@@ -170,7 +170,7 @@ class CellDataset(Dataset):
 
     def _prepare(self, cache_gb: float, description: str) -> None:
         if not cache_gb >= 0:
-            raise ValueError(f"`cache_gb` must be 0 or more, got {cache_gb}")
+            raise ValueError(f"Expected `cache_gb` of at least 0, got {cache_gb}. Raise it.")
         config = self.processor.config
         shape = (config.num_channels, *(config.sample_size,) * 3)
         num_cached = min(len(self), int(cache_gb * 1e9 / (4 * np.prod(shape))))
@@ -194,8 +194,8 @@ def preprocess(volume: Volume, processor: VolumeProcessor, where: str) -> tuple[
     try:
         check_channel_order(volume, processor)
         return processor.preprocess_with_record(volume.data, volume.voxel_size_um)
-    except ValueError as err:
-        raise ValueError(f"{where}: {err}") from err
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def check_channel_order(volume: Volume, processor: VolumeProcessor) -> None:
@@ -208,8 +208,8 @@ def check_channel_order(volume: Volume, processor: VolumeProcessor) -> None:
     got = [name.lower() for name in volume.channel_names or expected]
     if got != expected and sorted(got) == sorted(expected):
         raise ValueError(
-            f"expected the channels in the order {', '.join(expected)}, got {', '.join(got)}; reorder"
-            " them, or set `channel_names` of the processor"
+            f"Expected the channels in the order {', '.join(expected)}, got {', '.join(got)}. Reorder them, or set"
+            " `channel_names` of the processor."
         )
 
 
@@ -226,8 +226,8 @@ def keep_labels(
     wanted, existing = {label} if isinstance(label, str) else set(label), set(population.labels)
     if not wanted or wanted - existing:
         raise ValueError(
-            f"{source}: no cells with the label {', '.join(sorted(wanted - existing)) or '(none given)'};"
-            f" the labels there are: {', '.join(sorted(existing))}"
+            f"Expected cells with the label {', '.join(sorted(wanted - existing)) or '(none given)'} in {source}, got"
+            f" {', '.join(sorted(existing))}. Choose among these."
         )
     rows = [row for row, name in enumerate(population.labels) if name in wanted]
     return rows, tuple(population.labels[row] for row in rows)

@@ -51,12 +51,13 @@ class CellFolder(CellDataset):
     ):
         self.root = Path(root)
         if not self.root.is_dir():
-            raise FileNotFoundError(f"{root}: no such folder; give the folder that holds the cells")
+            raise FileNotFoundError(f"Expected a folder of cells, got {root}, which does not exist. Check the path.")
         if (self.root / METADATA_NAME).is_file():
             population = _cells_of_metadata(self.root, label_column, group_column)
         elif label_column or group_column:
             raise ValueError(
-                f"{root}: expected {METADATA_NAME} with the column {label_column or group_column}, got none; write it"
+                f"Expected {METADATA_NAME} with the column {label_column or group_column} in {root}, got none. Write"
+                " it."
             )
         else:
             population = _cells_of_folder(self.root)
@@ -91,13 +92,16 @@ def find_volumes(root: Path) -> list[Path]:
 def _cells_of_folder(root: Path) -> Population:
     paths = find_volumes(root)
     if not paths:
-        raise ValueError(f"{root}: no cells; expected {METADATA_NAME}, or files ending in {'/'.join(FORMATS)}")
+        raise ValueError(
+            f"Expected {METADATA_NAME}, or files ending in {'/'.join(FORMATS)}, in {root}, got no cells. Give the"
+            " folder that holds them."
+        )
     parts = [path.relative_to(root).parts for path in paths]
     at_root = sum(len(part) == 1 for part in parts)
     if 0 < at_root < len(paths):
         raise ValueError(
-            f"{root}: {at_root} of {len(paths)} cells lie outside the sub-folders that name the labels; move them, or"
-            f" write {METADATA_NAME} with the columns file_name and label"
+            f"Expected all cells of {root} in sub-folders that name their labels, or none, got {at_root} of"
+            f" {len(paths)} outside of them. Move them, or write {METADATA_NAME} with the columns file_name and label."
         )
     ids = tuple("/".join(part) for part in parts)
     return Population(ids, tuple(part[0] if len(part) > 1 else ONLY_CLASS for part in parts), groups=ids)
@@ -115,14 +119,19 @@ def _cells_of_metadata(root: Path, label_column: str | None, group_column: str |
         where = f"{metadata_path}, line {line}"
         name = os.path.normpath(row["file_name"])
         if os.path.isabs(name) or name.split(os.sep)[0] == os.pardir:
-            raise ValueError(f"{where}: {row['file_name']!r} is not inside {root}; move the file there")
+            raise ValueError(f"Expected a file inside {root} in {where}, got {row['file_name']!r}. Move it there.")
         if name in line_of:
-            raise ValueError(f"{where}: {row['file_name']!r} stands already in line {line_of[name]}; delete one")
-        if not (root / name).is_file():
-            raise FileNotFoundError(f"{where}: no file {root / name}; correct file_name, or delete the row")
+            raise ValueError(
+                f"Expected another file in {where}, got {row['file_name']!r}, which stands in line {line_of[name]}."
+                " Delete one."
+            )
+        if not (root / name).exists():
+            raise FileNotFoundError(
+                f"Expected the file of {where}, got no {root / name}. Correct file_name, or delete the row."
+            )
         for column in filter(None, (label_column, group_column)):
             if not row[column].strip():
-                raise ValueError(f"{where}: {column} is empty; fill it in, or delete the row")
+                raise ValueError(f"Expected a {column} in {where}, got none. Fill it in, or delete the row.")
         line_of[name] = line
         labels.append(row[label_column] if label_column else ONLY_CLASS)
         groups.append(row[group_column] if group_column else name)

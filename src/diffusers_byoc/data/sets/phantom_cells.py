@@ -44,18 +44,21 @@ class PhantomCells(CellDataset):
     ):
         phenotypes = PHENOTYPES if phenotypes is None else tuple(phenotypes)
         if num_cells < 1:
-            raise ValueError(f"`num_cells` must be positive, got {num_cells}")
+            raise ValueError(f"Expected `num_cells` of at least 1, got {num_cells}. Raise it.")
         if not phenotypes or set(phenotypes) - set(PHENOTYPES):
-            raise ValueError(f"`phenotypes` must be some of {', '.join(PHENOTYPES)}, got {phenotypes}")
+            raise ValueError(f"Expected `phenotypes` among {', '.join(PHENOTYPES)}, got {phenotypes}. Choose some.")
         if seed < 0:
-            raise ValueError(f"`seed` must be 0 or more, got {seed}")
+            raise ValueError(f"Expected `seed` of at least 0, got {seed}. Raise it.")
         self._phantom_voxel_size_um = processor.voxel_size_um or (1.0,) * 3
         if len(set(self._phantom_voxel_size_um)) != 1:
             raise ValueError(
-                f"phantoms have cubic voxels, got the processor's `voxel_size_um` {processor.voxel_size_um}"
+                "Expected cubic voxels, as phantoms have, got the processor's `voxel_size_um`"
+                f" {processor.voxel_size_um}. Give it one number."
             )
         if processor.config.num_channels != 2:
-            raise ValueError(f"phantoms have 2 channels, got `num_channels` {processor.config.num_channels}")
+            raise ValueError(
+                f"Expected `num_channels` 2, as phantoms have, got {processor.config.num_channels}. Set it to 2."
+            )
         self.seed = seed
         self._truths = [None] * num_cells
         population = Population(

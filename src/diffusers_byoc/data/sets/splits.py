@@ -70,18 +70,18 @@ def split_cells(
     """
     if num_folds is None:
         if fold is not None:
-            raise ValueError(f"`fold` {fold} needs `num_folds`; give both")
+            raise ValueError(f"Expected `num_folds` with `fold` {fold}, got none. Give both.")
         if not 0 <= held_out_share < 1:
-            raise ValueError(f"`held_out_share` must be in [0, 1), got {held_out_share}")
+            raise ValueError(f"Expected `held_out_share` in [0, 1), got {held_out_share}. Correct it.")
         shares, held_out_part = [held_out_share, 1 - held_out_share], 0
     else:
         if num_folds < 2:
-            raise ValueError(f"`num_folds` must be at least 2, got {num_folds}")
+            raise ValueError(f"Expected `num_folds` of at least 2, got {num_folds}. Raise it.")
         if fold is None or not 0 <= fold < num_folds:
-            raise ValueError(f"`fold` must be one of 0 to {num_folds - 1}, got {fold}; give both, or none of them")
+            raise ValueError(f"Expected `fold` among 0 to {num_folds - 1}, got {fold}. Give both, or none of them.")
         held_out_share, shares, held_out_part = 1 / num_folds, [1 / num_folds] * num_folds, fold
     if seed < 0:
-        raise ValueError(f"`seed` must be 0 or more, got {seed}")
+        raise ValueError(f"Expected `seed` of at least 0, got {seed}. Raise it.")
 
     if held_out_share:
         parts = _deal_groups(population, np.array(shares), seed)
@@ -116,14 +116,16 @@ def read_split(path: str | os.PathLike, population: Population) -> Split:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         split = Split(**content | {name: tuple(content[name]) for name in ("train", "held_out")})
-    except (ValueError, TypeError, KeyError) as err:
-        raise ValueError(f"{path}: not a split file ({err}); give the split.json of a training run") from err
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"Expected a split file, got {path}, which is none ({error}). Give the split.json of a training run."
+        ) from error
     existing, known = set(population.ids), {*split.train, *split.held_out}
     if split.fingerprint != population.fingerprint or known != existing or len(known) != len(population.ids):
         examples = sorted(existing ^ known)[:3] or "none, but other labels"
         raise ValueError(
-            f"{path}: made for {len(known)} cells that are not the {len(existing)} here (differing: {examples}); give"
-            " the data set of that run, with its columns, or split anew"
+            f"Expected the {len(known)} cells for which {path} was made, got {len(existing)} others (differing:"
+            f" {examples}). Give the data set of that run, with its columns, or split anew."
         )
     return split
 
@@ -134,8 +136,8 @@ def _deal_groups(population: Population, shares: np.ndarray, seed: int) -> np.nd
     names, group_of = np.unique(np.array(population.groups, object), return_inverse=True)
     if len(names) < len(shares):
         raise ValueError(
-            f"expected at least {len(shares)} groups of cells to split, got {len(names)} ({', '.join(names)}); group"
-            " by another column, or hold out nothing"
+            f"Expected at least {len(shares)} groups of cells to split, got {len(names)} ({', '.join(names)}). Group"
+            " by another column, or hold out nothing."
         )
     counts = np.zeros((len(names), label_of.max() + 1))  # cells of each group and label
     np.add.at(counts, (group_of, label_of), 1)

@@ -132,7 +132,7 @@ class StreamedCells(IterableDataset):
         where = self._shards.where(row)
         try:
             volume = self._shards.decode(content)
-        except ValueError as err:
-            raise ValueError(f"{where}: {err}") from err
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
         volume = preprocess(volume, self.processor, where)[0]
         return {"volumes": volume, "class_labels": torch.tensor(int(self._class_of[row]))}

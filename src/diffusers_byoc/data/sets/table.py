@@ -60,8 +60,8 @@ class CellTable(CellDataset):
     def _read(self, row: int) -> Volume:
         try:
             return self._table.volume(row)
-        except ValueError as err:
-            raise ValueError(f"{self._where(row)}: {err}") from err
+        except ValueError as error:
+            raise ValueError(f"{self._where(row)}: {error}") from error
 
     def _where(self, row: int) -> str:
         return self._table.where(row)
@@ -77,8 +77,10 @@ class _ArrowTable:
                 self._rows = datasets.load_dataset("parquet", data_files=files, split="train")
             else:
                 self._rows = datasets.load_dataset(name, config_name, split="train")
-        except (ValueError, datasets.exceptions.DatasetGenerationError) as err:
-            raise ValueError(f"{name}: not readable Parquet ({err.__cause__ or err}); write it again") from err
+        except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
+            raise ValueError(
+                f"Expected readable Parquet, got {name}, which is not ({error.__cause__ or error}). Write it again."
+            ) from error
         self._name, self._volume_column, self.num_rows = name, volume_column, len(self._rows)
         check_columns(self._rows.features, volume_column, name)
 
@@ -110,7 +112,7 @@ def population_of(
         ValueError: if the table is empty, lacks a column, or has no value in one.
     """
     if not table.num_rows:
-        raise ValueError(f"{name}: expected a row for each cell, got none; write the data set again")
+        raise ValueError(f"Expected a row for each cell in {name}, got none. Write the data set again.")
     names = table.column_names
 
     def values_of(column: str | None, default: str) -> tuple[str, ...] | None:
@@ -118,13 +120,13 @@ def population_of(
             return None
         column = column or default
         if column not in names:
-            raise ValueError(f"{name}: expected a column {column}, got {', '.join(names)}; name one of these")
+            raise ValueError(f"Expected a column {column} in {name}, got {', '.join(names)}. Name one of these.")
         distinct, texts = {}, []  # one text for all cells that share it
         for row, value in enumerate(table.column(column)):
             if not isinstance(value, (str, int)) or not str(value).strip():
                 raise ValueError(
-                    f"{table.where(row)}: expected text or a whole number in the column {column}, got {value!r}; fill"
-                    " it in, or leave the cell out"
+                    f"Expected text or a whole number in the column {column} of {table.where(row)}, got {value!r}."
+                    " Fill it in, or leave the cell out."
                 )
             texts.append(distinct.setdefault(str(value), str(value)))
         return tuple(texts)
@@ -151,8 +153,9 @@ def check_cells(table, processor: VolumeProcessor, rows: Sequence[int]) -> tuple
         for row, shape in itertools.compress(enumerate(table.column("shape")), is_kept):
             if shape is None or len(shape) != 4 or shape[0] != num_channels:
                 raise ValueError(
-                    f"{table.where(row)}: expected shape (C, Z, Y, X) with {num_channels} channels"
-                    f" ({', '.join(processor.config.channel_names)}), got {shape}; leave the cell out"
+                    f"Expected shape (C, Z, Y, X) with {num_channels} channels"
+                    f" ({', '.join(processor.config.channel_names)}) in {table.where(row)}, got {shape}. Leave the"
+                    " cell out."
                 )
     if processor.config.oversize == "rescale":
         return None  # every shrunk cell has a size of its own
