@@ -395,6 +395,187 @@ def test_no_cell_left(plate, prepare):
     assert {row["reason"] for row in report_of(name="dropped.csv")} == {"touches the border", "too small"}
 
 
+# what people have
+
+
+def write_zarr(path, data, axes, name="", **attributes):
+    zarr = pytest.importorskip("zarr")
+    group = zarr.open_group(str(path), mode="w", zarr_format=2)
+    group.create_array("0", data=data, chunks=(1,) * (data.ndim - 2) + data.shape[-2:])
+    described = [
+        {"name": axis, "type": "space", "unit": "micrometer"} if axis in "zyx" else {"name": axis} for axis in axes
+    ]
+    scale = [{"type": "scale", "scale": [1.0] * len(axes)}]
+    datasets_ = [{"path": "0", "coordinateTransformations": scale}]
+    group.attrs["multiscales"] = [{"version": "0.4", "name": name, "axes": described, "datasets": datasets_}]
+    group.attrs.update(attributes)
+
+
+def write_field(path, seed, has_labels=True):
+    data, labels = make_stack(seed)
+    write_zarr(path, data, "czyx")
+    if has_labels:
+        group = pytest.importorskip("zarr").open_group(str(path / "labels"), mode="w", zarr_format=2)
+        group.attrs["labels"] = ["cells"]
+        write_zarr(path / "labels" / "cells", labels, "zyx")
+
+
+def write_plate(path, wells, has_labels=True):
+    """`wells`: name -> numbers of its fields, of which None are listed and not there; None for a whole well."""
+    zarr = pytest.importorskip("zarr")
+    plate = zarr.open_group(str(path), mode="w", zarr_format=2)
+    plate.attrs["plate"] = {"version": "0.4", "wells": [{"path": well} for well in wells]}
+    for well, seeds in wells.items():
+        if seeds is None:
+            continue
+        group = zarr.open_group(str(path / well), mode="w", zarr_format=2)
+        group.attrs["well"] = {"version": "0.4", "images": [{"path": str(field)} for field in range(len(seeds))]}
+        for field, seed in enumerate(seeds):
+            if seed is not None:
+                write_field(path / well / str(field), seed, has_labels)
+
+
+def assert_cells(cells, seeds):
+    """The cells are, voxel for voxel, those of the stacks of these seeds, by source."""
+    assert list(zip(cells["source"], cells["label_id"], strict=True)) == [(s, i) for s in sorted(seeds) for i in KEPT]
+    for cell in cells:
+        z, y, x = BOXES[cell["label_id"]]
+        raw = make_stack(seeds[cell["source"]])[0][1:, z : z + 10, y : y + 12, x : x + 12]
+        np.testing.assert_array_equal(decode_volume(cell).data, raw)
+
+
+def fails(main, arguments):
+    """No stack can be used; the reports say why."""
+    with pytest.raises(SystemExit, match="none that was kept"):
+        main(arguments)
+
+
+EXACT = ["--channels", "cell=1", "nucleus=2", "--margin_um", "0", "--mask_out", "none"]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "labels", [[], ["--labels", "A*.ome.zarr/labels/cells"], ["--labels", "A1.ome.zarr", "A2.ome.zarr"]]
+)
+def test_labels_within_an_ome_zarr(here, main, labels):
+    for seed in (1, 2):
+        write_field(here / f"A{seed}.ome.zarr", seed)
+    assert main(["--images", "A1.ome.zarr", "A2.ome.zarr", *labels, "--output_dir", "cells", *EXACT]) == 0
+    assert_cells(cells_of(), {"A1.ome.zarr": 1, "A2.ome.zarr": 2})
+
+
+def test_no_labels_within_an_ome_zarr(here, main):
+    write_field(here / "A1.ome.zarr", 1, has_labels=False)
+    with pytest.raises(SystemExit, match="A1.ome.zarr: has no labels"):
+        main(["--images", "A1.ome.zarr", "--output_dir", "cells", *EXACT])
+
+
+FIELDS = {"A/1": [1, 2], "B/12": [3]}
+
+
+@pytest.mark.parametrize("kind", ["inside", "said", "another plate", "files"])
+def test_a_plate_is_one_input(here, main, kind):
+    write_plate(here / "p.ome.zarr", FIELDS, has_labels=kind in ("inside", "said"))
+    arguments = ["--images", "p.ome.zarr", "--output_dir", "cells", *EXACT]
+    if kind == "said":
+        arguments += ["--labels", "p.ome.zarr/*/*/*/labels/cells"]
+    if kind == "another plate":
+        write_plate(here / "p_labels.ome.zarr", FIELDS, has_labels=False)
+        for well, seeds in FIELDS.items():
+            for field, seed in enumerate(seeds):
+                write_zarr(here / "p_labels.ome.zarr" / well / str(field), make_stack(seed)[1], "zyx")
+        arguments += ["--labels", "p_labels.ome.zarr"]
+    if kind == "files":
+        for well, seeds in FIELDS.items():
+            for field, seed in enumerate(seeds):
+                tifffile.imwrite(f"p_{well.replace('/', '_')}_{field}_masks.tif", make_stack(seed)[1])
+        arguments += ["--labels", "*_masks.tif"]
+    Path("treatments.csv").write_text("file_name,label\nA/1,DMSO\nB/12/0,drug\n")  # a well, a field
+    assert main([*arguments, "--metadata", "treatments.csv"]) == 0
+    seeds = {"p.ome.zarr/A/1/0": 1, "p.ome.zarr/A/1/1": 2, "p.ome.zarr/B/12/0": 3}
+    assert_cells(cells_of(), seeds)
+    assert cells_of()["label"] == [0] * 8 + [1] * 4
+
+
+def test_fields_that_are_not_there_cost_themselves(here, main):
+    write_plate(here / "p.ome.zarr", {"A/1": [1, None, 3], "A/2": None, "B/1": [4]})
+    assert main(["--images", "p.ome.zarr", "--output_dir", "cells", *EXACT]) == 1
+    assert_cells(cells_of(), {"p.ome.zarr/A/1/0": 1, "p.ome.zarr/A/1/2": 3, "p.ome.zarr/B/1/0": 4})
+    errors = {row["source"]: row["error"] for row in report_of() if row["error"]}
+    assert set(errors) == {"p.ome.zarr/A/1/1", "p.ome.zarr/A/2"}
+    assert all("which its plate lists, got none" in error for error in errors.values())
+
+
+@pytest.mark.parametrize("kind", ["tiff", "zarr"])
+def test_the_time_points_of_a_series(here, main, kind):
+    data, labels = (np.stack(arrays) for arrays in zip(*(make_stack(seed) for seed in range(3)), strict=True))
+    if kind == "tiff":
+        metadata = {"axes": "TCZYX"} | {f"PhysicalSize{axis}": 1.0 for axis in "ZYX"}
+        tifffile.imwrite("A1.ome.tif", data, ome=True, photometric="minisblack", metadata=metadata)
+        tifffile.imwrite("A1_masks.tif", labels, metadata={"axes": "TZYX"})
+        files = ["--images", "A1.ome.tif", "--labels", "A1_masks.tif"]
+    else:
+        write_zarr(here / "A1.ome.zarr", data, "tczyx")
+        pytest.importorskip("zarr").open_group("A1.ome.zarr/labels", mode="w").attrs["labels"] = ["cells"]
+        write_zarr(here / "A1.ome.zarr/labels/cells", labels, "tzyx")
+        files = ["--images", "A1.ome.zarr"]
+    source = "A1.ome.tif" if kind == "tiff" else "A1.ome.zarr"
+    fails(main, [*files, "--output_dir", "none", *EXACT])
+    assert "a time series" in report_of("none")[0]["error"] and "--time N" in report_of("none")[0]["error"]
+    assert main([*files, "--output_dir", "one", "--time", "2", *EXACT]) == 0
+    assert_cells(cells_of("one"), {source: 2})
+    assert main([*files, "--output_dir", "all", "--time", "all", *EXACT]) == 0
+    cells = cells_of("all")
+    assert_cells(cells, {f"{source}, time {seed}": seed for seed in range(3)})
+    assert cells["time"] == [0] * 4 + [1] * 4 + [2] * 4 and set(cells["series"]) == {source}
+    fails(main, [*files, "--output_dir", "late", "--time", "3", *EXACT])
+    assert "Expected the time point 3" in report_of("late")[0]["error"]
+
+
+def test_labels_of_one_time_point_alone(here, main):
+    data = np.stack([make_stack(seed)[0] for seed in range(2)])
+    metadata = {"axes": "TCZYX"} | {f"PhysicalSize{axis}": 1.0 for axis in "ZYX"}
+    tifffile.imwrite("A1.ome.tif", data, ome=True, photometric="minisblack", metadata=metadata)
+    tifffile.imwrite("A1_masks.tif", make_stack(1)[1])
+    files = ["--images", "A1.ome.tif", "--labels", "A1_masks.tif", *EXACT]
+    assert main([*files, "--output_dir", "cells", "--time", "1"]) == 0
+    assert_cells(cells_of(), {"A1.ome.tif": 1})
+    fails(main, [*files, "--output_dir", "all", "--time", "all"])
+    assert all("labels of each of its 2 time points" in row["error"] for row in report_of("all"))
+
+
+@pytest.mark.parametrize("value", [1, 255, True, 1.0])
+def test_a_mask_is_no_label_image(here, main, value):
+    data, labels = make_stack(0)
+    write_stack(here / "A1.ome.tif", data)
+    mask = np.isin(labels, KEPT)
+    dtype = {bool: bool, float: np.float32}.get(type(value), np.uint8)
+    tifffile.imwrite("A1_masks.tif", (mask * value).astype(dtype), photometric="minisblack")
+    files = ["--images", "A1.ome.tif", "--labels", "A1_masks.tif", *EXACT]
+    fails(main, [*files, "--output_dir", "cells"])
+    assert "--allow_binary_labels" in report_of()[0]["error"] and "abel" in report_of()[0]["error"]
+    assert main([*files, "--output_dir", f"one of {value}", "--allow_binary_labels"]) == 0
+    (cell,) = cells_of(f"one of {value}")
+    assert cell["label_id"] == int(value)
+    inside = np.argwhere(mask)
+    box = tuple(slice(low, high + 1) for low, high in zip(inside.min(0), inside.max(0), strict=True))
+    np.testing.assert_array_equal(decode_volume(cell).data, data[1:][(slice(None), *box)])
+
+
+def test_the_masks_of_cellpose(here, main):
+    for seed in (1, 2):
+        data, labels = make_stack(seed)
+        write_stack(here / f"A{seed}.ome.tif", data)
+        np.save(f"A{seed}_seg.npy", {"masks": labels, "outlines": labels * 0, "filename": "A1.tif"})
+    assert main(["--images", "A*.ome.tif", "--labels", "*_seg.npy", "--output_dir", "cells", *EXACT]) == 0
+    assert_cells(cells_of(), {"A1.ome.tif": 1, "A2.ome.tif": 2})
+
+
 # processes of their own
 
 # a stack whose name has "crash" in it ends its process, as a reader does that is written in C

@@ -16,6 +16,7 @@ from ..data import (
     split_cells,
     write_split,
 )
+from ..data.formats.shards import holds_table
 from ..data.sets.folder import METADATA_NAME
 from .data_arguments import SPLIT_NAME
 
@@ -96,6 +97,4 @@ def split_for_training(
 
 
 def _holds_shards(folder: str | None) -> bool:
-    if folder is None or (Path(folder) / METADATA_NAME).is_file():
-        return False
-    return any(path.suffix in (".parquet", ".tar") for path in [Path(folder), *Path(folder).rglob("*")])
+    return folder is not None and not (Path(folder) / METADATA_NAME).is_file() and holds_table(folder)

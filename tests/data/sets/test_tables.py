@@ -61,6 +61,39 @@ def shards(request, tmp_path, monkeypatch):
     return tmp_path / "cells"
 
 
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("kind", ["one", "splits", "formatted"])
+def test_what_save_to_disk_wrote(tmp_path, reader, kind):
+    rows = [encode_volume(make_volume(number)) | columns(number) for number in range(70)]
+    table = datasets.Dataset.from_list(rows)
+    if kind == "splits":
+        table = datasets.DatasetDict({"train": table, "test": table.select([0])})
+    elif kind == "formatted":
+        table = table.with_format("numpy")
+    table.save_to_disk(str(tmp_path / "saved"))
+    cells = reader(str(tmp_path / "saved"), PROCESSOR)
+    assert len(cells) == 70 and cells.class_names == ["a", "b"] and cells.voxel_size_um == (0.5, 0.5, 0.5)
+    assert cells.population.groups[::4] == tuple(f"image {number}" for number in range(18))
+    items = [cells[index] for index in range(70)] if cells.is_indexable else list(cells)
+    assert numbers(items) == list(range(70))
+    some = cells.subset(cells.ids[::7]).indexable(10, 0)
+    assert sorted(numbers(some[index] for index in range(10))) == list(range(0, 70, 7))
+    loader = cells.loader(7, 0, 10, seed=0, buffer_size=9)
+    assert sorted(numbers(loader)) == list(range(70))
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_saved_data_set_that_is_damaged_or_has_no_split(tmp_path, reader):
+    table = datasets.Dataset.from_list([encode_volume(make_volume(0))])
+    datasets.DatasetDict({"test": table}).save_to_disk(str(tmp_path / "other"))
+    with pytest.raises(ValueError, match="split .train. in .*other, got .'test'."):
+        reader(str(tmp_path / "other"), PROCESSOR)
+    table.save_to_disk(str(tmp_path / "saved"))
+    next((tmp_path / "saved").glob("*.arrow")).write_bytes(b"x")
+    with pytest.raises(ValueError, match="saved, which cannot be read"):
+        reader(str(tmp_path / "saved"), PROCESSOR)
+
+
 @pytest.fixture
 def write_parquet(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))

@@ -1,12 +1,13 @@
 """OME-Zarr (NGFF 0.1 to 0.5): images, label images within them, and the plates of high-content screens."""
 
+import itertools
 import math
 from pathlib import Path
 from xml.etree import ElementTree
 
 from ...optional import optional
 from .units import Step, voxel_size_of
-from .volume import OpenImage, Volume, VolumeFileError
+from .volume import DAMAGE_REMEDY, OpenImage, Volume, VolumeFileError
 
 
 MAX_CHUNKS = 2**20  # an image in more pieces than that takes hours to list
@@ -117,6 +118,41 @@ def _bioformats_names(path: Path) -> list[str]:
     return [image.get("Name") or "" for image in ElementTree.parse(xml).getroot().iterfind("{*}Image")]
 
 
+class _Chunked:
+    """A Zarr array that does not take the half of a chunk for the whole, as Blosc does without a word."""
+
+    def __init__(self, path: Path, array):
+        self._path, self._array = path, array
+        self.shape, self.dtype, self.ndim = array.shape, array.dtype, array.ndim
+        compressors = array.compressors if hasattr(array, "compressors") else [array.compressor]  # zarr 3 and 2
+        is_sharded = getattr(array, "shards", None) is not None  # a shard has checksums
+        self._is_blosc = bool(compressors) and "Blosc" in type(compressors[-1]).__name__ and not is_sharded
+
+    def __getitem__(self, index: tuple[int | slice, ...]):
+        if self._is_blosc:
+            ranges = []
+            for axis, length, chunk in zip(index, self.shape, self._array.chunks, strict=True):
+                start, stop = axis.indices(length)[:2] if isinstance(axis, slice) else (axis, axis + 1)
+                ranges.append(range(start // chunk, -(-stop // chunk)))
+            for place in itertools.product(*ranges):
+                self._check(place)
+        return self._array[index]
+
+    def _check(self, place: tuple[int, ...]) -> None:
+        """Compare the length of a chunk's file with what its header says; a chunk that is not there is background."""
+        if hasattr(self._array, "metadata"):  # zarr 3
+            key = f"{self._array.path}/{self._array.metadata.encode_chunk_key(place)}"
+        else:
+            key = self._array._chunk_key(place)
+        file = self._path / key
+        if not file.is_file():
+            return
+        with open(file, "rb") as stream:
+            header = stream.read(16)
+        if len(header) < 16 or int.from_bytes(header[12:], "little") != file.stat().st_size:
+            raise VolumeFileError(f"Expected whole chunks in {self._path}, got a part of {key}. {DAMAGE_REMEDY}")
+
+
 def _image(path: Path, group, multiscale: dict, attributes: dict, name: str) -> OpenImage:
     array = group[multiscale["datasets"][0]["path"]]
     num_chunks = math.prod(math.ceil(length / chunk) for length, chunk in zip(array.shape, array.chunks, strict=True))
@@ -142,17 +178,17 @@ def _image(path: Path, group, multiscale: dict, attributes: dict, name: str) -> 
         if is_stated
     }
     channels = [channel.get("label") for channel in attributes.get("omero", {}).get("channels", [])]
-    dask_array = optional("dask.array", "zarr")
+    chunked = _Chunked(path, array)
 
     def lazy():
-        return dask_array.from_array(array, chunks=array.chunks)
+        return optional("dask.array", "zarr").from_array(chunked, chunks=array.chunks, asarray=True)
 
     return OpenImage(
         path=path,
         axes=letters,
         shape=tuple(array.shape),
         dtype=array.dtype,
-        read=lambda: array[...],
+        read=lambda: chunked[(slice(None),) * array.ndim],
         lazy=lazy,
         name=name,
         voxel_size=voxel_size_of(steps),

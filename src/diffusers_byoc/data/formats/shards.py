@@ -57,6 +57,17 @@ class Unit(NamedTuple):
     count: int
 
 
+def is_saved_dataset(path: str | os.PathLike) -> bool:
+    """Whether a folder is what `datasets.Dataset.save_to_disk` writes, or the dictionary of several splits of it."""
+    return any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def holds_table(folder: str | os.PathLike) -> bool:
+    """Whether a folder holds a table of cells: Parquet or tar below it, or what `save_to_disk` writes."""
+    paths = [Path(folder), *Path(folder).rglob("*")]
+    return is_saved_dataset(folder) or any(path.suffix in (".parquet", ".tar") for path in paths)
+
+
 def find_shards(name: str, config_name: str | None = None) -> list[str]:
     """Paths or URLs of the files that hold the "train" split of a data set, in their order.
 
@@ -78,7 +89,7 @@ def find_shards(name: str, config_name: str | None = None) -> list[str]:
         if not files:
             raise FileNotFoundError(f"Expected files of the name {name}, got none. Correct the pattern.")
     else:
-        datasets = import_datasets()
+        datasets = optional("datasets", "data")
         try:
             files = datasets.load_dataset_builder(name, config_name).config.data_files or {}
         except (OSError, ValueError) as error:  # of datasets, huggingface_hub and the network
@@ -143,7 +154,7 @@ class ParquetShards:
             packed = io.BytesIO()
             metadata.write_metadata_file(packed)
             self._footers.append(packed.getvalue())  # a sixth of the memory
-        self.features = import_datasets().Features.from_arrow_schema(schema)
+        self.features = optional("datasets", "data").Features.from_arrow_schema(schema)
         check_columns(self.features, volume_column, files[0])
 
     @property
@@ -316,10 +327,6 @@ def write_shards(
     return count
 
 
-def import_datasets():
-    return optional("datasets", "data")
-
-
 def check_columns(features: Mapping, volume_column: str, where: str) -> None:
     """Refuse a table that has not the columns of `encode_volume`.
 
@@ -434,7 +441,7 @@ def _first_then(first, rest: Iterator, count: int) -> Iterator:
 
 def _write_parquet(path: Path, cells: Iterator[tuple[Volume, Mapping]], num_before: int) -> int:
     rows = [encode_volume(volume) | dict(columns) for volume, columns in cells]
-    datasets = import_datasets()
+    datasets = optional("datasets", "data")
     types = {"shape": "int64", "voxel_size_um": "float64", "channel_names": "string"}
     table = datasets.Dataset.from_list(rows)
     # where no cell of a file has a value, its type would be null, and the files would differ

@@ -318,7 +318,7 @@ def _read(path: Path, series, pages: list) -> np.ndarray:
 
 def _lazy(path: Path, series, pages: list):
     planes = _mapped(path, series) if series.is_truncated else _Planes(path, series, pages)
-    array = optional("dask.array", "data").from_array(planes, (1, *planes.shape[1:]), asarray=True)
+    array = optional("dask.array", "data").from_array(planes, (1, *planes.shape[1:]), asarray=True, lock=True)
     return array.reshape(series.get_shape(squeeze=False))
 
 
@@ -340,9 +340,11 @@ class _Planes:
         self.shape, self.dtype = (len(pages), *series.keyframe.shape), series.dtype
         self.ndim = len(self.shape)
 
-    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
-        planes = [_with_its_file_open(page, functools.partial(self._read, page)) for page in self._pages[index[0]]]
-        return np.stack(planes)[(slice(None), *index[1:])]
+    def __getitem__(self, index: tuple[int | slice, ...]) -> np.ndarray:
+        first, *others = index
+        pages = self._pages[first] if isinstance(first, slice) else [self._pages[first]]
+        planes = [_with_its_file_open(page, functools.partial(self._read, page)) for page in pages]
+        return np.stack(planes)[(slice(None) if isinstance(first, slice) else 0, *others)]
 
     def _read(self, page) -> np.ndarray:
         _check_segments(self._path, self._series, page)

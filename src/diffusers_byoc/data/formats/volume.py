@@ -199,8 +199,8 @@ def check_codec(path: Path, error: Exception) -> None:
     """
     codecs = {
         # tifffile, zarr 2 and 3, HDF5
-        r"(\S+) requires the 'imagecodecs' package": "imagecodecs",
-        r"codec not available: '?([\w.-]+)": "numcodecs (or what else brings this codec of Zarr)",
+        r"<\w+\.(\w+).* requires the 'imagecodecs' package": "imagecodecs",
+        r"codec not available: '*([\w.-]+)": "numcodecs (or what else brings this codec of Zarr)",
         r"UnknownCodecError.*?([\w.-]+)'?\)?$": "numcodecs (or what else brings this codec of Zarr)",
         r"required filter '([^']+)'|(can't open plugin|can't open directory)": "hdf5plugin",
     }

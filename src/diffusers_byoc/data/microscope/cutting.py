@@ -97,12 +97,12 @@ def is_mask(labels, boxes: dict[int, tuple[slice, slice, slice]], min_voxels: fl
     """Whether a label image is a mask, or a map of two classes, whose numbers stand for many cells each.
 
     So it is if its only number stands for two or more parts that do not touch and are of cell size, or one of its
-    two for three or more.
+    two for three or more. Specks, of less than a tenth of the largest part, count for none.
 
     Args:
         labels: (Z, Y, X), NumPy's or dask's.
         boxes: of its labels, from `find_cells`.
-        min_voxels: a part of at least so many voxels is of cell size.
+        min_voxels: a part of less voxels is no cell.
     """
     if not 1 <= len(boxes) <= 2:
         return False
@@ -110,7 +110,7 @@ def is_mask(labels, boxes: dict[int, tuple[slice, slice, slice]], min_voxels: fl
     for label_id, box in boxes.items():
         part_of = ndimage.label(load(labels[box]) == label_id, np.ones((3, 3, 3)))[0]
         sizes = np.bincount(part_of.ravel())[1:]
-        if (sizes >= min_voxels).sum() > len(boxes):
+        if (sizes >= max(min_voxels, sizes.max() / 10)).sum() > len(boxes):
             return True
     return False
 

@@ -26,6 +26,7 @@ class Job:
         labels: path of its label image.
         nuclei: path of the label image of its nuclei, if nuclei are asked for there.
         time: number of its time point, if one is chosen.
+        series: what its source would be called as a whole, if each of its time points is a job.
         state: sizes and times of its files, to see changes by.
         problem: why it cannot be cut, where that is known already.
     """
@@ -37,6 +38,7 @@ class Job:
     labels: str = ""
     nuclei: str | None = None
     time: int | None = None
+    series: str = ""
     state: list = field(default_factory=list)
     problem: str = ""
 
@@ -117,7 +119,7 @@ def plan_jobs(
         except (ValueError, OSError, ImportError) as error:
             jobs.append(Job(source, **known, problem=str(error)))
             continue
-        jobs += [Job(f"{source}, time {number}", **known, time=number) for number in range(num_times)]
+        jobs += [Job(f"{source}, time {time}", **known, time=time, series=source) for time in range(num_times)]
     return jobs, columns
 
 

@@ -177,8 +177,14 @@ def _open_all(job: Job, settings: CutSettings) -> tuple[Stack, Stack, Stack | No
         if path is None:
             label_images.append(None)
             continue
+        num_times = num_times_of(path)
+        if job.series and num_times != num_times_of(job.image, settings.scene):
+            raise ValueError(
+                f"Expected labels of each of its {num_times_of(job.image, settings.scene)} time points for"
+                f" {job.image}, got {num_times} in {path}. Choose the one that they are of (--time N)."
+            )
         # the labels of one time point may be a file of their own
-        time = job.time if num_times_of(path) > 1 else None
+        time = job.time if num_times > 1 else None
         label_images.append(read_channels(open_stack(path, None, max_gb, time), None, max_gb))
     image.voxel_size_um = _checked_size(image, settings.source_voxel_size_um)
     return image, *label_images
@@ -220,8 +226,8 @@ def _cells_of(job: Job, settings: CutSettings, record: dict) -> Iterator[dict]:
 def _write_cells(path: Path, cells: Iterator[dict], job: Job, features) -> None:
     pyarrow, parquet = optional("pyarrow", "data"), optional("pyarrow.parquet", "data")
     known = {"label": features["label"].str2int(job.label), "source": job.source} | job.columns
-    if "series" in features and "series" not in job.columns:
-        known |= {"series": job.source.rpartition(", time ")[0], "time": job.time}
+    if job.series:
+        known |= {"series": job.series, "time": job.time}
     with parquet.ParquetWriter(path, features.arrow_schema, compression="none") as writer:
         rows = []
         for cell in cells:

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from ..formats.shards import find_shards, open_shards
+from ..formats.shards import find_shards, is_saved_dataset, open_shards
 from ..processor import VolumeProcessor
 from .batches import StreamBatches
 from .cells import keep_labels, preprocess
-from .table import check_cells, population_of
+from .table import check_cells, open_saved_dataset, population_of
 
 
 class StreamedCells(IterableDataset):
@@ -46,7 +46,10 @@ class StreamedCells(IterableDataset):
         group_column: str | None = None,
     ):
         self.processor = processor
-        self._shards = open_shards(find_shards(name, config_name), volume_column)
+        if is_saved_dataset(name):
+            self._shards = open_saved_dataset(name, volume_column)
+        else:
+            self._shards = open_shards(find_shards(name, config_name), volume_column)
         self.population, class_names = population_of(self._shards, name, label_column, group_column)
         rows, names = keep_labels(self.population, label, name)
         self.class_names = sorted(set(names)) if label else class_names

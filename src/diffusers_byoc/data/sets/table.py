@@ -1,26 +1,37 @@
 """A table of cells, one row each, as a data set: Parquet or webdataset, from a folder or from the Hub."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from ...optional import optional
 from ...volumes import voxel_size_triple
 from ..formats.records import decode_volume
-from ..formats.shards import TarShards, check_columns, class_names_of, find_shards, import_datasets
+from ..formats.shards import (
+    TarShards,
+    Unit,
+    check_columns,
+    class_names_of,
+    find_shards,
+    is_saved_dataset,
+)
 from ..formats.volume import Volume
 from ..processor import VolumeProcessor
 from .cells import ONLY_CLASS, CellDataset
 from .splits import Population
 
 
+_UNIT_ROWS = 32  # rows that a stream reads together
+
+
 class CellTable(CellDataset):
     """A table of cells on this machine's disk, for training in random order.
 
     Parquet is converted once to the memory-mapped cache of 🤗 Datasets, and downloaded before if it is on the Hub; tar
-    archives, which must be local, are read where they are. Volumes are unpacked at each access and never kept, so that
-    memory does not grow with the table. At construction columns are checked, not voxels: a damaged volume is found
-    when it is read, by an error that names its row.
+    archives, which must be local, and what `datasets.Dataset.save_to_disk` wrote are read where they are. Volumes are
+    unpacked at each access and never kept, so that memory does not grow with the table. At construction columns are
+    checked, not voxels: a damaged volume is found when it is read, by an error that names its row.
 
     Args:
         name: a data set on the Hub, a folder, or a pattern of files, as in `find_shards`.
@@ -48,11 +59,7 @@ class CellTable(CellDataset):
         label_column: str | None = None,
         group_column: str | None = None,
     ):
-        files = find_shards(name, config_name)
-        if files[0].lower().endswith(".tar"):
-            self._table = TarShards(files)
-        else:
-            self._table = _ArrowTable(name, files, config_name, volume_column)
+        self._table = _open_table(name, config_name, volume_column)
         population, class_names = population_of(self._table, name, label_column, group_column)
         super().__init__(processor, population, label, name, None if label else class_names)
         self.voxel_size_um = check_cells(self._table, processor, self._rows)
@@ -67,21 +74,54 @@ class CellTable(CellDataset):
         return self._table.where(row)
 
 
-class _ArrowTable:
-    """Parquet files as the memory-mapped table of 🤗 Datasets, with the methods of `ParquetShards`."""
+def _open_table(name: str, config_name: str | None, volume_column: str) -> "TarShards | ArrowTable":
+    if is_saved_dataset(name):
+        return open_saved_dataset(name, volume_column)
+    files = find_shards(name, config_name)
+    if files[0].lower().endswith(".tar"):
+        return TarShards(files)
+    datasets = optional("datasets", "data")
+    try:
+        if name in files or not any(file.startswith("hf://") for file in files):
+            rows = datasets.load_dataset("parquet", data_files=files, split="train")
+        else:
+            rows = datasets.load_dataset(name, config_name, split="train")
+    except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        raise ValueError(
+            f"Expected readable Parquet, got {name}, which is not ({error.__cause__ or error}). Write it again."
+        ) from error
+    return ArrowTable(name, rows, volume_column)
 
-    def __init__(self, name: str, files: list[str], config_name: str | None, volume_column: str):
-        datasets = import_datasets()
-        try:
-            if name in files or not any(file.startswith("hf://") for file in files):
-                self._rows = datasets.load_dataset("parquet", data_files=files, split="train")
-            else:
-                self._rows = datasets.load_dataset(name, config_name, split="train")
-        except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
-            raise ValueError(
-                f"Expected readable Parquet, got {name}, which is not ({error.__cause__ or error}). Write it again."
-            ) from error
-        self._name, self._volume_column, self.num_rows = name, volume_column, len(self._rows)
+
+def open_saved_dataset(name: str, volume_column: str) -> "ArrowTable":
+    """The "train" split of what `save_to_disk` wrote, or the one split there is.
+
+    Raises:
+        ValueError: if it cannot be read, or has no such split.
+    """
+    datasets = optional("datasets", "data")
+    try:
+        rows = datasets.load_from_disk(name)
+    except Exception as error:  # whatever a damaged file provokes in 🤗 Datasets and Arrow
+        raise ValueError(
+            f"Expected a data set of `save_to_disk`, got {name}, which cannot be read ({error}). Write it again."
+        ) from error
+    if isinstance(rows, dict):
+        if "train" not in rows:
+            raise ValueError(f'Expected a split "train" in {name}, got {sorted(rows) or "none"}. Name one so.')
+        rows = rows["train"]
+    return ArrowTable(name, rows, volume_column)
+
+
+class ArrowTable:
+    """A memory-mapped table of 🤗 Datasets, with the methods of `ParquetShards`."""
+
+    def __init__(self, name: str, rows, volume_column: str):
+        # whatever format was chosen for them when they were saved
+        self._rows, self._name, self._volume_column = rows.with_format(None), name, volume_column
+        self.num_rows = len(self._rows)
+        firsts = range(0, self.num_rows, _UNIT_ROWS)
+        self.units = [Unit(0, 0, first, min(_UNIT_ROWS, self.num_rows - first)) for first in firsts]
         check_columns(self._rows.features, volume_column, name)
 
     @property
@@ -97,7 +137,16 @@ class _ArrowTable:
             yield from class_names_of(batch[name], self._rows.features[name])
 
     def volume(self, row: int) -> Volume:
-        return decode_volume(self._rows[row], self._volume_column)
+        return self.decode(self._rows[row])
+
+    def read(self, unit: Unit, rows: Collection[int]) -> Iterator[tuple[int, Mapping]]:
+        """(number, content) of those `rows` of a unit, in its order; for `decode`."""
+        for row in range(unit.first, unit.first + unit.count):
+            if row in rows:
+                yield row, self._rows[row]
+
+    def decode(self, content: Mapping) -> Volume:
+        return decode_volume(content, self._volume_column)
 
     def where(self, row: int) -> str:
         return f"{self._name}, row {row}"
