@@ -527,11 +527,12 @@ def test_layerwise_casting_leaves_the_codes_in_full_precision():
     assert vqvae(volumes(vqvae)).sample.dtype == torch.float32
 
 
+@pytest.mark.parametrize("latent_scaling", ["codebook_range", "cell"])
 @torch.no_grad()
-def test_offloaded_weights_are_brought_back_for_every_public_call():
+def test_offloaded_weights_are_brought_back_for_every_public_call(latent_scaling):
     from accelerate import cpu_offload
 
-    vqvae = model()
+    vqvae = model(latent_scaling=latent_scaling, latents_std=[0.5] * 8)
     latents = vqvae.encode(volumes(vqvae)).latents
     calls = [vqvae.normalize_latents, vqvae.denormalize_latents, lambda x: vqvae.quantize(x).latents]
     calls.append(lambda x: vqvae.decode(x).sample)

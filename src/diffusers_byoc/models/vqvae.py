@@ -282,10 +282,13 @@ class MultiCodebookVQModel(CheckedModelMixin, AutoencoderMixin, ConfigMixin):
         self.register_to_config(latents_mean=None if mean is None else mean.tolist(), latents_std=std.tolist())
 
     @torch.no_grad()
-    def background_latents(self, grid: tuple[int, int, int]) -> Tensor:
-        """Latents (1, M*n, d, h, w), unquantised, of background alone: near the borders they are not those inside."""
+    def background_latents(self, grid: tuple[int, int, int], device: torch.device | None = None) -> Tensor:
+        """Latents (1, M*n, d, h, w), unquantised, of background alone: near the borders they are not those inside.
+
+        `device` is where the model computes; None for where its weights are, which offloading may keep elsewhere.
+        """
         shape = (1, self.config.num_channels, *(self.downsampling_factor * size for size in grid))
-        return self.encode(torch.full(shape, -1.0, device=self.device)).latents
+        return self.encode(torch.full(shape, -1.0, device=device or self.device)).latents
 
     def _latent_affine(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Shift and scale, float32, that broadcast to `latents`."""
@@ -298,7 +301,7 @@ class MultiCodebookVQModel(CheckedModelMixin, AutoencoderMixin, ConfigMixin):
                 "Call set_latent_statistics with those of the training latents first."
             )
         if scaling == "cell":
-            shift, scale = self.background_latents(tuple(latents.shape[2:])).float(), torch.tensor(std)
+            shift, scale = self.background_latents(tuple(latents.shape[2:]), latents.device).float(), torch.tensor(std)
         elif scaling == "standardize":
             shift, scale = torch.tensor(mean), torch.tensor(std)
         else:

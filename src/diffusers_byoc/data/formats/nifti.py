@@ -21,7 +21,9 @@ def open_images(path: Path) -> list[OpenImage]:
     Raises:
         ImportError: if nibabel is not installed.
     """
-    image = optional("nibabel", "nifti").load(path)
+    # nibabel would mend what is wrong in a header, and say so in its log
+    with optional("nibabel.imageglobals", "nifti").ErrorLevel(30):
+        image = optional("nibabel", "nifti").load(path)
     header = image.header
     has_time = int(header["xyzt_units"]) & _TIME_UNITS
     axes = "XYZ" + {4: "T" if has_time else "C", 5: "TC"}.get(image.ndim, "SSSS"[: image.ndim - 3])

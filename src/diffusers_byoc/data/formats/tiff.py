@@ -43,6 +43,11 @@ def open_images(path: Path) -> list[OpenImage]:
             if xml is not None:
                 tiff.close()
                 tiff = _open(path, xml)
+        elif path.name.lower().endswith((".ome.tif", ".ome.tiff")):
+            raise VolumeFileError(
+                f"Expected OME metadata in {path}, got none that can be read. It may be truncated or damaged: export"
+                " it again, or call it .tif if it has none."
+            )
         series = list(tiff.series)
         if not series:
             raise VolumeFileError(f"Expected an image in {path}, got none. {DAMAGE_REMEDY}")
@@ -309,27 +314,27 @@ def _with_its_file_open(page, function: Callable):
 
 def _read(path: Path, series, pages: list) -> np.ndarray:
     shape = series.get_shape(squeeze=False)
-    if series.is_truncated:
-        return np.array(_mapped(path, series)).reshape(shape)
+    if series.dataoffset is not None:
+        return np.array(_mapped(path, series), series.dtype).reshape(shape)
     for page in pages:
         _with_its_file_open(page, functools.partial(_check_segments, path, series, page))
     return series.asarray(maxworkers=1).reshape(shape)
 
 
 def _lazy(path: Path, series, pages: list):
-    planes = _mapped(path, series) if series.is_truncated else _Planes(path, series, pages)
+    planes = _Planes(path, series, pages) if series.dataoffset is None else _mapped(path, series)
+    # several threads would read from one place of one file
     array = optional("dask.array", "data").from_array(planes, (1, *planes.shape[1:]), asarray=True, lock=True)
-    return array.reshape(series.get_shape(squeeze=False))
+    return array.astype(series.dtype).reshape(series.get_shape(squeeze=False))
 
 
 def _mapped(path: Path, series) -> np.ndarray:
-    """The planes of an image of which only the first has a header, as ImageJ writes beyond 4 GB."""
+    """The planes of an image that lie one after the other; only the first has a header where ImageJ writes 4 GB."""
     page, handle = series.keyframe, series.keyframe.parent.filehandle
     shape = (math.prod(series.shape) // math.prod(page.shape), *page.shape)
-    if page.compression != 1 or page.dataoffsets[0] + math.prod(shape) * series.dtype.itemsize > handle.size:
+    if series.dataoffset + math.prod(shape) * series.dtype.itemsize > handle.size:
         raise VolumeFileError(f"Expected {shape[0]} planes in {path}, got fewer. {DAMAGE_REMEDY}")
-    dtype = series.dtype.newbyteorder(page.parent.byteorder)
-    return handle.memmap_array(dtype, shape, page.dataoffsets[0])
+    return handle.memmap_array(series.dtype.newbyteorder(page.parent.byteorder), shape, series.dataoffset)
 
 
 class _Planes:
