@@ -46,7 +46,7 @@ def damage(path, rng):
         content = content[: rng.integers(len(content))]
     for _ in range(rng.integers(1, 6) if content else 0):
         at, length = int(rng.integers(min(len(content), rng.choice([400, 10**9])))), int(rng.integers(1, 9))
-        content[at : at + length] = rng.choice([rng.bytes(length), b"\xff" * length, bytes(length)])
+        content[at : at + length] = [rng.bytes(length), b"\xff" * length, bytes(length)][rng.integers(3)]
     path.write_bytes(bytes(content))
 
 
