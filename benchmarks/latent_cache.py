@@ -8,7 +8,6 @@ saves too, is not counted. bf16 autocast, as the training script chooses on such
 
 import json
 import tempfile
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -16,10 +15,10 @@ from diffusers import DDPMScheduler
 from timing import interleaved_best_ms, machine
 
 from diffusers_byoc import DualChannelUNet3D, MultiCodebookVQModel
+from diffusers_byoc.commands.train_arguments import PRESETS
 from diffusers_byoc.training import cache_latents, diffusion_loss
 
 
-CONFIGS = Path(__file__).parents[1] / "examples" / "configs"
 # autoencoder, U-Net (of these presets), batch
 CASES = (("demo", "demo", 8), ("paper", "demo", 8), ("paper", "paper", 2))
 
@@ -66,7 +65,7 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)
     for autoencoder_preset, unet_preset, batch_size in CASES:
         autoencoder_config, unet_config = (
-            json.loads((CONFIGS / f"{name}.json").read_text(encoding="utf-8"))[part]
+            json.loads((PRESETS / f"{name}.json").read_text(encoding="utf-8"))[part]
             for name, part in ((autoencoder_preset, "vqvae"), (unet_preset, "unet"))
         )
         vqvae = MultiCodebookVQModel(**autoencoder_config).requires_grad_(False).eval()

@@ -23,8 +23,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from diffusers_byoc import MultiCodebookVQModel
+from diffusers_byoc.commands.train_arguments import PRESETS
 from diffusers_byoc.data import (
     CellTable,
+    StepBatches,
     StreamBatches,
     StreamedCells,
     Volume,
@@ -33,11 +35,10 @@ from diffusers_byoc.data import (
     write_shards,
 )
 from diffusers_byoc.data.phantoms import PHENOTYPES
-from diffusers_byoc.training import StepBatches, reconstruction_loss
-from diffusers_byoc.training.processes import fastest_precision
+from diffusers_byoc.training import fastest_precision, reconstruction_loss
 
 
-DEMO = json.loads((Path(__file__).parents[1] / "examples" / "configs" / "demo.json").read_text(encoding="utf-8"))
+DEMO = json.loads((PRESETS / "demo.json").read_text(encoding="utf-8"))
 
 
 def phantoms(num_cells: int, num_distinct: int):
