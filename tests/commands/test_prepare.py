@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -503,11 +504,13 @@ def test_a_plate_is_one_input(here, main, kind):
 
 
 def test_fields_that_are_not_there_cost_themselves(here, main):
-    write_plate(here / "p.ome.zarr", {"A/1": [1, None, 3], "A/2": None, "B/1": [4]})
+    write_plate(here / "p.ome.zarr", {"A/1": [1, None, 3], "A/2": None, "B/1": [4, 5]})
+    shutil.rmtree("p.ome.zarr/B/1/1")
+    Path("p.ome.zarr/B/1/1").mkdir()
     assert main(["--images", "p.ome.zarr", "--output_dir", "cells", *EXACT]) == 1
     assert_cells(cells_of(), {"p.ome.zarr/A/1/0": 1, "p.ome.zarr/A/1/2": 3, "p.ome.zarr/B/1/0": 4})
     errors = {row["source"]: row["error"] for row in report_of() if row["error"]}
-    assert set(errors) == {"p.ome.zarr/A/1/1", "p.ome.zarr/A/2"}
+    assert set(errors) == {"p.ome.zarr/A/1/1", "p.ome.zarr/A/2", "p.ome.zarr/B/1/1"}
     assert all("which its plate lists, got none" in error for error in errors.values())
 
 
