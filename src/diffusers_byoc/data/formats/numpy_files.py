@@ -46,7 +46,12 @@ def open_images(path: Path) -> list[OpenImage]:
         with open(path, "rb") as file:
             return _read_array(path, file, path.stat().st_size)
 
-    return [_image(path, shape, dtype, read)]
+    def lazy():
+        array = np.lib.format.open_memmap(path, mode="r")
+        chunks = (*(1,) * (array.ndim - 2), *array.shape[-2:])
+        return optional("dask.array", "data").from_array(array, chunks).astype(dtype.newbyteorder("="))
+
+    return [_image(path, shape, dtype, read, lazy)]
 
 
 def write(path: Path, volume: Volume) -> None:
@@ -55,7 +60,7 @@ def write(path: Path, volume: Volume) -> None:
     np.savez_compressed(path, volume=volume.data, channel_names=np.array(volume.channel_names, "U"), **known)
 
 
-def _image(path: Path, shape, dtype: np.dtype, read, **known) -> OpenImage:
+def _image(path: Path, shape, dtype: np.dtype, read, lazy=None, **known) -> OpenImage:
     axes = {2: "YX", 3: "ZYX", 4: "CZYX"}.get(len(shape))
     if axes is None:
         raise VolumeFileError(f"Expected 4 axes (C, Z, Y, X) in {path}, got shape {tuple(shape)}. {_REMEDY}")
@@ -65,7 +70,7 @@ def _image(path: Path, shape, dtype: np.dtype, read, **known) -> OpenImage:
         shape=tuple(shape),
         dtype=dtype.newbyteorder("="),
         read=read,
-        lazy=lambda: optional("dask.array", "data").from_array(read()),
+        lazy=lazy or (lambda: optional("dask.array", "data").from_array(read())),
         **known,
     )
 
