@@ -1,8 +1,9 @@
-# make demo    train on phantom cells, generate 8 cells, leave outputs/demo/
-# make test    the tests; make test ARGS="-m slow" for the long ones
-# make lint    ruff
-# make venv    .venv/ with the pinned versions; the targets above call it
-# make clean   remove .venv/, outputs/demo/ and caches
+# make demo        cells of a pretrained pipeline of phantoms: outputs/demo/{cells.png, surfaces.png, report.md, volumes/}
+# make train-demo  train such a pipeline in minutes, smaller: outputs/train-demo/
+# make test        the tests; make test ARGS="-m slow" for the long ones
+# make lint        ruff
+# make venv        .venv/ with the pinned versions of what the demos need; make test adds what the tests need
+# make clean       remove .venv/, outputs/ of the demos and caches
 #
 # PYTHON=python3.12      another interpreter (3.10 or newer)
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu   the CPU wheel, where PyPI's brings CUDA
@@ -14,9 +15,10 @@ TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TEST_STAMP := $(VENV)/.installed-tests
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 
-.PHONY: venv demo test lint clean
+.PHONY: venv demo train-demo test lint clean
 
 venv: $(STAMP)
 
@@ -25,18 +27,25 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 		{ echo "diffusers_byoc needs Python 3.10 or newer, got $$($(PYTHON) --version 2>&1); try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
 	$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch==2.13.0
+	$(PIP) --editable ".[train,viz,metrics]"
+	@touch $@
+
+$(TEST_STAMP): $(STAMP)
 	$(PIP) --editable ".[dev]"
 	@touch $@
 
 demo: $(STAMP)
-	$(BIN)/accelerate launch --quiet examples/train_byoc.py --output_dir outputs/demo $(ARGS)
+	$(BIN)/python examples/demo.py --output_dir outputs/demo $(ARGS)
 
-test: $(STAMP)
+train-demo: $(STAMP)
+	$(BIN)/accelerate launch --quiet examples/train_byoc.py --output_dir outputs/train-demo $(ARGS)
+
+test: $(TEST_STAMP)
 	$(BIN)/python -m pytest $(ARGS)
 
-lint: $(STAMP)
+lint: $(TEST_STAMP)
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf $(VENV) outputs/demo build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) outputs/demo outputs/train-demo build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

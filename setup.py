@@ -71,8 +71,8 @@ setup(
     entry_points={
         "console_scripts": [
             "byoc-evaluate = diffusers_byoc.commands.evaluate:main",
-            "byoc-prepare = diffusers_byoc.commands.prepare:main",
             "byoc-generate = diffusers_byoc.commands.generate:main",
+            "byoc-prepare = diffusers_byoc.commands.prepare:main",
             "byoc-train = diffusers_byoc.commands.train:main",
         ]
     },

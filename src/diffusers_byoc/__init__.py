@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from diffusers import ModelMixin
 
     from .data import VolumeProcessor
-    from .models import DualChannelUNet3D, MultiCodebookVQModel, PatchDiscriminator3D
+    from .models import DualChannelUNet3D, MultiCodebookVQModel, PatchDiscriminator3D, TextureUNet3D
     from .pipelines import USABLE_SCHEDULERS, BYOCPipeline, BYOCPipelineOutput
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "ModelMixin",  # not ours: diffusers looks for a component's base class in the package of the component
     "MultiCodebookVQModel",
     "PatchDiscriminator3D",
+    "TextureUNet3D",
     "VolumeProcessor",
 ]
 
@@ -37,6 +38,7 @@ _MODULES = {
     "ModelMixin": "diffusers",
     "MultiCodebookVQModel": ".models",
     "PatchDiscriminator3D": ".models",
+    "TextureUNet3D": ".models",
     "VolumeProcessor": ".data",
 }
 _FOLDERS = ("data", "models", "pipelines")  # as `import diffusers_byoc` has always given them

@@ -12,7 +12,7 @@ from importlib.abc import MetaPathFinder
 from types import ModuleType
 
 
-_CLASSES = ("BYOCPipeline", "DualChannelUNet3D", "MultiCodebookVQModel")
+_CLASSES = ("BYOCPipeline", "DualChannelUNet3D", "MultiCodebookVQModel", "TextureUNet3D")
 
 
 def show_to_diffusers() -> None:

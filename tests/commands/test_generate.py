@@ -18,6 +18,7 @@ from diffusers_byoc import BYOCPipeline
 from diffusers_byoc.commands.generate import main
 from diffusers_byoc.data import read_volume
 from diffusers_byoc.pipelines.generation import cell_generator, generate_cells
+from diffusers_byoc.whole_files import TEMPORARY_PREFIX
 
 
 SAVED = Path(__file__).parents[1] / "pipelines" / "saved"
@@ -71,14 +72,15 @@ def test_what_is_missing_is_made_and_nothing_else(tmp_path):
     generate(tmp_path, "--num_samples", 3)
     first = {path.name: path.read_bytes() for path in tmp_path.glob("*.ome.tif")}
     (tmp_path / "cell_000001.ome.tif").unlink()
-    (tmp_path / ".tmp-00000000-cell_000002.ome.tif").write_bytes(b"half of one")
+    (tmp_path / f"{TEMPORARY_PREFIX}x").mkdir()
+    (tmp_path / f"{TEMPORARY_PREFIX}x" / "cell_000002.ome.tif").write_bytes(b"half of one")
     kept = (tmp_path / "cell_000000.ome.tif").stat().st_mtime_ns
     generate(tmp_path, "--num_samples", 4)
     assert (tmp_path / "cell_000000.ome.tif").stat().st_mtime_ns == kept
     again = intensities(tmp_path / "cell_000001.ome.tif")
     (tmp_path / "old.ome.tif").write_bytes(first["cell_000001.ome.tif"])
     np.testing.assert_allclose(again, intensities(tmp_path / "old.ome.tif"), atol=2 * STEP)
-    assert len(list(tmp_path.glob("cell_*"))) == 4 and not list(tmp_path.glob(".tmp-*"))
+    assert len(list(tmp_path.glob("cell_*"))) == 4 and not list(tmp_path.glob(f"{TEMPORARY_PREFIX}*"))
 
 
 @pytest.mark.parametrize(

@@ -332,7 +332,7 @@ def test_a_folder_of_arrays(train, tmp_path):
     for index in range(3):
         np.save(folder / f"{index}.npy", make_cell(index))
     output_dir = train("--train_data_dir", folder, "--sample_size", 16)
-    assert "Trained on 2 training cells (cell)" in (output_dir / "report.md").read_text()
+    assert "Trained on 2 cells (cell)" in (output_dir / "report.md").read_text()
     assert BYOCPipeline.from_pretrained(output_dir)(1).volumes.shape == (1, 2, 16, 16, 16)
 
 
@@ -365,7 +365,7 @@ def test_any_number_of_channels_is_a_matter_of_the_preset(train, tmp_path, num_c
 @pytest.mark.skipif(not REAL_CELLS.is_dir(), reason="real cells lie outside the repository")
 def test_real_cells(train):
     output_dir = train("--train_data_dir", REAL_CELLS, "--label", "metaphase", "--oversize", "rescale")
-    assert "Trained on 10 training cells (metaphase)" in (output_dir / "report.md").read_text()
+    assert "Trained on 10 cells (metaphase)" in (output_dir / "report.md").read_text()
     pipeline = BYOCPipeline.from_pretrained(output_dir)
     assert pipeline.config.volume_processor_config["oversize"] == "rescale"
     # each cell was shrunk by a factor of its own, so that generated ones have no voxel size

@@ -23,13 +23,16 @@ from diffusers_byoc.evaluation import (
 )
 
 
+ALL_BUT_MED3D = ["morphology", "texture", "grid", "voxels"]
+
+
 @pytest.fixture(scope="module")
 def volumes():
-    cells = PhantomCells(48, VolumeProcessor(sample_size=32), ["nocodazole", "blebbistatin"], seed=7)
-    return np.stack([(cells[index]["volumes"].numpy() + 1) / 2 for index in range(48)])
+    cells = PhantomCells(34, VolumeProcessor(sample_size=32), ["nocodazole", "blebbistatin"], seed=7)
+    return np.stack([(cells[index]["volumes"].numpy() + 1) / 2 for index in range(34)])
 
 
-def judge(folder, real_volumes, generated_volumes, channel_names, classifier_cells=0):
+def judge(folder, real_volumes, generated_volumes, channel_names, kinds, classifier_cells=0):
     """Results of a whole evaluation, and what it wrote."""
     (folder / "cells").mkdir()
     for index, volume in enumerate(real_volumes):
@@ -38,10 +41,9 @@ def judge(folder, real_volumes, generated_volumes, channel_names, classifier_cel
     cells = CellFolder(folder / "cells", processor)
     settings = EvaluationSettings(
         channel_names=channel_names,
-        features=("morphology",),
         classifier_cells=classifier_cells,
     )
-    extractors = {kind: FEATURES[kind](settings) for kind in FEATURES if kind != "med3d"}
+    extractors = {kind: FEATURES[kind](settings) for kind in kinds}
     sets = CellSet("generated", len(generated_volumes), lambda i: generated_volumes[i]), real_cells(cells)
     features = {}
     for cell_set in sets:
@@ -59,15 +61,19 @@ def judge(folder, real_volumes, generated_volumes, channel_names, classifier_cel
 
 
 def test_every_metric_stands_in_every_column_and_in_the_page(volumes, tmp_path):
-    found, page, record = judge(tmp_path, volumes[:28], volumes[28:], ("cell", "nucleus"), classifier_cells=6)
+    found, page, record = judge(
+        tmp_path, volumes[:22], volumes[22:], ("cell", "nucleus"), ALL_BUT_MED3D, classifier_cells=5
+    )
     assert len(found) == 2 and list(found[0]) == ["generated", "real", "shuffled channels", "blurred"]
     keys = {f"{kind}/{metric.name}" for metric in METRICS for kind in metric.kinds if kind != "med3d"}
+    undefined = {"morphology/class_accuracy", "texture/class_accuracy"}  # of cells without classes
     for fold in found:
         for row, values in fold.items():
             assert keys <= set(values), row
     for metric in METRICS:
         for kind in metric.kinds:
-            assert (f"| {metric.title_of(kind)} | {metric.good} |" in page) == (kind != "med3d"), (kind, metric.name)
+            is_shown = kind != "med3d" and f"{kind}/{metric.name}" not in undefined
+            assert (f"| {metric.title_of(kind)} | {metric.good} |" in page) == is_shown, (kind, metric.name)
     assert "| generated | real | shuffled channels | blurred |" in page and "> A note." in page
     summary = record["summary"]
     assert summary["blurred"]["morphology/frechet"]["mean"] > 5 * summary["real"]["morphology/frechet"]["mean"]
@@ -76,13 +82,13 @@ def test_every_metric_stands_in_every_column_and_in_the_page(volumes, tmp_path):
     assert summary["generated"]["morphology/frechet"]["std"] == pytest.approx(np.std(values, ddof=1))
     accuracy = [found[0]["blurred"][f"morphology/classifier_accuracy{end}"] for end in ("_low", "", "_high")]
     assert accuracy == sorted(accuracy)
-    for name in ("cells.png", "metrics.png", "distributions_morphology.png", "nearest.png"):
+    for name in ("cells.png", "metrics.png", "distributions_morphology.png", "spectra.png", "nearest.png"):
         assert (tmp_path / name).stat().st_size > 1000 and f"({name})" in page
     assert json.loads((tmp_path / "split_0.json").read_text())["held_out"]
 
 
 def test_one_channel_is_judged_on_the_morphology_of_its_cell(volumes, tmp_path):
-    found, page, _ = judge(tmp_path, volumes[:28, :1], volumes[28:, :1], ("membrane",))
+    found, page, _ = judge(tmp_path, volumes[:22, :1], volumes[22:, :1], ("membrane",), ["morphology", "voxels"])
     assert list(found[0]) == ["generated", "real", "blurred"] and "shuffled channels |" not in page
     assert "| Fréchet distance, morphology |" in page and "cell_volume_um3" in page
     assert "nucleus_volume_um3" not in page and "one nucleus" not in page.split("## ")[0].split("| metric")[1]
@@ -97,9 +103,25 @@ def test_a_new_row_of_the_table_reaches_the_results_and_the_page(volumes, tmp_pa
     )
     monkeypatch.setattr(metric_table, "METRICS", rows)
     monkeypatch.setattr("diffusers_byoc.evaluation.report.METRICS", rows)
-    found, page, _ = judge(tmp_path, volumes[:28], volumes[28:], ("cell", "nucleus"))
+    found, page, _ = judge(tmp_path, volumes[:22], volumes[22:], ("cell", "nucleus"), ["voxels"])
     assert abs(found[0]["real"]["voxels/mean_offset"]) < 0.05
     assert "| offset of the means | 0 |" in page
+
+
+def test_classes_are_learned_from_a_row_and_named_in_held_out_real_cells():
+    generator = np.random.default_rng(0)
+    labels = np.tile(["a", "b"], 30)
+    real, good, bad = generator.normal(size=(3, 60, 2))
+    real[labels == "b"] += 6
+    good[labels == "b"] += 6
+
+    def accuracy(candidate, labels):
+        comparison = Comparison(real, candidate, real, ("x", "y"), False, EvaluationSettings(), labels)
+        return metric_table.compute_metrics("texture", comparison)["texture/class_accuracy"]
+
+    assert accuracy(good, (labels, labels)) > 0.95
+    assert accuracy(bad, (labels, labels)) < 0.8
+    assert np.isnan(accuracy(good, None)) and np.isnan(accuracy(good, (labels, np.repeat("a", 60))))
 
 
 def test_functions_that_several_rows_share_are_called_once():

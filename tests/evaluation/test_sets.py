@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
-from diffusers_byoc import MultiCodebookVQModel
+from diffusers_byoc import BYOCPipeline, DualChannelUNet3D, MultiCodebookVQModel, TextureUNet3D
 from diffusers_byoc.data import CellFolder, PhantomCells, VolumeProcessor
 from diffusers_byoc.evaluation import folder_cells, real_cells, suspicions
 
@@ -44,12 +45,27 @@ def test_an_autoencoder_adds_what_it_makes_of_real_cells(cells):
     assert real.variants["encoded and decoded"].identity != other.variants["encoded and decoded"].identity
 
 
+def test_a_texture_network_adds_what_it_draws(cells):
+    autoencoder = MultiCodebookVQModel(
+        latent_channels=2, num_vq_embeddings=8, block_out_channels=(4, 8), sample_size=32
+    ).eval()
+    unet = DualChannelUNet3D(latent_channels=2, sample_size=16, block_out_channels=(8,), attention_head_dim=8)
+    texture = TextureUNet3D(block_out_channels=(8,), layers_per_block=(1,)), FlowMatchEulerDiscreteScheduler()
+    pipeline = BYOCPipeline(autoencoder, unet, DDPMScheduler(), *texture, default_num_texture_steps=2)
+    real = real_cells(cells, autoencoder, pipeline)
+    assert real.rows[:3] == ("real", "encoded and decoded", "with texture")
+    both = real.volumes([3, 1], "with texture")
+    assert both.shape == (2, 2, 32, 32, 32) and both.min() >= 0 and both.max() <= 1
+    np.testing.assert_allclose(real.volumes([1], "with texture"), both[1:], atol=1e-6)  # whatever is beside it
+    assert np.abs(both - real.volumes([3, 1], "encoded and decoded")).max() > 0.1
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda v: (v * 2 - 1).astype(np.float32), r"Expected floats in \[0, 1\] in .*bad.npy, got \[-1"),
         (lambda v: ((v * 2 - 1) * 32767).astype(np.int16), "Expected integers from 0 in .*bad.npy, got -"),
-        (lambda v: np.where(v > 0.5, np.nan, v), "bad.npy.*finite intensities"),
+        (lambda v: np.where(v > 0.5, np.nan, v), "Expected finite intensities in .*bad.npy"),
         (lambda v: v[:1], "bad.npy.*channel"),
     ],
 )

@@ -53,8 +53,23 @@ def test_pickles_cannot_be_asked_for(tmp_path):
         DualChannelUNet3D.from_pretrained(tmp_path, use_safetensors=False)
 
 
+def test_pickles_are_not_fallen_back_on(tmp_path):
+    make_unet().save_pretrained(tmp_path)
+    torch.save(make_unet().state_dict(), tmp_path / "diffusion_pytorch_model.fp16.bin")
+    with pytest.raises(OSError, match="diffusion_pytorch_model.fp16.safetensors"):
+        DualChannelUNet3D.from_pretrained(tmp_path, variant="fp16")
+
+
+def test_pickles_are_not_written(tmp_path):
+    make_unet().save_pretrained(tmp_path, safe_serialization=False, variant="fp16")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "config.json",
+        "diffusion_pytorch_model.fp16.safetensors",
+    ]
+
+
 def test_an_empty_folder_is_an_error_of_the_system(tmp_path):
     make_unet().save_pretrained(tmp_path)
     (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(OSError, match="diffusion_pytorch_model.safetensors"):
+    with pytest.raises(OSError, match="no file named diffusion_pytorch_model"):
         DualChannelUNet3D.from_pretrained(tmp_path)

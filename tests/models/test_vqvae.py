@@ -387,7 +387,7 @@ def test_each_codebooks_extremes_map_to_one(num_channels):
             torch.testing.assert_close(own_features, torch.full_like(own_features, expected))
 
 
-@pytest.mark.parametrize("latent_scaling", ["codebook_range", "standardize"])
+@pytest.mark.parametrize("latent_scaling", ["codebook_range", "standardize", "cell"])
 @torch.no_grad()
 def test_denormalize_is_the_inverse_of_normalize(latent_scaling):
     vqvae = model(latent_scaling=latent_scaling)
@@ -407,6 +407,25 @@ def test_standardised_latents_have_zero_mean_and_unit_deviation(tmp_path):
     normalised = MultiCodebookVQModel.from_pretrained(tmp_path).normalize_latents(latents)
     torch.testing.assert_close(normalised.mean((0, 2, 3, 4)), torch.zeros(8), atol=1e-5, rtol=0)
     torch.testing.assert_close(normalised.std((0, 2, 3, 4)), torch.ones(8))
+
+
+@torch.no_grad()
+def test_background_is_zero_to_the_scaling_by_cells():
+    vqvae = model(latent_scaling="cell")
+    vqvae.set_latent_statistics(None, torch.full((8,), 0.5))
+    background = vqvae.encode(torch.full((1, 2, 16, 16, 16), -1.0)).latents
+    assert background.std((2, 3, 4)).max() > 0.01  # near the borders it is not what it is inside
+    torch.testing.assert_close(vqvae.normalize_latents(background), torch.zeros_like(background))
+    torch.testing.assert_close(vqvae.normalize_latents(background + 2), torch.full_like(background, 4.0))
+
+
+@torch.no_grad()
+def test_scalings_need_their_statistics():
+    latents = torch.zeros(1, 8, 4, 4, 4)
+    with pytest.raises(ValueError, match="Expected latents_std for latent_scaling='cell', got None"):
+        model(latent_scaling="cell").normalize_latents(latents)
+    with pytest.raises(ValueError, match="Expected latents_mean and latents_std"):
+        model(latent_scaling="standardize").normalize_latents(latents)
 
 
 @torch.no_grad()
@@ -508,11 +527,12 @@ def test_layerwise_casting_leaves_the_codes_in_full_precision():
     assert vqvae(volumes(vqvae)).sample.dtype == torch.float32
 
 
+@pytest.mark.parametrize("latent_scaling", ["codebook_range", "cell"])
 @torch.no_grad()
-def test_offloaded_weights_are_brought_back_for_every_public_call():
+def test_offloaded_weights_are_brought_back_for_every_public_call(latent_scaling):
     from accelerate import cpu_offload
 
-    vqvae = model()
+    vqvae = model(latent_scaling=latent_scaling, latents_std=[0.5] * 8)
     latents = vqvae.encode(volumes(vqvae)).latents
     calls = [vqvae.normalize_latents, vqvae.denormalize_latents, lambda x: vqvae.quantize(x).latents]
     calls.append(lambda x: vqvae.decode(x).sample)

@@ -6,6 +6,7 @@ import torch
 import diffusers_byoc.training.latents as latents_module
 from diffusers_byoc import MultiCodebookVQModel
 from diffusers_byoc.training import cache_latents, encode_batches, latent_statistics
+from diffusers_byoc.training.latents import measure_latents
 
 
 @pytest.fixture
@@ -119,3 +120,19 @@ def test_what_changes_the_latents_encodes_again(vqvae, accelerator, tmp_path, en
     assert encodings(Cells(7)) == 3 and len(list(tmp_path.iterdir())) == 3
     next(tmp_path.glob("latents-00001*")).unlink()  # killed while encoding
     assert encodings(Cells(7)) == 1
+
+
+def test_the_deviation_of_latents_is_that_where_a_cell_is(vqvae, accelerator, tmp_path):
+    vqvae.register_to_config(latent_scaling="cell")
+    cells = Cells(6)
+    cells.volumes.fill_(-1)
+    background = vqvae.background_latents((4, 4, 4))
+    latents = cache_latents(vqvae, cells, tmp_path, accelerator)
+    amplitudes = torch.arange(1.0, 1.0 + background.shape[1])
+    signs = torch.randn(6, len(amplitudes)).sign()
+    for shard in latents._shards:
+        shard[:] = background + 0.01 * torch.randn(shard.shape)
+        shard[:, :, 1, 1:3, 2] += (signs * amplitudes)[:, :, None]
+    measure_latents(vqvae, latents)
+    torch.testing.assert_close(torch.tensor(vqvae.config.latents_std), amplitudes, rtol=0.02, atol=0)
+    assert vqvae.config.latents_mean is None

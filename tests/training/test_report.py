@@ -57,7 +57,7 @@ def report(pipeline_of, folder, channel_names):
 @pytest.mark.parametrize("channel_names", [("cell", "nucleus"), ("nucleus", "cell"), ("nucleus", "actin", "cell")])
 def test_cell_and_nucleus_are_found_by_name(pipeline_of, tmp_path, channel_names):
     text = report(pipeline_of, tmp_path, channel_names)
-    (row,) = [line for line in text.splitlines() if line.startswith("| real training cells (2)")]
+    (row,) = [line for line in text.splitlines() if line.startswith("| real cells (2)")]
     cell, nucleus, ratio = (float(column.split("±")[0]) for column in row.split("|")[2:5])
     assert (cell, nucleus) == (CHANNELS["cell"].sum(), CHANNELS["nucleus"].sum())
     assert ratio == pytest.approx(nucleus / cell, abs=0.006)
@@ -68,11 +68,11 @@ def test_cell_and_nucleus_are_found_by_name(pipeline_of, tmp_path, channel_names
 @pytest.mark.parametrize("channel_names", [("cell",), ("actin", "cell")])
 def test_without_a_nucleus_the_cell_alone_is_measured(pipeline_of, tmp_path, channel_names):
     text = report(pipeline_of, tmp_path, channel_names)
-    (row,) = [line for line in text.splitlines() if line.startswith("| real training cells (2)")]
+    (row,) = [line for line in text.splitlines() if line.startswith("| real cells (2)")]
     cell, *of_the_nucleus = (column.strip() for column in row.split("|")[2:6])
     assert float(cell.split("±")[0]) == CHANNELS["cell"].sum() and of_the_nucleus == ["–"] * 3
     assert "Measured in the channels cell; segmented by Otsu's threshold." in text
-    assert "Trained on 2 training cells (cell): 2 steps." in text
+    assert text.startswith("# BYOC report\n\n2 steps\n")
 
 
 @pytest.mark.parametrize("is_phantom", [True, False])

@@ -97,7 +97,7 @@ def run(args: argparse.Namespace, state: PartialState) -> None:
 
     # 2. every set of cells, measured and compared
     autoencoder = pipeline and autoencoder_of(pipeline)
-    real = real_cells(cells, autoencoder)
+    real = real_cells(cells, autoencoder, pipeline if getattr(pipeline, "texture_unet", None) else None)
     sets, features = (generated, real), {}
     for cell_set in sets:
         features |= extract_features(cell_set, extractors, folder / "cache")
@@ -129,7 +129,9 @@ def run(args: argparse.Namespace, state: PartialState) -> None:
 
 
 def load_pipeline(args: argparse.Namespace, device: torch.device) -> DiffusionPipeline:
-    return DiffusionPipeline.from_pretrained(args.pretrained, dtype=getattr(torch, args.dtype)).to(device)
+    pipeline = DiffusionPipeline.from_pretrained(args.pretrained, dtype=getattr(torch, args.dtype)).to(device)
+    pipeline.set_progress_bar_config(disable=True)  # the series of cells has one
+    return pipeline
 
 
 def generated_cells(

@@ -56,6 +56,7 @@ def generate(args: argparse.Namespace) -> None:
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     pipeline = BYOCPipeline.from_pretrained(args.pretrained, dtype=getattr(torch, args.dtype))
     pipeline.to(args.device or accelerator or "cpu")
+    pipeline.set_progress_bar_config(desc="Denoising", leave=False)
     label2id = pipeline.config.label2id or {}
     labels = args.class_labels and [name if name in label2id else _number(name) for name in args.class_labels]
     indices = pipeline.prepare_class_labels(labels, len(labels or [None]), "cpu")

@@ -9,8 +9,9 @@ from .data_arguments import add_loading_arguments, add_source_arguments, add_spl
 
 PRESETS = Path(__file__).parent / "presets"
 # the stages in their order, with the learning rate of each
-STAGES = {"autoencoder": 3e-4, "diffusion": 1e-4}
-NETWORKS = ("vqvae", "unet", "scheduler")  # whose configuration a preset overrides
+STAGES = {"autoencoder": 3e-4, "texture": 1e-3, "diffusion": 1e-4}
+# whose configuration a preset overrides; there is a texture stage where it has a `texture_unet`
+NETWORKS = ("vqvae", "texture_unet", "unet", "scheduler")
 # one name for all stages; `--STAGE_NAME` wins over it
 COMMON = {
     "max_train_steps": (positive, "optimizer steps"),
@@ -21,7 +22,7 @@ COMMON = {
 
 
 def parse_args(description: str, argv: list[str] | None = None) -> argparse.Namespace:
-    """The arguments, after the preset; `vqvae`, `unet` and `scheduler` hold the models' overrides.
+    """The arguments, after the preset; `vqvae`, `unet` and so on hold the models' overrides.
 
     A number of steps is None where `--num_train_epochs` says it; `set_train_steps` fills it in.
     """
@@ -54,13 +55,16 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
             f"Expected --resume_from_checkpoint latest for all stages, got {args.resume_from_checkpoint}, which is of"
             " one. Say its --stage too."
         )
-    if args.push_to_hub and args.stage == "autoencoder":
+    if args.push_to_hub and args.stage not in ("all", "diffusion"):
         parser.error(
-            "Expected a run that ends with a pipeline for --push_to_hub, got --stage autoencoder. Push with the"
+            f"Expected a run that ends with a pipeline for --push_to_hub, got --stage {args.stage}. Push with the"
             " diffusion."
         )
     for name in NETWORKS:
         setattr(args, name, dict(config.get(name, {})))
+    args.with_texture = "texture_unet" in config
+    if args.stage == "texture" and not args.with_texture:
+        parser.error(f"Expected a texture_unet in {path} for --stage texture, got none. Add one; {{}} is the default.")
     if args.latent_scaling:
         args.vqvae["latent_scaling"] = args.latent_scaling
     if args.prediction_type:
@@ -128,9 +132,18 @@ def _make_parser(description: str) -> argparse.ArgumentParser:
     add("--discriminator_start", type=int, default=10_000, help="step at which the discriminator joins")
     add("--discriminator_weight", type=float, default=0.1, help="of the adversarial gradient against reconstruction's")
 
+    add("--autoencoder_crop_size", type=positive, help="train on crops around the cell, voxels (default: all)")
+
+    add = parser.add_argument_group("texture").add_argument
+    add("--texture_crop_size", type=positive, default=40, help="crops around the cell, voxels")
+    add("--texture_ema_decay", type=float, default=0.999, help="the model is a moving average")
+    add("--num_texture_steps", type=positive, default=10, help="the saved pipeline's default")
+
     add = parser.add_argument_group("diffusion").add_argument
-    add("--vqvae_path", help="trained autoencoder for --stage diffusion (default: OUTPUT_DIR/vqvae)")
-    add("--latent_scaling", choices=["codebook_range", "standardize"], help="how latents come to the noise's scale")
+    help_text = "trained autoencoder for the later stages alone (default: OUTPUT_DIR/vqvae)"
+    add("--vqvae_path", help=help_text)
+    scalings = ["codebook_range", "standardize", "cell"]
+    add("--latent_scaling", choices=scalings, help="how latents come to the noise's scale")
     add("--class_conditional", **flag, help="give the labels to the U-Net")
     add("--prediction_type", choices=["epsilon", "v_prediction", "sample"], help="what the U-Net predicts")
     add("--loss_type", choices=["l1", "l2"], default="l1")

@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import math
 import os
 import platform
 import sys
@@ -20,7 +21,7 @@ from diffusers import DDPMScheduler
 from safetensors import SafetensorError
 
 from .. import __version__
-from ..models import DualChannelUNet3D, MultiCodebookVQModel
+from ..models import DualChannelUNet3D, MultiCodebookVQModel, TextureUNet3D
 from ..models.fingerprint import fingerprint_weights
 from ..pipelines import BYOCPipeline
 from ..training import Stage, StageSettings, fastest_precision, follow_launcher, is_cpu_training
@@ -32,13 +33,14 @@ from ..training.settings import configuration
 from ..training.stage import uses_deepspeed
 from ..training.stages.autoencoder import AutoencoderSettings, train_autoencoder
 from ..training.stages.diffusion import DiffusionSettings, train_diffusion
+from ..training.stages.texture import TextureSettings, train_texture
 from ..whole_files import lock_folder, remove_left_overs, whole_or_absent
 from .cells import read_cells, split_for_training
 from .train_arguments import NETWORKS, STAGES, set_train_steps
 
 
 RECORD_NAME = "arguments.json"
-SETTINGS = {"autoencoder": AutoencoderSettings, "diffusion": DiffusionSettings}
+SETTINGS = {"autoencoder": AutoencoderSettings, "texture": TextureSettings, "diffusion": DiffusionSettings}
 PACKAGES = ("torch", "diffusers", "accelerate", "safetensors", "numpy")
 logger = get_logger(__name__, log_level="INFO")
 
@@ -62,7 +64,8 @@ def train(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace, state: PartialState, vqvae: MultiCodebookVQModel) -> None:
     """The stages, the report and the upload."""
     started = time.perf_counter()
-    output_dir, resumes = Path(args.output_dir), args.stage == "diffusion" or args.resume_from_checkpoint is not None
+    output_dir = Path(args.output_dir)
+    resumes = args.stage in ("texture", "diffusion") or args.resume_from_checkpoint is not None
     if state.is_main_process:
         remove_left_overs(output_dir)
     with one_line_errors(ValueError, ImportError):
@@ -85,20 +88,24 @@ def run(args: argparse.Namespace, state: PartialState, vqvae: MultiCodebookVQMod
     if "autoencoder" in stages_of(args):
         with Stage(output_dir, "autoencoder", settings_of(args, "autoencoder"), inputs["autoencoder"]) as stage:
             vqvae = train_autoencoder(stage, make_autoencoder(args), cells, held_out_cells)
+    if "texture" in stages_of(args):
+        settings = settings_for_autoencoder(args, "texture", vqvae)
+        with Stage(output_dir, "texture", settings, inputs["texture"]) as stage:
+            train_texture(stage, make_texture_unet(args, vqvae), vqvae, cells, held_out_cells)
     if "diffusion" in stages_of(args):
-        settings = settings_of(args, "diffusion")
-        if args.stage == "all" and is_of_another_autoencoder(settings, output_dir / "diffusion", vqvae):
-            logger.info("The autoencoder is not the one that the diffusion was trained on: the diffusion begins anew.")
-            settings = replace(settings, resume_from_checkpoint=None)
+        texture_unet = TextureUNet3D.from_pretrained(output_dir / "texture_unet") if args.with_texture else None
+        settings = settings_for_autoencoder(args, "diffusion", vqvae)
         with Stage(output_dir, "diffusion", settings, inputs["diffusion"]) as stage:
             unet = make_unet(args, vqvae, num_classes=len(cells.class_names))
-            train_diffusion(stage, unet, make_noise_scheduler(args), vqvae, cells, held_out_cells)
+            train_diffusion(stage, unet, make_noise_scheduler(args), vqvae, cells, held_out_cells, texture_unet)
         if state.is_main_process:
             pipeline = BYOCPipeline.from_pretrained(output_dir).to(state.device)  # what a user will load
-            training = describe_training(args)
+            training, origin = describe_training(args), "phantoms" if cells.is_phantom else "cells"
             minutes = (time.perf_counter() - started) / 60
             options = {"num_samples": args.num_samples, "seed": args.seed, "cell_threshold": args.cell_threshold}
-            write_report(pipeline, cells, output_dir, f"{training}, in {minutes:.1f} minutes", **options)
+            what = f"{len(cells)} {origin} ({', '.join(cells.class_names)})"
+            opening = f"Trained on {what}: {training}, in {minutes:.1f} minutes."
+            write_report(pipeline, cells, output_dir, opening, **options)
             if args.push_to_hub:
                 push_pipeline(pipeline, output_dir, args.hub_model_id, cells, held_out_cells, training)
 
@@ -108,7 +115,8 @@ def run(args: argparse.Namespace, state: PartialState, vqvae: MultiCodebookVQMod
 
 def stages_of(args: argparse.Namespace) -> list[str]:
     """The stages to run, in their order."""
-    return [stage for stage in STAGES if args.stage in ("all", stage)]
+    stages = [stage for stage in STAGES if args.stage in ("all", stage)]
+    return [stage for stage in stages if stage != "texture" or args.with_texture]
 
 
 def settings_of(args: argparse.Namespace, stage: str) -> StageSettings:
@@ -118,8 +126,21 @@ def settings_of(args: argparse.Namespace, stage: str) -> StageSettings:
     return SETTINGS[stage](**{name: (values | own)[name] for name in names})
 
 
+def settings_for_autoencoder(args: argparse.Namespace, stage: str, vqvae: MultiCodebookVQModel) -> StageSettings:
+    """`settings_of`; after another autoencoder was trained in the same run, the stage begins anew."""
+    settings = settings_of(args, stage)
+    if args.stage == "all" and is_of_another_autoencoder(settings, Path(args.output_dir) / stage, vqvae):
+        logger.info(f"The autoencoder is not the one that the {stage} was trained on: the {stage} begins anew.")
+        settings = replace(settings, resume_from_checkpoint=None)
+    return settings
+
+
 def make_autoencoder(args: argparse.Namespace) -> MultiCodebookVQModel:
     return MultiCodebookVQModel(sample_size=args.sample_size, **args.vqvae)
+
+
+def make_texture_unet(args: argparse.Namespace, vqvae: MultiCodebookVQModel) -> TextureUNet3D:
+    return TextureUNet3D(num_channels=vqvae.config.num_channels, **args.texture_unet)
 
 
 def make_unet(args: argparse.Namespace, vqvae: MultiCodebookVQModel, num_classes: int) -> DualChannelUNet3D:
@@ -142,7 +163,7 @@ def check_arguments(args: argparse.Namespace, device: torch.device) -> MultiCode
     """Find what cannot work before any training, not between the stages.
 
     Returns:
-        The trained autoencoder for `--stage diffusion`; otherwise one that has its configuration but no weights.
+        The trained autoencoder for a later stage alone; otherwise one that has its configuration but no weights.
     """
     if args.mixed_precision == "fp16" and device.type == "cpu":
         raise ValueError("Expected a GPU for --mixed_precision fp16, got a CPU. Say bf16, no or auto.")
@@ -154,13 +175,18 @@ def check_arguments(args: argparse.Namespace, device: torch.device) -> MultiCode
     if uses_deepspeed():
         if is_cpu_training():
             raise ValueError("Expected GPUs for DeepSpeed, as accelerate does, got none. Use torchrun.")
-        if args.stage != "diffusion":
+        if args.stage in ("all", "autoencoder"):
             raise ValueError(
                 "Expected one optimizer for DeepSpeed, got the autoencoder's two. Use it with --stage diffusion."
             )
         if (fastest_precision() if args.mixed_precision == "auto" else args.mixed_precision) == "fp16":
             raise ValueError("Expected bf16 or float32 with DeepSpeed, got fp16. Say --mixed_precision bf16 or no.")
-    if args.stage == "diffusion":
+    if args.stage == "diffusion" and args.with_texture and not (Path(args.output_dir) / "texture_unet").is_dir():
+        raise ValueError(
+            f"Expected a trained texture_unet in {args.output_dir}, got none. Run --stage texture first, or take a "
+            "preset without texture_unet."
+        )
+    if args.stage in ("texture", "diffusion"):
         path = Path(args.output_dir) / "vqvae"
         if args.vqvae_path is None and not path.is_dir():
             raise ValueError(
@@ -189,9 +215,14 @@ def check_sample_size(args: argparse.Namespace, vqvae: MultiCodebookVQModel | No
     with torch.device("meta"):
         vqvae = vqvae or make_autoencoder(any_size)
         step = smallest = vqvae.downsampling_factor
-        if args.stage != "autoencoder":
+        if args.with_texture:
+            step = smallest = math.lcm(step, make_texture_unet(args, vqvae).downsampling_factor)
+            check_crop_size(args.texture_crop_size, "texture", args.sample_size, step)
+        if args.autoencoder_crop_size is not None:
+            check_crop_size(args.autoencoder_crop_size, "autoencoder", args.sample_size, vqvae.downsampling_factor)
+        if args.stage not in ("autoencoder", "texture"):
             unet = make_unet(any_size, vqvae, num_classes=1)
-            step *= unet.downsampling_factor
+            step = math.lcm(step, vqvae.downsampling_factor * unet.downsampling_factor)
             smallest = step if unet.config.norm_num_groups else 2 * step  # instance norm of one voxel is nothing
     if args.sample_size % step or args.sample_size < smallest:
         below = args.sample_size // step * step
@@ -199,6 +230,14 @@ def check_sample_size(args: argparse.Namespace, vqvae: MultiCodebookVQModel | No
         raise ValueError(
             f"Expected a --sample_size that is a multiple of {step} and at least {smallest}, as the networks halve it,"
             f" got {args.sample_size}. Give {fitting}, or networks of fewer block_out_channels."
+        )
+
+
+def check_crop_size(size: int, stage: str, sample_size: int, step: int) -> None:
+    if size % step or size > sample_size:
+        raise ValueError(
+            f"Expected a --{stage}_crop_size that is a multiple of {step}, as the networks halve it, and at most "
+            f"--sample_size {sample_size}, got {size}. Give {min(max(size // step, 1) * step, sample_size)}."
         )
 
 
@@ -219,6 +258,10 @@ def stage_inputs(args: argparse.Namespace, stage: str, vqvae: MultiCodebookVQMod
     """What decides a stage beside its settings: how cells are prepared, how its networks are configured."""
     if stage == "autoencoder":
         return data_inputs(args) | configuration("vqvae", vqvae.config)
+    if stage == "texture":
+        with torch.device("meta"):
+            texture_unet = make_texture_unet(args, vqvae)
+        return data_inputs(args) | configuration("texture_unet", texture_unet.config)
     with torch.device("meta"):
         unet = make_unet(args, vqvae, num_classes)
     networks = configuration("unet", unet.config) | configuration("scheduler", make_noise_scheduler(args).config)

@@ -9,11 +9,22 @@ from pathlib import Path
 import numpy as np
 
 from ..metrics import FeatureComparison, compare_features, memorisation, turn
-from ..visualization import compare_pairs, compare_volumes, feature_distributions, metric_bars, write_png
+from ..metrics.spectrum import NUM_SHELLS
+from ..visualization import (
+    compare_pairs,
+    compare_volumes,
+    degradation_curves,
+    feature_distributions,
+    metric_bars,
+    write_png,
+)
 from ..whole_files import whole_or_absent
 from .features import VOXEL_GRID
 from .metric_table import KINDS, METRICS
 from .sets import GENERATED, REAL, CellSet
+
+
+NUM_DISTRIBUTIONS = 36  # measurements of a kind that are drawn, of those that differ most
 
 
 @dataclass(frozen=True)
@@ -100,7 +111,7 @@ def _page(results: Results, summary: Mapping, comparisons: Mapping, figures: Map
         " fold(s); every column is compared with the same held-out cells, in equal numbers. *real*: the other real"
         " cells, the best that can be reached. Obviously bad generators: *blurred* (σ = 2 voxels) and, of several"
         " channels, *shuffled channels* (each from another cell). *encoded and decoded*: what the pipeline's"
-        " autoencoder makes of real cells, if it has one.",
+        " autoencoder makes of real cells, if it has one; *with texture*: the same, after its texture network.",
         "",
         *(line for note in results.notes for line in (f"> {note}", "")),
         "| metric | good is | " + " | ".join(summary) + " |",
@@ -121,7 +132,7 @@ def _page(results: Results, summary: Mapping, comparisons: Mapping, figures: Map
         lines += ["", f"## Each measurement of {kind}, all generated against all real cells", ""]
         lines += ["Sorted by effect; p-values of the Kolmogorov-Smirnov test, Benjamini-Hochberg corrected.", ""]
         lines += ["| measurement | Wasserstein distance | in σ of real | corrected p |", "| --- | --- | --- | --- |"]
-        for row in sorted(_defined(rows), key=lambda row: -np.nan_to_num(row.effect, nan=-1.0)):
+        for row in sorted(_defined(rows), key=_effect):
             lines.append(f"| {row.name} | {row.wasserstein:.4g} | {row.effect:.2f} | {row.adjusted_p_value:.2g} |")
     lines += ["", "## Figures", ""] + [f"![{title}]({name})\n" for title, name in figures.items()]
     lines += ["Seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in results.seconds.items()) + "."]
@@ -143,6 +154,11 @@ def _defined(rows: Sequence[FeatureComparison]) -> list[FeatureComparison]:
     return [row for row in rows if row.num_real or row.num_generated]
 
 
+def _effect(row: FeatureComparison) -> float:
+    """For sorting: the largest first, what cannot be said last."""
+    return -np.nan_to_num(row.effect, nan=-1.0)
+
+
 def _write_figures(output_dir: Path, results: Results, comparisons: Mapping) -> dict[str, str]:
     """Title -> file name of each figure written."""
     figures, features = {}, results.features
@@ -162,7 +178,7 @@ def _write_figures(output_dir: Path, results: Results, comparisons: Mapping) -> 
     if bars:
         write("Metrics, a dot a fold", "metrics.png", metric_bars(bars))
     for kind, rows in comparisons.items():
-        rows = _defined(rows)
+        rows = sorted(_defined(rows), key=_effect)[:NUM_DISTRIBUTIONS]
         columns = [list(results.names[kind]).index(row.name) for row in rows]
         titles = [_title(row.name) for row in rows]
         distributions = {
@@ -171,7 +187,12 @@ def _write_figures(output_dir: Path, results: Results, comparisons: Mapping) -> 
         p_values = {_title(row.name): row.adjusted_p_value for row in rows if np.isfinite(row.adjusted_p_value)}
         distances = {_title(row.name): row.wasserstein for row in rows if np.isfinite(row.wasserstein)}
         figure = feature_distributions(distributions, p_values, distances, num_columns=6)
-        write(f"Measurements of {kind}, real and generated; corrected p", f"distributions_{kind}.png", figure)
+        title = f"The measurements of {kind} that differ most, real and generated; corrected p"
+        write(title, f"distributions_{kind}.png", figure)
+    if "texture" in results.names:
+        levels = (np.arange(NUM_SHELLS) + 0.5) / NUM_SHELLS * np.sqrt(3) / 2  # the middles of the shells
+        figure = degradation_curves(levels, _spectra(results), "cycles per voxel")
+        write("Power of each channel by frequency, decimal logarithm", "spectra.png", figure)
     sets = {cells.name: cells for cells in results.sets}
     generated, real = features[GENERATED]["voxels"], features[REAL]["voxels"]
     found = memorisation(generated, real, generated[:1], VOXEL_GRID)  # the baseline is of no use here, the pairs are
@@ -187,6 +208,17 @@ def _write_figures(output_dir: Path, results: Results, comparisons: Mapping) -> 
     )
     write("The generated cells nearest to a real one, and their distance", "nearest.png", pairs)
     return figures
+
+
+def _spectra(results: Results) -> dict[str, dict[str, np.ndarray]]:
+    """Channel -> row -> (shells, cells) of the cells that have a spectrum."""
+    names, spectra = list(results.names["texture"]), {}
+    for channel in results.channel_names:
+        columns = [names.index(f"{channel}_spectrum_{shell:02}") for shell in range(NUM_SHELLS)]
+        rows = {row: by_kind["texture"][:, columns] for row, by_kind in results.features.items()}
+        rows = {row: spectrum[np.isfinite(spectrum).all(1)].T for row, spectrum in rows.items()}
+        spectra[channel] = {row: spectrum for row, spectrum in rows.items() if spectrum.size}
+    return spectra
 
 
 def _title(name: str) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from scipy.ndimage import gaussian_filter
 from ..data import CellDataset, VolumeProcessor, read_volume
 from ..data.sets.cells import check_channel_order, preprocess
 from ..models.fingerprint import fingerprint_weights
+from ..pipelines import BYOCPipeline
 
 
 REAL, GENERATED = "real", "generated"
@@ -59,17 +61,24 @@ class CellSet:
         return self.variants[row].change(volumes) if row in self.variants else volumes
 
 
-def real_cells(cells: CellDataset, autoencoder: torch.nn.Module | None = None) -> CellSet:
+def real_cells(
+    cells: CellDataset, autoencoder: torch.nn.Module | None = None, textured: BYOCPipeline | None = None
+) -> CellSet:
     """Real cells; what an autoencoder makes of them; and two obviously bad generators.
 
     Args:
         cells: the data set.
         autoencoder: of the pipeline that is judged: how much of the gap is its own.
+        textured: that pipeline, if it draws texture into what the autoencoder decodes.
     """
     variants = {}
     if autoencoder is not None:
         identity = f"decoded {fingerprint_weights(autoencoder, dict(autoencoder.config))}"
         variants["encoded and decoded"] = Variant(identity, partial(_encode_and_decode, autoencoder))
+    if textured is not None:
+        parts = (fingerprint_weights(part, dict(part.config)) for part in (textured.vqvae, textured.texture_unet))
+        identity = f"textured in {textured.config.default_num_texture_steps} steps {' '.join(parts)}"
+        variants["with texture"] = Variant(identity, partial(_with_texture, textured))
     if cells.processor.config.num_channels > 1:
         variants["shuffled channels"] = Variant("shuffled", _shuffle_channels)
     variants["blurred"] = Variant(f"blurred {BLUR}", _blur)
@@ -122,6 +131,13 @@ def _encode_and_decode(autoencoder: torch.nn.Module, volumes: np.ndarray) -> np.
     batches = (torch.from_numpy(volumes) * 2 - 1).to(parameter.device, parameter.dtype).split(8)
     decoded = torch.cat([autoencoder(batch).sample.float().cpu() for batch in batches])
     return (decoded / 2 + 0.5).clamp(0, 1).numpy()
+
+
+def _with_texture(pipeline: BYOCPipeline, volumes: np.ndarray) -> np.ndarray:
+    # the same texture for the same cell, whatever cells are beside it
+    generators = [torch.Generator().manual_seed(crc32(volume.tobytes())) for volume in volumes]
+    textured = pipeline.reconstruct(torch.from_numpy(volumes) * 2 - 1, generator=generators)
+    return (textured.cpu() / 2 + 0.5).numpy()
 
 
 def _shuffle_channels(volumes: np.ndarray) -> np.ndarray:

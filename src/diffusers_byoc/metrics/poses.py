@@ -60,16 +60,18 @@ def nearest_in_any_pose(
     sorted_samples, sorted_training = (_sorted_orbits(cells, cube_size) for cells in (samples, training))
     squares = (training**2).sum(1)
     margin = 1e-6 * (1 + np.sqrt(squares.max()))  # of rounding, so that equal cells are not passed by
+    rounded = training.astype(np.float32)  # twice as fast, and enough to say which is nearest
     distances, nearest, poses = np.full(len(samples), np.inf), *np.zeros((2, len(samples)), int)
     for index, sample in enumerate(samples):
         bounds = pairwise_distances(sorted_samples[index : index + 1], sorted_training)[0]
         order = np.argsort(bounds)
         turned = sample.reshape(-1, cube_size**3)[:, _places(cube_size)].swapaxes(0, 1).reshape(len(POSES), -1)
+        rounded_turned = turned.astype(np.float32)
         for start in range(0, len(order), _BLOCK):
             block = order[start : start + _BLOCK]
             if bounds[block[0]] > distances[index] + margin:
                 break
-            products = turned @ training[block].T  # (48, block): a pose changes no norm
+            products = rounded_turned @ rounded[block].T  # (48, block): a pose changes no norm
             pose, place = np.unravel_index((squares[block] - 2 * products).argmin(), products.shape)
             distance = np.linalg.norm(turned[pose] - training[block[place]])  # not from squares: copies are at 0
             if distance < distances[index]:

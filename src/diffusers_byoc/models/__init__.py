@@ -1,5 +1,6 @@
 from .discriminator import PatchDiscriminator3D
 from .quantizer import Codebook, nearest_code
+from .texture import TextureUNet3D, TextureUNet3DOutput
 from .unet import DualChannelUNet3D, DualChannelUNet3DOutput
 from .vqvae import (
     MultiCodebookEncoderOutput,
@@ -18,5 +19,7 @@ __all__ = [
     "MultiCodebookVQModel",
     "MultiCodebookVQOutput",
     "PatchDiscriminator3D",
+    "TextureUNet3D",
+    "TextureUNet3DOutput",
     "nearest_code",
 ]

@@ -30,10 +30,11 @@ class CheckedModelMixin(ModelMixin):
             OSError: if there are no weights.
         """
         place = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
-        _refuse_pickles(place, kwargs.get("use_safetensors"))
+        pickles = _refuse_pickles(place, kwargs.get("use_safetensors"))
+        if pickles or not place.is_dir():  # diffusers would fall back on them
+            kwargs["use_safetensors"] = True
         wants_info = kwargs.pop("output_loading_info", False)
-        kwargs |= {"use_safetensors": True, "output_loading_info": True}
-        model, info = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, **kwargs, output_loading_info=True)
 
         path = _weights_path(place, kwargs.get("variant"))
         missing = sorted(info.get("missing_keys", []))
@@ -52,8 +53,21 @@ class CheckedModelMixin(ModelMixin):
             )
         return (model, info) if wants_info else model
 
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        *,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        **kwargs,
+    ) -> None:
+        """As in diffusers, but always as safetensors: what `safe_serialization=False` writes could not be loaded."""
+        kwargs["safe_serialization"] = True
+        super().save_pretrained(save_directory, variant=variant, max_shard_size=max_shard_size, **kwargs)
 
-def _refuse_pickles(folder: Path, use_safetensors: bool | None) -> None:
+
+def _refuse_pickles(folder: Path, use_safetensors: bool | None) -> list[str]:
+    """The pickled files beside safetensors ones, if the folder is here; raises where there are no others."""
     names = sorted(os.listdir(folder)) if folder.is_dir() else []
     pickles = [name for name in names if name.endswith(_PICKLES)]
     has_safetensors = any(name.endswith(".safetensors") for name in names)
@@ -64,6 +78,7 @@ def _refuse_pickles(folder: Path, use_safetensors: bool | None) -> None:
             f" Convert pickled ones: safetensors.torch.save_file(torch.load({str(old)!r}, weights_only=True),"
             f" {str(folder / SAFETENSORS_WEIGHTS_NAME)!r})."
         )
+    return pickles
 
 
 def _weights_path(folder: Path, variant: str | None) -> Path:

@@ -84,10 +84,11 @@ class MultiCodebookVQModel(CheckedModelMixin, AutoencoderMixin, ConfigMixin):
         commitment_cost: weight of the commitment term in `commit_loss` (Table 2: 0.25).
         latent_scaling: "codebook_range" maps [min, max] of each channel's first codebook to [-1, 1] (section 3.2),
             whatever the `num_quantizers`: sums of codes lie little outside of it, and the extremes of several
-            codebooks never meet in one vector. "standardize" gives every latent feature zero mean and unit deviation,
-            by `latents_mean` and `latents_std`.
+            codebooks never meet in one vector. "standardize" gives every latent feature zero mean and unit deviation
+            over the whole grid, by `latents_mean` and `latents_std`. "cell" makes background zero and gives every
+            feature unit root mean square where there is a cell, by `latents_std`.
         latents_mean: M*n means of the training latents; `set_latent_statistics` records them after training.
-        latents_std: M*n standard deviations, likewise.
+        latents_std: M*n deviations, likewise.
 
     Attributes:
         codebooks: M*num_quantizers of them; the first of each channel, then the second of each, and so on.
@@ -143,9 +144,10 @@ class MultiCodebookVQModel(CheckedModelMixin, AutoencoderMixin, ConfigMixin):
                 f"Expected {num_channels} channel_names (num_channels), got {len(channel_names)}: {channel_names}. "
                 "Name every biological channel once."
             )
-        if latent_scaling not in ("codebook_range", "standardize"):
+        if latent_scaling not in ("codebook_range", "standardize", "cell"):
             raise ValueError(
-                f"Expected latent_scaling 'codebook_range' or 'standardize', got {latent_scaling!r}. Choose one."
+                f"Expected latent_scaling 'codebook_range', 'standardize' or 'cell', got {latent_scaling!r}. "
+                "Choose one."
             )
 
         num_halvings = len(block_out_channels) - 1
@@ -267,28 +269,41 @@ class MultiCodebookVQModel(CheckedModelMixin, AutoencoderMixin, ConfigMixin):
 
     def normalize_latents(self, latents: Tensor) -> Tensor:
         """Latents (B, M*n, d, h, w) to the diffusion's units, by `latent_scaling` (section 3.2)."""
-        self._check_latents(latents)
-        shift, scale = self._latent_affine(latents.device)
+        shift, scale = self._latent_affine(latents)
         return ((latents.float() - shift) / scale).to(latents.dtype)
 
     def denormalize_latents(self, latents: Tensor) -> Tensor:
         """The inverse of `normalize_latents`."""
-        self._check_latents(latents)
-        shift, scale = self._latent_affine(latents.device)
+        shift, scale = self._latent_affine(latents)
         return (latents.float() * scale + shift).to(latents.dtype)
 
-    def set_latent_statistics(self, mean: Tensor, std: Tensor) -> None:
-        """Record the latents' mean and standard deviation, each (M*n,), for `latent_scaling="standardize"`."""
-        self.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+    def set_latent_statistics(self, mean: Tensor | None, std: Tensor) -> None:
+        """Record the latents' mean and deviation, each (M*n,), for `latent_scaling`; "cell" has no use for a mean."""
+        self.register_to_config(latents_mean=None if mean is None else mean.tolist(), latents_std=std.tolist())
 
-    def _latent_affine(self, device) -> tuple[Tensor, Tensor]:
-        if self.config.latent_scaling == "standardize":
-            if self.config.latents_mean is None or self.config.latents_std is None:
-                raise ValueError(
-                    "Expected latents_mean and latents_std for latent_scaling='standardize', got None. "
-                    "Call set_latent_statistics with those of the training latents first."
-                )
-            shift, scale = torch.tensor(self.config.latents_mean), torch.tensor(self.config.latents_std)
+    @torch.no_grad()
+    def background_latents(self, grid: tuple[int, int, int], device: torch.device | None = None) -> Tensor:
+        """Latents (1, M*n, d, h, w), unquantised, of background alone: near the borders they are not those inside.
+
+        `device` is where the model computes; None for where its weights are, which offloading may keep elsewhere.
+        """
+        shape = (1, self.config.num_channels, *(self.downsampling_factor * size for size in grid))
+        return self.encode(torch.full(shape, -1.0, device=device or self.device)).latents
+
+    def _latent_affine(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Shift and scale, float32, that broadcast to `latents`."""
+        self._check_latents(latents)
+        scaling, mean, std = self.config.latent_scaling, self.config.latents_mean, self.config.latents_std
+        if scaling != "codebook_range" and (std is None or (mean is None and scaling == "standardize")):
+            needed = "latents_std" if scaling == "cell" else "latents_mean and latents_std"
+            raise ValueError(
+                f"Expected {needed} for latent_scaling={scaling!r}, got None. "
+                "Call set_latent_statistics with those of the training latents first."
+            )
+        if scaling == "cell":
+            shift, scale = self.background_latents(tuple(latents.shape[2:]), latents.device).float(), torch.tensor(std)
+        elif scaling == "standardize":
+            shift, scale = torch.tensor(mean), torch.tensor(std)
         else:
             low, high = (
                 torch.stack(ends)
@@ -296,7 +311,7 @@ class MultiCodebookVQModel(CheckedModelMixin, AutoencoderMixin, ConfigMixin):
             )  # (M,)
             shift, scale = ((low + high) / 2, ((high - low) / 2).clamp(min=1e-8))
             shift, scale = (x.repeat_interleave(self.config.latent_channels) for x in (shift, scale))
-        return tuple(x.to(device).view(1, -1, 1, 1, 1) for x in (shift, scale))
+        return tuple(x.to(latents.device).view(1, -1, *(x.shape[2:] or (1, 1, 1))) for x in (shift, scale))
 
     # ------------------------------------------------------------------ codebook maintenance
 

@@ -4,7 +4,7 @@ import inspect
 from pathlib import Path
 
 from ..data import VolumeProcessor
-from .schedulers import SCHEDULERS_FOR
+from .schedulers import SCHEDULERS_FOR, SCHEDULERS_FOR_TEXTURE
 
 
 def check_fit(pipeline) -> None:
@@ -38,6 +38,7 @@ def check_fit(pipeline) -> None:
                     f"Expected a volume_processor_config with the autoencoder's {name} {theirs} in {index}, got "
                     f"{ours}. Use the files that were saved together."
                 )
+    _check_texture(pipeline, vqvae)
     if unet is None:
         return
     unet_file, vqvae_file = _file(unet, "unet"), _file(vqvae, "vqvae")
@@ -60,6 +61,29 @@ def check_fit(pipeline) -> None:
         raise ValueError(
             f"Expected a label2id with indices in [0, {num_classes}), the U-Net's classes ({unet_file}), got "
             f"{indices} in {index}. Use the files that were saved together."
+        )
+
+
+def _check_texture(pipeline, vqvae) -> None:
+    texture_unet, scheduler = pipeline.texture_unet, pipeline.texture_scheduler
+    if texture_unet is None:
+        return
+    files = f"({_file(vqvae, 'vqvae')}, {_file(texture_unet, 'texture_unet')})"
+    theirs, ours = vqvae.config.num_channels, texture_unet.config.num_channels
+    if theirs != ours:
+        raise ValueError(
+            f"Expected a texture_unet for the autoencoder's num_channels {theirs}, got {ours} {files}. Use the files "
+            "that were saved together."
+        )
+    if vqvae.config.sample_size % texture_unet.downsampling_factor:
+        raise ValueError(
+            f"Expected a sample_size that is a multiple of the texture_unet's {texture_unet.downsampling_factor}, got "
+            f"{vqvae.config.sample_size} {files}. Use the files that were saved together."
+        )
+    if type(scheduler).__name__ not in SCHEDULERS_FOR_TEXTURE:
+        raise ValueError(
+            f"Expected a texture_scheduler for flow matching ({', '.join(SCHEDULERS_FOR_TEXTURE)}), got "
+            f"{type(scheduler).__name__}. Make it with FlowMatchEulerDiscreteScheduler()."
         )
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
+from tqdm.auto import tqdm
 
 from ..data import write_volume
 from ..models.fingerprint import fingerprint_weights
@@ -67,6 +68,7 @@ def generate_cells(
         "weights": {name: fingerprint_weights(network) for name, network in networks.items()},
         "scheduler": scheduler and {"name": type(scheduler).__name__} | _public(scheduler.config),
         "num_inference_steps": num_inference_steps or pipeline.config.get("default_num_inference_steps"),
+        "num_texture_steps": pipeline.config.get("default_num_texture_steps"),
         "class_labels": labels,
         "seed": seed,
         "suffix": suffix,
@@ -78,7 +80,7 @@ def generate_cells(
 
     paths = [folder / f"cell_{index:06}{suffix}" for index in range(num_samples)]
     missing = [index for index in range(num_samples)[share[0] :: share[1]] if not paths[index].exists()]
-    for start in range(0, len(missing), batch_size):
+    for start in tqdm(range(0, len(missing), batch_size), "Generating", unit="batch", disable=share[0] > 0):
         batch = missing[start : start + batch_size]
         arguments = {"num_samples": len(batch), "generator": [cell_generator(seed, index) for index in batch]}
         if num_inference_steps is not None:

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..data import VolumeProcessor
-from ..models import DualChannelUNet3D, MultiCodebookVQModel
+from ..models import DualChannelUNet3D, MultiCodebookVQModel, TextureUNet3D
 from . import schedulers
 from .fit import check_fit
+from .texture import add_texture
 
 
 @dataclass
@@ -31,7 +32,11 @@ class BYOCPipeline(DiffusionPipeline):
         vqvae: autoencoder between volumes and latents.
         unet: denoiser of the latents.
         scheduler: any of `USABLE_SCHEDULERS`, with the prediction type that `unet` was trained for.
+        texture_unet: draws what the codes cannot carry into decoded volumes; `None` leaves them as decoded, as in the
+            paper.
+        texture_scheduler: of flow matching, for `texture_unet`.
         default_num_inference_steps: denoising steps where a call names none; saved with the pipeline.
+        default_num_texture_steps: steps of the texture, likewise.
         prediction_type: what `unet` was trained to predict: "epsilon" (the noise), "v_prediction" or "sample"; `None`
             takes the scheduler's word for it.
         noise_schedule: how much noise `unet` was trained to find at which timestep, the part of a scheduler's
@@ -46,7 +51,8 @@ class BYOCPipeline(DiffusionPipeline):
     Source: BYOC, section 3.2.
     """
 
-    model_cpu_offload_seq = "unet->vqvae"
+    model_cpu_offload_seq = "unet->vqvae->texture_unet"
+    _optional_components = ["texture_unet", "texture_scheduler"]
     _callback_tensor_inputs = ["latents"]
 
     def __init__(
@@ -54,18 +60,28 @@ class BYOCPipeline(DiffusionPipeline):
         vqvae: MultiCodebookVQModel,
         unet: DualChannelUNet3D,
         scheduler: DDPMScheduler,
+        texture_unet: TextureUNet3D | None = None,
+        texture_scheduler: FlowMatchEulerDiscreteScheduler | None = None,
         default_num_inference_steps: int = 1000,
+        default_num_texture_steps: int = 10,
         prediction_type: str | None = None,
         noise_schedule: dict | None = None,
         label2id: dict[str, int] | None = None,
         volume_processor_config: dict | None = None,
     ):
         super().__init__()
-        self.register_modules(vqvae=vqvae, unet=unet, scheduler=scheduler)
+        self.register_modules(
+            vqvae=vqvae,
+            unet=unet,
+            scheduler=scheduler,
+            texture_unet=texture_unet,
+            texture_scheduler=texture_scheduler,
+        )
         if prediction_type is None:
             prediction_type = scheduler.config.get("prediction_type", "epsilon")
         self.register_to_config(
             default_num_inference_steps=default_num_inference_steps,
+            default_num_texture_steps=default_num_texture_steps,
             prediction_type=prediction_type,
             noise_schedule=schedulers.noise_schedule(scheduler) if noise_schedule is None else noise_schedule,
             label2id=label2id,
@@ -112,6 +128,7 @@ class BYOCPipeline(DiffusionPipeline):
         num_samples: int | None = None,
         class_labels: int | str | list[int | str] | None = None,
         num_inference_steps: int | None = None,
+        num_texture_steps: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         output_type: str = "np",
@@ -126,6 +143,8 @@ class BYOCPipeline(DiffusionPipeline):
             class_labels: the class (drug) of every cell, or a list with one for each: an index, or a name in the
                 pipeline's `label2id`. Required exactly if the model was trained with classes.
             num_inference_steps: denoising steps; `None` takes the pipeline's `default_num_inference_steps`.
+            num_texture_steps: steps of the texture; `None` takes the pipeline's `default_num_texture_steps`, 0 leaves
+                the cells as decoded.
             generator: one random generator, or one per sample.
             latents: (num_samples, M*n, d, h, w) standard normal noise to start from, instead of `generator`.
             output_type: "np", "pt", or "latent" for the denoised, normalised latents.
@@ -150,7 +169,8 @@ class BYOCPipeline(DiffusionPipeline):
             num_samples = len(next(lists, [None]))
         callback_on_step_end_tensor_inputs = callback_on_step_end_tensor_inputs or ["latents"]
         steps = self.config.default_num_inference_steps if num_inference_steps is None else num_inference_steps
-        self.check_inputs(num_samples, steps, output_type, callback_on_step_end_tensor_inputs)
+        texture_steps = self.config.default_num_texture_steps if num_texture_steps is None else num_texture_steps
+        self.check_inputs(num_samples, steps, output_type, callback_on_step_end_tensor_inputs, texture_steps)
         schedulers.check_scheduler(self.scheduler, self.config.prediction_type, self.config.noise_schedule, steps)
         device = self._execution_device
         class_labels = self.prepare_class_labels(class_labels, num_samples, device)
@@ -183,17 +203,52 @@ class BYOCPipeline(DiffusionPipeline):
             volumes = latents
         else:
             decoded = self.vqvae.decode(self.vqvae.denormalize_latents(latents)).sample
-            volumes = self.volume_processor.postprocess(decoded, output_type)
+            volumes = self._add_texture(decoded, texture_steps, generator)
+            volumes = self.volume_processor.postprocess(volumes, output_type)
 
         self.maybe_free_model_hooks()
         return BYOCPipelineOutput(volumes=volumes) if return_dict else (volumes,)
 
-    def check_inputs(self, num_samples, num_inference_steps, output_type, callback_on_step_end_tensor_inputs) -> None:
+    @torch.no_grad()
+    def reconstruct(
+        self,
+        volumes: torch.Tensor,
+        num_texture_steps: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> torch.Tensor:
+        """Encode volumes, decode their codes, and draw texture: the best that generated cells can become.
+
+        Args:
+            volumes: (B, M, D, H, W) in [-1, 1], as `volume_processor.preprocess` makes them.
+            num_texture_steps: as in a call.
+            generator: one random generator, or one per sample.
+
+        Returns:
+            (B, M, D, H, W) float32 in [-1, 1].
+        """
+        decoded = self.vqvae.decode(self.vqvae.encode(volumes.to(self._execution_device)).latents).sample
+        if num_texture_steps is None:
+            num_texture_steps = self.config.default_num_texture_steps
+        volumes = self._add_texture(decoded, num_texture_steps, generator)
+        self.maybe_free_model_hooks()
+        return volumes
+
+    def _add_texture(self, decoded, num_texture_steps, generator) -> torch.Tensor:
+        """Decoded volumes (B, M, D, H, W) with texture, if there is a network for it, in [-1, 1]."""
+        if self.texture_unet is None or num_texture_steps == 0:
+            return decoded.float().clamp(-1, 1)
+        return add_texture(self.texture_unet, self.texture_scheduler, decoded, num_texture_steps, generator)
+
+    def check_inputs(
+        self, num_samples, num_inference_steps, output_type, callback_on_step_end_tensor_inputs, num_texture_steps=0
+    ) -> None:
         """Raise `ValueError` for arguments outside their ranges."""
         if _whole_number(num_samples) < 1:
             raise ValueError(f"Expected num_samples of at least 1, got {num_samples!r}. Ask for one or more cells.")
         if _whole_number(num_inference_steps) < 1:
             raise ValueError(f"Expected num_inference_steps of at least 1, got {num_inference_steps!r}. Raise it.")
+        if _whole_number(num_texture_steps) < 0:
+            raise ValueError(f"Expected num_texture_steps of at least 0, got {num_texture_steps!r}. Raise it.")
         if output_type not in ("np", "pt", "latent"):
             raise ValueError(f"Expected output_type 'np', 'pt' or 'latent', got {output_type!r}. Choose one.")
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)

@@ -35,6 +35,9 @@ SCHEDULERS_FOR = {
     "sample": tuple(name for name in USABLE_SCHEDULERS if name not in _CANNOT_TAKE_SAMPLES),
 }
 
+# For a texture network, which is trained by flow matching
+SCHEDULERS_FOR_TEXTURE = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
+
 # With any other spacing these give wrong samples (Heun) or diverge (PNDM), without a word.
 _NEEDS_LEADING_SPACING = ("HeunDiscreteScheduler", "PNDMScheduler")
 

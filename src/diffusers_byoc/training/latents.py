@@ -142,6 +142,34 @@ def latent_statistics(vqvae: MultiCodebookVQModel, chunks: Iterable[Tensor]) -> 
     return statistics
 
 
+def measure_latents(vqvae: MultiCodebookVQModel, latents: CachedLatents) -> None:
+    """Record in the autoencoder what its `latent_scaling` needs of the training latents."""
+    if vqvae.config.latent_scaling == "standardize":
+        vqvae.set_latent_statistics(*latents.mean_and_std())
+    elif vqvae.config.latent_scaling == "cell":
+        vqvae.set_latent_statistics(None, _cell_deviation(vqvae, latents))
+
+
+def _cell_deviation(vqvae: MultiCodebookVQModel, latents: CachedLatents) -> Tensor:
+    """Root mean square, (M*n,), of each feature's distance from background, where there is a cell.
+
+    There is a cell where the latents are further from background than on average: it fills a few of a hundred places,
+    and is some fifteen times the average.
+    """
+
+    def squares() -> Iterator[Tensor]:
+        for chunk in latents.chunks():
+            background = vqvae.background_latents(tuple(chunk.shape[2:])).float().cpu()
+            yield (chunk - background).square().double().movedim(1, -1).flatten(0, -2)  # (places, M*n)
+
+    means = torch.stack([chunk.mean(0) for chunk in squares()]).mean(0).clamp(min=1e-12)
+    total, count = torch.zeros_like(means), 0
+    for chunk in squares():
+        is_cell = (chunk / means).mean(1) > 1
+        total, count = total + chunk[is_cell].sum(0), count + int(is_cell.sum())
+    return (total / max(count, 1)).sqrt().clamp(min=1e-6).float()
+
+
 def _mean_and_std(chunks: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """Of each row of chunks (rows, numbers), merged as in Chan et al. (1979), which does not cancel; float32."""
     count, mean, squares = 0, 0.0, 0.0

@@ -122,6 +122,26 @@ def diffusion_loss(
     return (error.flatten(1).mean(1) * min_snr_weights(snr, prediction_type, snr_gamma)).mean()
 
 
+def flow_matching_loss(
+    texture_unet: nn.Module, texture: Tensor, reconstruction: Tensor, noise: Tensor, times: Tensor
+) -> Tensor:
+    """Squared error of the velocity from texture to noise along a straight line, a scalar.
+
+    Args:
+        texture_unet: predicts it.
+        texture: (B, M, D, H, W) in the network's units.
+        reconstruction: (B, M, D, H, W) what it belongs to.
+        noise: (B, M, D, H, W) standard normal.
+        times: (B,) in [0, 1], how far on the way from texture to noise.
+
+    Source: Lipman et al. 2023, eq. 23.
+    """
+    share = times[:, None, None, None, None]
+    noisy = (1 - share) * texture + share * noise
+    velocity = texture_unet(noisy, 1000 * times, reconstruction, return_dict=False)[0]
+    return F.mse_loss(velocity.float(), noise - texture)
+
+
 def min_snr_weights(snr: Tensor, prediction_type: str, gamma: float) -> Tensor:
     """Weights (B,) that give the error of the clean sample the weight min(SNR, gamma) at every timestep.
 

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from ..data import Cells, write_volume
 from ..metrics import CellMorphology, find_channels, measure_cells
 from ..pipelines import BYOCPipeline
-from ..visualization import compare_volumes, write_png
+from ..visualization import compare_volumes, surface_library, write_png
 from .losses import reconstruction_loss
 
 
@@ -17,20 +17,20 @@ def write_report(
     pipeline: BYOCPipeline,
     cells: Cells,
     output_dir: str | Path,
-    training: str,
+    opening: str,
     num_samples: int = 8,
     seed: int = 0,
     cell_threshold: float | None = None,
 ) -> None:
-    """Generate cells into `output_dir`: cells.png, volumes/*.ome.tif and report.md.
+    """Generate cells into `output_dir`: cells.png, surfaces.png, volumes/*.ome.tif and report.md.
 
     Cell and nucleus are measured in the channels that `find_channels` finds.
 
     Args:
         pipeline: on the device to generate on.
-        cells: that it was trained on.
+        cells: to show and measure beside the generated ones.
         output_dir: made if missing.
-        training: a sentence for the report: how long, how many steps.
+        opening: of the report: what the pipeline was trained on, how long, in how many steps.
         num_samples: cells to generate.
         seed: of their noise.
         cell_threshold: in [0, 1], the cell is brighter; None for Otsu's threshold.
@@ -42,19 +42,28 @@ def write_report(
     generator = torch.Generator().manual_seed(seed)
     generated = pipeline(num_samples, class_labels=class_labels, generator=generator).volumes
 
-    real_cells = next(iter(DataLoader(cells, batch_size=min(64, len(cells)))))["volumes"]
-    with torch.no_grad():
-        reconstruction = pipeline.vqvae(real_cells[:8].to(pipeline.device)).sample.cpu()
+    batch = next(iter(DataLoader(cells, batch_size=min(64, len(cells)))))
+    real_cells, real_labels = batch["volumes"], batch["class_labels"].tolist()
+    reconstruction = pipeline.reconstruct(real_cells[:8], num_texture_steps=0).cpu()
     real = ((real_cells + 1) / 2).numpy()
     is_phantom = cells.is_phantom
-    origin = "phantoms" if is_phantom else "training cells"
+    origin = "phantoms" if is_phantom else "cells"
     voxel_size_um = pipeline.volume_processor.voxel_size_um
     spacing, unit = (voxel_size_um, "µm³") if voxel_size_um else (1.0, "voxels")
     channel_names = pipeline.vqvae.config.channel_names
 
     # 1. picture and volumes
     rows = {f"real {origin}": real[:num_samples], "generated": generated}
+    if class_labels is not None:
+        rows = {}
+        for index, name in enumerate(cells.class_names):
+            rows[f"{name}, real {origin}"] = real[[label == index for label in real_labels]][:8]
+            rows[f"{name}, generated"] = generated[[label == index for label in class_labels]][:8]
+        rows = {heading: row for heading, row in rows.items() if len(row)}
     write_png(compare_volumes(rows, channel_names, spacing), output_dir / "cells.png")
+    thresholds = [cell_threshold if name.lower() == "cell" else None for name in channel_names]
+    figure = surface_library(generated[:24], channel_names, spacing, thresholds)
+    write_png(figure, output_dir / "surfaces.png")
     for index, volume in enumerate(generated):
         write_volume(output_dir / "volumes" / f"cell_{index:03}.ome.tif", volume, voxel_size_um, channel_names)
 
@@ -64,12 +73,14 @@ def write_report(
     thresholds, otsu = (cell_threshold, None), "Otsu's threshold"
     threshold = otsu if cell_threshold is None else f"{cell_threshold} (cell) and {otsu} (nucleus)"
     lines = [
-        "# BYOC training report",
+        "# BYOC report",
         "",
-        f"Trained on {len(cells)} {origin} ({', '.join(cells.class_names)}): {training}.",
+        opening,
         "Phantoms are synthetic shapes drawn by a formula, not microscopy." if is_phantom else "",
         "",
         "![real above, generated below](cells.png)",
+        "",
+        "![surfaces of generated cells](surfaces.png)",
         "",
         f"{type(pipeline.scheduler).__name__}, {pipeline.config.default_num_inference_steps} steps. "
         f"Reconstruction error of 8 training cells (mean squared, volumes in [-1, 1]): "

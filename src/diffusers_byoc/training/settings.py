@@ -11,7 +11,7 @@ MAY_CHANGE = {
     *("report_to", "validation_steps", "num_validation_cells", "num_cpu_threads"),
     *("dataloader_num_workers", "shuffle_buffer_size"),  # of a stream they decide: an input then
     *("mixed_precision", "allow_tf32", "compile", "gradient_checkpointing"),
-    *("num_inference_steps", "inference_scheduler"),
+    *("num_inference_steps", "num_texture_steps", "inference_scheduler"),
 }
 
 
@@ -88,5 +88,5 @@ class StageSettings:
 
 def configuration(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """A diffusers model's or scheduler's configuration as inputs of a stage; without what training itself finds."""
-    found = ("latents_mean", "latents_std")
+    found = ("latents_mean", "latents_std", "texture_scale")
     return {f"{name}.{key}": value for key, value in config.items() if key[0] != "_" and key not in found}

@@ -6,7 +6,9 @@ import torch
 
 from ...data import Cells
 from ...models import MultiCodebookVQModel, PatchDiscriminator3D
+from ...randomness import process_share
 from ..batches import augment, remaining_batches
+from ..crops import crop_cells
 from ..losses import (
     adaptive_weight,
     adversarial_loss,
@@ -27,11 +29,14 @@ class AutoencoderSettings(StageSettings):
     Args:
         discriminator_start: step at which the discriminator joins.
         discriminator_weight: of the adversarial gradient against reconstruction's.
+        crop_size: edge of crops around the cell to train on, voxels; None trains on whole volumes, which are mostly
+            background.
     """
 
     learning_rate: float = 3e-4
     discriminator_start: int = 10_000
     discriminator_weight: float = 0.1
+    crop_size: int | None = None
 
 
 def train_autoencoder(
@@ -81,6 +86,10 @@ def train_autoencoder(
     vqvae.train()
     for step, batch in stage.steps(batches):
         volumes = augment(batch["volumes"].to(accelerator.device), settings, stage.micro_step)
+        if settings.crop_size is not None:
+            places = torch.rand(len(volumes) * accelerator.num_processes, generator=stage.generator("crops"))
+            places = process_share(places, accelerator.process_index, accelerator.num_processes)
+            volumes = crop_cells(volumes, settings.crop_size, places)
         if stage.micro_step == 0:
             with torch.no_grad(), accelerator.autocast():
                 latents = bare_vqvae.encode(volumes).latents

@@ -5,17 +5,17 @@ from dataclasses import dataclass
 import diffusers
 import torch
 from accelerate.logging import get_logger
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import EMAModel
 from torch.utils.data import Subset
 
 from ...data import Cells
-from ...models import DualChannelUNet3D, MultiCodebookVQModel
+from ...models import DualChannelUNet3D, MultiCodebookVQModel, TextureUNet3D
 from ...models.fingerprint import fingerprint_weights
 from ...pipelines import BYOCPipeline
 from ...randomness import process_share
 from ..batches import latent_batches, sample_cells
-from ..latents import cache_latents, latent_statistics
+from ..latents import cache_latents, latent_statistics, measure_latents
 from ..losses import diffusion_loss
 from ..optimizers import make_optimizer
 from ..settings import StageSettings
@@ -37,6 +37,7 @@ class DiffusionSettings(StageSettings):
         ema_decay, use_ema_warmup, ema_inv_gamma, ema_power: see diffusers' `EMAModel`.
         inference_scheduler: the saved pipeline's, "DDPMScheduler" or "DDIMScheduler".
         num_inference_steps: the saved pipeline's default.
+        num_texture_steps: likewise, where there is a texture network.
     """
 
     class_conditional: bool = False
@@ -49,6 +50,7 @@ class DiffusionSettings(StageSettings):
     ema_power: float = 2 / 3
     inference_scheduler: str = "DDPMScheduler"
     num_inference_steps: int = 1000
+    num_texture_steps: int = 10
 
 
 def train_diffusion(
@@ -58,6 +60,7 @@ def train_diffusion(
     vqvae: MultiCodebookVQModel,
     cells: Cells,
     held_out_cells: Cells | None = None,
+    texture_unet: TextureUNet3D | None = None,
 ) -> BYOCPipeline:
     """Train `unet` on the latents of `cells`.
 
@@ -68,6 +71,7 @@ def train_diffusion(
         vqvae: trained; it stays as it is, but for the statistics of its latents.
         cells: to train on.
         held_out_cells: for the validation losses; None for none.
+        texture_unet: trained, or None; a part of the pipeline that has nothing to do here.
 
     Returns:
         The pipeline, also saved to OUTPUT_DIR.
@@ -97,8 +101,7 @@ def train_diffusion(
     known = cells if is_kept else sample_cells(cells, 256, settings.seed)
     folder, workers = stage.output_dir / "latents", settings.dataloader_num_workers
     latents = cache_latents(vqvae, known, folder / "train", accelerator, num_workers=workers)
-    if vqvae.config.latent_scaling == "standardize":
-        vqvae.set_latent_statistics(*latents.mean_and_std())
+    measure_latents(vqvae, latents)
     statistics = latent_statistics(vqvae, latents.chunks())
     accelerator.log(statistics, step=0)
     logger.info(f"latents, normalised: {', '.join(f'{name} {value:.3f}' for name, value in statistics.items())}")
@@ -147,7 +150,7 @@ def train_diffusion(
                 options = (held_out_latents, held_out_labels, settings.seed, settings.loss_type, settings.snr_gamma)
                 accelerator.log(validate_diffusion(accelerator, bare_unet, noise_scheduler, vqvae, *options), step)
             if accelerator.is_main_process:
-                pipeline = make_pipeline(settings, cells, vqvae, bare_unet, noise_scheduler)
+                pipeline = make_pipeline(settings, cells, vqvae, bare_unet, noise_scheduler, texture_unet)
                 pipeline.set_progress_bar_config(disable=True)
                 with accelerator.autocast():
                     samples = pipeline(
@@ -166,7 +169,7 @@ def train_diffusion(
     if ema:
         ema.copy_to(unet.parameters())
     unet = accelerator.unwrap_model(unet, keep_fp32_wrapper=False).eval()
-    pipeline = make_pipeline(settings, cells, vqvae, unet, noise_scheduler)
+    pipeline = make_pipeline(settings, cells, vqvae, unet, noise_scheduler, texture_unet)
     if accelerator.is_main_process:
         pipeline.save_pretrained(stage.output_dir)
     return pipeline
@@ -178,6 +181,7 @@ def make_pipeline(
     vqvae: MultiCodebookVQModel,
     unet: DualChannelUNet3D,
     noise_scheduler: DDPMScheduler,
+    texture_unet: TextureUNet3D | None = None,
 ) -> BYOCPipeline:
     """The pipeline of these networks, with the defaults that the settings name."""
     scheduler_class = getattr(diffusers, settings.inference_scheduler)
@@ -186,7 +190,10 @@ def make_pipeline(
         vqvae,
         unet,
         scheduler_class.from_config(noise_scheduler.config),
+        texture_unet,
+        texture_unet and FlowMatchEulerDiscreteScheduler(),
         default_num_inference_steps=settings.num_inference_steps,
+        default_num_texture_steps=settings.num_texture_steps,
         label2id=label2id,
         volume_processor_config=dict(cells.processor.config) | {"voxel_size_um": cells.voxel_size_um},
     )

@@ -1,0 +1,78 @@
+"""Decoded volumes to cells: the texture network's flow from noise to texture."""
+
+from itertools import product
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from ..models import TextureUNet3D
+
+
+_FAINTEST = -0.95  # of a cell's voxels, once decoded; in [-1, 1]
+_MARGIN = 6  # voxels around them that may belong to the cell
+# Between two steps the cubes of 2³ voxels in which the network works move by a voxel: their borders fall elsewhere.
+_PHASES = tuple(product((0, 1), repeat=3))
+
+
+@torch.no_grad()
+def add_texture(
+    texture_unet: TextureUNet3D,
+    scheduler: FlowMatchEulerDiscreteScheduler,
+    reconstruction: Tensor,
+    num_inference_steps: int,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+) -> Tensor:
+    """Draw texture into decoded volumes.
+
+    Only the box around each cell is worked on; what is outside becomes background. A volume without a cell stays as it
+    is. A cell's texture depends on its own generator alone, where there is one per sample.
+
+    Args:
+        texture_unet: the network.
+        scheduler: of flow matching; its timesteps are set here.
+        reconstruction: (B, M, D, H, W) decoded volumes, nominally in [-1, 1], axes divisible by the network's
+            `downsampling_factor`.
+        num_inference_steps: evaluations of the network.
+        generator: one random generator, or one per sample.
+
+    Returns:
+        (B, M, D, H, W) float32 in [-1, 1].
+    """
+    reconstruction = reconstruction.float()
+    noise = randn_tensor(reconstruction.shape, generator=generator, device=reconstruction.device, dtype=torch.float32)
+    textured = torch.full_like(reconstruction, -1.0)
+    for index, volume in enumerate(reconstruction):
+        box = _box(volume, texture_unet.downsampling_factor)
+        if box is None:
+            textured[index] = volume.clamp(-1, 1)
+            continue
+        box = (slice(index, index + 1), slice(None), *box)
+        decoded, texture = reconstruction[box], noise[box]
+        scheduler.set_timesteps(num_inference_steps, device=reconstruction.device)
+        for step, timestep in enumerate(scheduler.timesteps):
+            phase = _PHASES[step % len(_PHASES)]
+            inputs = (_shift(x, phase).to(texture_unet.dtype) for x in (texture, decoded))
+            velocity = texture_unet(next(inputs), timestep, next(inputs), return_dict=False)[0].float()
+            velocity = _shift(velocity, [-distance for distance in phase])
+            texture = scheduler.step(velocity, timestep, texture, return_dict=False)[0]
+        textured[box] = texture_unet.apply_texture(decoded, texture)
+    return textured
+
+
+def _box(volume: Tensor, multiple: int) -> tuple[slice, ...] | None:
+    """Where the cell is in a volume (M, D, H, W), edges on multiples of `multiple`; None for no cell."""
+    is_cell = (volume > _FAINTEST).any(dim=0)
+    if not is_cell.any():
+        return None
+    box = []
+    for other_axes, size in zip(((1, 2), (0, 2), (0, 1)), is_cell.shape, strict=True):
+        places = is_cell.amax(dim=other_axes).nonzero()
+        first, last = max(0, int(places[0]) - _MARGIN), min(size, int(places[-1]) + 1 + _MARGIN)
+        box.append(slice(first // multiple * multiple, -(-last // multiple) * multiple))
+    return tuple(box)
+
+
+def _shift(volumes: Tensor, distances) -> Tensor:
+    return torch.roll(volumes, tuple(distances), dims=(2, 3, 4))

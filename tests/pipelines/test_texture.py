@@ -1,0 +1,140 @@
+import pytest
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+from torch import nn
+
+from diffusers_byoc import BYOCPipeline, DualChannelUNet3D, MultiCodebookVQModel, TextureUNet3D
+from diffusers_byoc.pipelines.texture import add_texture
+
+
+class GaussianTexture(nn.Module):
+    """The exact velocity where texture is white noise of deviation `std`: the best that any network can learn."""
+
+    downsampling_factor, dtype = 4, torch.float32
+
+    def __init__(self, std: float):
+        super().__init__()
+        self.std = std
+
+    def forward(self, sample, timestep, reconstruction, return_dict):
+        share = timestep / 1000
+        variance = (1 - share) ** 2 * self.std**2 + share**2
+        return ((share - (1 - share) * self.std**2) / variance * sample,)
+
+    def apply_texture(self, reconstruction, texture):
+        return reconstruction + texture
+
+
+def cell(edge=24, size=8):
+    volumes = torch.full((1, 2, edge, edge, edge), -1.0)
+    volumes[..., 8 : 8 + size, 8 : 8 + size, 8 : 8 + size] = 0.0
+    return volumes
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("scheduler", [FlowMatchEulerDiscreteScheduler(), FlowMatchHeunDiscreteScheduler()])
+@pytest.mark.parametrize("std", [0.5, 1.5])
+def test_the_flow_ends_in_the_texture_s_distribution(scheduler, std):
+    volumes = cell(64, 40)
+    texture = (add_texture(GaussianTexture(std), scheduler, volumes, 50, seeded()) - volumes)[..., 8:48, 8:48, 8:48]
+    assert texture.std().item() == pytest.approx(std, rel=0.05)
+    assert texture.mean().item() == pytest.approx(0, abs=0.05)
+    neighbours = (texture[..., 1:] * texture[..., :-1]).mean() / std**2
+    assert neighbours.item() == pytest.approx(0, abs=0.05)
+
+
+def test_outside_of_the_cell_s_box_is_background():
+    textured = add_texture(GaussianTexture(1.0), FlowMatchEulerDiscreteScheduler(), cell(32) + 0.01, 4, seeded())
+    assert (textured[..., 24:, :, :] == -1).all()
+    assert textured[..., 8:16, 8:16, 8:16].std() > 0.5
+
+
+def test_a_volume_without_a_cell_stays_as_it_is():
+    volumes = torch.full((1, 2, 8, 8, 8), -0.99)
+    textured = add_texture(GaussianTexture(1.0), FlowMatchEulerDiscreteScheduler(), volumes, 4, seeded())
+    assert torch.equal(textured, volumes)
+
+
+def test_a_sample_does_not_depend_on_those_beside_it():
+    volumes = torch.cat([cell(size=4), cell(size=8), cell(size=10)])
+    arguments = (GaussianTexture(1.0), FlowMatchEulerDiscreteScheduler())
+    together = add_texture(*arguments, volumes, 4, [seeded(i) for i in range(3)])
+    alone = add_texture(*arguments, volumes[2:], 4, [seeded(2)])
+    assert torch.equal(together[2:], alone)
+
+
+def make_pipeline(**components):
+    torch.manual_seed(0)
+    sizes = {"latent_channels": 4, "block_out_channels": (8, 16), "layers_per_block": 1}
+    vqvae = MultiCodebookVQModel(num_vq_embeddings=16, sample_size=16, **sizes)
+    vqvae.initialize_codebooks(torch.randn(4, 8, 8, 8, 8))
+    nn.init.zeros_(vqvae.decoder.conv_out.bias)  # not all background
+    unet = DualChannelUNet3D(sample_size=8, attention_head_dim=4, **sizes)
+    components = {
+        "texture_unet": TextureUNet3D(block_out_channels=(8, 16), layers_per_block=(1, 1), texture_scale=0.3).eval(),
+        "texture_scheduler": FlowMatchEulerDiscreteScheduler(),
+    } | components
+    scheduler = DDIMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=False)
+    arguments = {"default_num_inference_steps": 2, "default_num_texture_steps": 3}
+    pipeline = BYOCPipeline(vqvae.eval(), unet.eval(), scheduler, **components, **arguments)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_texture_comes_on_top_of_the_decoded_cells():
+    pipeline = make_pipeline()
+    decoded = pipeline(2, num_texture_steps=0, generator=seeded(), output_type="pt").volumes
+    textured = pipeline(2, generator=seeded(), output_type="pt").volumes
+    # untrained, its velocity is 0: the texture is the noise that it began with
+    difference = (textured - decoded)[(decoded > 0.2) & (decoded < 0.8) & (textured > 0) & (textured < 1)]
+    assert difference.std().item() == pytest.approx(0.15, rel=0.2)
+    again = pipeline(2, num_texture_steps=3, generator=seeded(), output_type="pt").volumes
+    assert torch.equal(textured, again)
+
+
+def test_a_pipeline_without_texture_decodes():
+    pipeline, without = make_pipeline(), make_pipeline(texture_unet=None, texture_scheduler=None)
+    decoded = pipeline(2, num_texture_steps=0, generator=seeded(), output_type="pt").volumes
+    assert torch.equal(without(2, generator=seeded(), output_type="pt").volumes, decoded)
+
+
+def test_texture_is_saved_with_the_pipeline(tmp_path):
+    pipeline = make_pipeline()
+    pipeline.save_pretrained(tmp_path)
+    loaded = BYOCPipeline.from_pretrained(tmp_path)
+    assert loaded.config.default_num_texture_steps == 3
+    loaded.set_progress_bar_config(disable=True)
+    expected = pipeline(2, generator=seeded(), output_type="pt").volumes
+    assert torch.equal(loaded(2, generator=seeded(), output_type="pt").volumes, expected)
+    without = BYOCPipeline.from_pretrained(tmp_path, texture_unet=None, texture_scheduler=None)
+    assert without.texture_unet is None
+
+
+def test_reconstruct_encodes_decodes_and_draws():
+    pipeline = make_pipeline()
+    volumes = torch.full((2, 2, 16, 16, 16), -1.0)
+    volumes[..., 4:12, 4:12, 4:12] = 0.5
+    plain = pipeline.reconstruct(volumes, num_texture_steps=0)
+    assert torch.equal(plain, pipeline.vqvae(volumes).sample.clamp(-1, 1))
+    assert (pipeline.reconstruct(volumes, generator=seeded()) - plain).std() > 0.05
+
+
+@pytest.mark.parametrize(
+    ("components", "message"),
+    [
+        ({"texture_scheduler": None}, "Expected a texture_scheduler for flow matching .* got NoneType"),
+        ({"texture_unet": TextureUNet3D(3, (8,), (1,))}, "Expected a texture_unet for .* num_channels 2, got 3"),
+        ({"texture_unet": TextureUNet3D(2, (8,) * 5, (1,) * 5)}, "multiple of the texture_unet's 32, got 16"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(components, message):
+    with pytest.raises(ValueError, match=message):
+        make_pipeline(**components)
+
+
+def test_a_negative_number_of_steps_is_refused():
+    with pytest.raises(ValueError, match="Expected num_texture_steps of at least 0, got -1"):
+        make_pipeline()(1, num_texture_steps=-1)
