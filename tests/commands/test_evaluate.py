@@ -1,3 +1,4 @@
+import importlib
 import json
 import os
 import subprocess
@@ -10,7 +11,10 @@ import torch
 from diffusers import DDPMScheduler
 
 from diffusers_byoc import BYOCPipeline, DualChannelUNet3D, MultiCodebookVQModel
+from diffusers_byoc.commands.evaluate import parse_args
+from diffusers_byoc.commands.evaluate_run import generated_cells, load_pipeline
 from diffusers_byoc.data import PhantomCells, VolumeProcessor, read_volume, write_ome_tiff
+from diffusers_byoc.evaluation import EvaluationSettings, channel_names_of
 
 
 REPOSITORY = Path(__file__).parents[2]
@@ -133,3 +137,60 @@ def test_help_does_not_wait_for_torch():
     )
     done = subprocess.run([sys.executable, "-c", script], env=ENVIRONMENT, capture_output=True, text=True)
     assert done.stdout.endswith("set()\n") and "--generated_dir" in done.stdout, done.stderr
+
+
+BLURRED_NOISE = """
+from dataclasses import dataclass
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.utils import BaseOutput
+
+
+@dataclass
+class Output(BaseOutput):
+    volumes: torch.Tensor
+
+
+class Blur(ModelMixin, ConfigMixin):
+    @register_to_config
+    def __init__(self, channel_names=("membrane", "dna")):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, noise):
+        return torch.nn.functional.avg_pool3d(noise, 3, stride=1, padding=1) * self.scale
+
+
+class BlurredNoisePipeline(DiffusionPipeline):
+    def __init__(self, network: Blur):
+        super().__init__()
+        self.register_modules(network=network)
+
+    @torch.no_grad()
+    def __call__(self, num_samples=1, generator=None):
+        return Output(self.network(torch.stack([torch.rand(2, 32, 32, 32, generator=one) for one in generator])))
+"""
+
+
+def test_a_generator_that_nobody_knows_is_judged_by_the_name_of_its_class(tmp_path, monkeypatch):
+    (tmp_path / "blurred_noise.py").write_text(BLURRED_NOISE)
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module("blurred_noise")
+    module.BlurredNoisePipeline(module.Blur()).save_pretrained(tmp_path / "pipeline")
+    command = ["--pretrained", str(tmp_path / "pipeline"), "--output_dir", str(tmp_path), "--num_samples", "10"]
+    args = parse_args([*command, "--pipeline_class", "blurred_noise:BlurredNoisePipeline"])
+    pipeline = load_pipeline(args, torch.device("cpu"))
+    names = channel_names_of(pipeline)
+    assert names == ("membrane", "dna")
+
+    cells = PhantomCells(1, VolumeProcessor(sample_size=32, channel_names=names), ["nocodazole"], seed=7)
+    generated = generated_cells(args, cells, pipeline, EvaluationSettings(channel_names=names))
+    assert generated.num_cells == 10 and generated.labels is None
+    volume = generated.volume(3)
+    assert volume.shape == (2, 32, 32, 32) and 0.45 < volume[:, 2:-2, 2:-2, 2:-2].mean() < 0.55
+
+    args.pipeline_class = "blurred_noise:Sharp"
+    with pytest.raises(ValueError, match="MODULE:CLASS that can be imported, got blurred_noise:Sharp"):
+        load_pipeline(args, torch.device("cpu"))

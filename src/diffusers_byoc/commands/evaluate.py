@@ -21,6 +21,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--pretrained", help="pipeline to judge, any whose call returns volumes: a folder or a Hub repository")
+    add("--pipeline_class", help="MODULE:CLASS of a pipeline that diffusers and this package do not know")
     add("--generated_dir", help="volumes made elsewhere, in place of --pretrained; any files that training reads")
     add("--output_dir", default="results", help="metrics, figures, and what need not be computed again")
     add("--num_samples", type=positive, default=5000, help="cells to generate, or to take from --generated_dir")

@@ -4,6 +4,7 @@ import argparse
 import time
 from datetime import timedelta
 from pathlib import Path
+from pkgutil import resolve_name
 
 import torch
 from accelerate import PartialState
@@ -128,7 +129,16 @@ def run(args: argparse.Namespace, state: PartialState) -> None:
 
 
 def load_pipeline(args: argparse.Namespace, device: torch.device) -> DiffusionPipeline:
-    pipeline = DiffusionPipeline.from_pretrained(args.pretrained, dtype=getattr(torch, args.dtype)).to(device)
+    pipeline_class = DiffusionPipeline
+    if args.pipeline_class is not None:
+        try:
+            pipeline_class = resolve_name(args.pipeline_class)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f"Expected --pipeline_class MODULE:CLASS that can be imported, got {args.pipeline_class} ({error})."
+                " Add its folder to PYTHONPATH, or correct the name."
+            ) from error
+    pipeline = pipeline_class.from_pretrained(args.pretrained, dtype=getattr(torch, args.dtype)).to(device)
     pipeline.set_progress_bar_config(disable=True)  # the series of cells has one
     return pipeline
 
