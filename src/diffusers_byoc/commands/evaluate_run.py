@@ -81,7 +81,6 @@ def run(args: argparse.Namespace, state: PartialState) -> None:
         notes.append("The files do not say how large a voxel is: µm mean voxels; or give --voxel_size_um.")
     settings = EvaluationSettings(
         channel_names=channel_names,
-        features=tuple(args.features),
         voxel_size_um=voxel_size_um or (1.0, 1.0, 1.0),
         cell_threshold=args.cell_threshold,
         med3d=args.med3d,
@@ -90,7 +89,7 @@ def run(args: argparse.Namespace, state: PartialState) -> None:
         seed=args.seed,
         device=str(state.device),
     )
-    extractors = {kind: FEATURES[kind](settings) for kind in (*settings.features, *ALWAYS)}
+    extractors = {kind: FEATURES[kind](settings) for kind in (*args.features, *ALWAYS)}
     lap("reading cells")
     generated = generated_cells(args, cells, pipeline, settings)
     lap("generating")

@@ -118,7 +118,7 @@ def _page(results: Results, summary: Mapping, comparisons: Mapping, figures: Map
         "| --- | --- |" + " --- |" * len(summary),
     ]
     for metric, kind, key in _shown(summary):
-        cells = (_plus_minus(row[key], metric.factor) for row in summary.values())
+        cells = (_in_words(row, key, metric.factor) for row in summary.values())
         lines.append(f"| {metric.title_of(kind)} | {metric.good} | " + " | ".join(cells) + " |")
     if results.reconstruction:
         lines += ["", "## Reconstruction by the autoencoder, of held-out cells of the first fold", ""]
@@ -230,10 +230,16 @@ def _title(name: str) -> str:
     return name.replace("_", " ").replace("num ", "number of ")
 
 
-def _plus_minus(value: Mapping[str, float], factor: float) -> str:
+def _in_words(row: Mapping[str, Mapping[str, float]], key: str, factor: float) -> str:
+    """Mean and standard deviation over folds; of one fold the 95 % interval, where the metric has one."""
+    value, spread = row[key], ""
     if not np.isfinite(value["mean"]):
         return "–"
-    spread = f" ± {value['std'] * factor:.3g}" if np.isfinite(value["std"]) else ""
+    if np.isfinite(value["std"]):
+        spread = f" ± {value['std'] * factor:.3g}"
+    elif f"{key}_low" in row:
+        low, high = (row[key + end]["mean"] * factor for end in ("_low", "_high"))
+        spread = f" [{low:.3g}, {high:.3g}]"
     return f"{value['mean'] * factor:.4g}{spread}"
 
 

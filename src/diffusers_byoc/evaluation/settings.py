@@ -9,8 +9,6 @@ class EvaluationSettings:
 
     Args:
         channel_names: of the M channels of all volumes.
-        features: kinds that cells are compared by, of "med3d", "morphology" and "texture"; what else is asked of every
-            generator (copies, grids) needs no naming.
         voxel_size_um: (z, y, x) edge of a voxel in µm.
         cell_threshold: in [0, 1], the cell is brighter; None takes Otsu's.
         med3d: where the weights of Med3D are.
@@ -21,7 +19,6 @@ class EvaluationSettings:
     """
 
     channel_names: tuple[str, ...] = ("cell", "nucleus")
-    features: tuple[str, ...] = ("med3d", "morphology", "texture")
     voxel_size_um: tuple[float, float, float] = (1.0, 1.0, 1.0)
     cell_threshold: float | None = None
     med3d: str = "TencentMedicalNet/MedicalNet-Resnet50"
