@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -503,11 +504,13 @@ def test_a_plate_is_one_input(here, main, kind):
 
 
 def test_fields_that_are_not_there_cost_themselves(here, main):
-    write_plate(here / "p.ome.zarr", {"A/1": [1, None, 3], "A/2": None, "B/1": [4]})
+    write_plate(here / "p.ome.zarr", {"A/1": [1, None, 3], "A/2": None, "B/1": [4, 5]})
+    shutil.rmtree("p.ome.zarr/B/1/1")
+    Path("p.ome.zarr/B/1/1").mkdir()
     assert main(["--images", "p.ome.zarr", "--output_dir", "cells", *EXACT]) == 1
     assert_cells(cells_of(), {"p.ome.zarr/A/1/0": 1, "p.ome.zarr/A/1/2": 3, "p.ome.zarr/B/1/0": 4})
     errors = {row["source"]: row["error"] for row in report_of() if row["error"]}
-    assert set(errors) == {"p.ome.zarr/A/1/1", "p.ome.zarr/A/2"}
+    assert set(errors) == {"p.ome.zarr/A/1/1", "p.ome.zarr/A/2", "p.ome.zarr/B/1/1"}
     assert all("which its plate lists, got none" in error for error in errors.values())
 
 
@@ -672,3 +675,37 @@ print(len(CellTable("org/cells", VolumeProcessor(sample_size=32))))
 """)
     first, second = printed.strip().splitlines()
     assert json.loads(first) == [8, ["cell"], ["A1.ome.tif", "A2.ome.tif"]] and second == "8"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
+def test_a_cluster_does_each_stack_once_and_what_a_killed_worker_left(tmp_path):
+    distributed = pytest.importorskip("distributed")
+    many_stacks(tmp_path, [f"A{number:02}" for number in range(40)])
+    options = {"cwd": tmp_path, "env": environment() | {"OMP_NUM_THREADS": "1"}, "stderr": subprocess.DEVNULL}
+    command = [sys.executable, str(SCRIPT), *MANY]
+    subprocess.run([*command, "--output_dir", "here"], check=True, timeout=250, **options)
+    with distributed.LocalCluster(n_workers=0, processes=True, dashboard_address=None) as cluster:
+        address = cluster.scheduler_address
+        worker = [sys.executable, "-m", "distributed.cli.dask_worker", address, "--no-nanny", "--nthreads", "1"]
+        workers = [subprocess.Popen([*worker, "--no-dashboard"], **options) for _ in range(2)]
+        try:
+            with distributed.Client(address) as client:
+                client.wait_for_workers(2, timeout=100)
+            arguments = [*command, "--output_dir", "cluster", "--dask_scheduler", address]
+            run = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, **options)
+            records, deadline = tmp_path / "cluster" / "stacks", time.monotonic() + 120
+            while len(list(records.glob("*.json"))) < 5 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            workers[0].kill()
+            done = {path.name: path.stat().st_mtime_ns for path in records.glob("*.json")}
+            assert 5 <= len(done) < 40
+            assert run.wait(timeout=200) == 0
+        finally:
+            for process in workers:
+                process.kill()
+    # what was done then was not done again
+    assert done.items() <= {path.name: path.stat().st_mtime_ns for path in records.glob("*.json")}.items()
+    for path in (tmp_path / "here" / "data").iterdir():
+        assert path.read_bytes() == (tmp_path / "cluster" / "data" / path.name).read_bytes()
+    assert len(list(records.glob("*.json"))) == 40 and len(cells_of(tmp_path / "cluster")) == 40 * len(KEPT)

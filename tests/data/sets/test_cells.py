@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from diffusers_byoc.data import PHENOTYPES, CellFolder, PhantomCells, VolumeProcessor, write_ome_tiff
+from diffusers_byoc.data import PHENOTYPES, CellFolder, PhantomCells, VolumeProcessor, write_ome_tiff, write_volume
 
 
 REAL_CELLS = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "mitotic_cells"
@@ -141,6 +141,21 @@ def test_folders_without_cells(tmp_path):
 def test_label_without_cells_lists_the_labels(folder, label):
     with pytest.raises(ValueError, match="Expected cells with the label .* got flat, round"):
         CellFolder(folder, PROCESSOR, label=label)
+
+
+@pytest.mark.parametrize("with_metadata", [True, False])
+def test_folders_and_double_endings_are_cells_too(tmp_path, with_metadata):
+    pytest.importorskip("nibabel")
+    pytest.importorskip("ome_zarr")
+    names = ["a.nii.gz", "b.ome.zarr", "c.ome.tif"]
+    for number, name in enumerate(names):
+        write_volume(tmp_path / name, make_cell(number) / 65535, 1.0)
+    if with_metadata:
+        (tmp_path / "metadata.csv").write_text("file_name\n" + "\n".join(names))
+    cells = CellFolder(tmp_path, PROCESSOR)
+    assert cells.ids == names
+    for number, cell in enumerate(cells):
+        torch.testing.assert_close(cell["volumes"], PROCESSOR.preprocess(make_cell(number), 1.0))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """NumPy's files: ``.npy``, ``.npz``, and of Cellpose's ``_seg.npy`` the label image. None is ever run."""
 
-import functools
 import io
 import math
 import pickle
@@ -36,17 +35,21 @@ def open_images(path: Path) -> list[OpenImage]:
     if path.suffix.lower() == ".npz":
         return _open_npz(path)
     with open(path, "rb") as file:
-        shape, is_fortran, dtype, start = _read_header(path, file)
+        shape, _, dtype, start = _read_header(path, file.read(MAX_HEADER_BYTES))
     if dtype.hasobject:
         return [_of_array(path, _read_seg_masks(path, start))]
-    check = functools.partial(_check_size, path, shape, dtype, path.stat().st_size - start)
-    check()
+    _check_size(path, shape, dtype, path.stat().st_size - start)
 
     def read():
         with open(path, "rb") as file:
             return _read_array(path, file, path.stat().st_size)
 
-    return [_image(path, shape, dtype, read)]
+    def lazy():
+        array = np.lib.format.open_memmap(path, mode="r")
+        chunks = (*(1,) * (array.ndim - 2), *array.shape[-2:])
+        return optional("dask.array", "data").from_array(array, chunks).astype(dtype.newbyteorder("="))
+
+    return [_image(path, shape, dtype, read, lazy)]
 
 
 def write(path: Path, volume: Volume) -> None:
@@ -55,7 +58,7 @@ def write(path: Path, volume: Volume) -> None:
     np.savez_compressed(path, volume=volume.data, channel_names=np.array(volume.channel_names, "U"), **known)
 
 
-def _image(path: Path, shape, dtype: np.dtype, read, **known) -> OpenImage:
+def _image(path: Path, shape, dtype: np.dtype, read, lazy=None, **known) -> OpenImage:
     axes = {2: "YX", 3: "ZYX", 4: "CZYX"}.get(len(shape))
     if axes is None:
         raise VolumeFileError(f"Expected 4 axes (C, Z, Y, X) in {path}, got shape {tuple(shape)}. {_REMEDY}")
@@ -65,7 +68,7 @@ def _image(path: Path, shape, dtype: np.dtype, read, **known) -> OpenImage:
         shape=tuple(shape),
         dtype=dtype.newbyteorder("="),
         read=read,
-        lazy=lambda: optional("dask.array", "data").from_array(read()),
+        lazy=lazy or (lambda: optional("dask.array", "data").from_array(read())),
         **known,
     )
 
@@ -90,7 +93,7 @@ def _open_npz(path: Path) -> list[OpenImage]:
         if "channel_names.npy" in names:
             channel_names = tuple(_read_member(path, archive, "channel_names.npy", _check_names).tolist()) or None
         with _member(path, archive, name) as file:
-            shape, _, dtype, start = _read_header(path, file)
+            shape, _, dtype, start = _read_header(path, file.read(MAX_HEADER_BYTES))
         _check_size(path, shape, dtype, archive.getinfo(name).file_size - start)
 
     def read():
@@ -112,9 +115,9 @@ def _read_member(path: Path, archive: zipfile.ZipFile, name: str, check=None) ->
         return _read_array(path, file, archive.getinfo(name).file_size, check)
 
 
-def _read_header(path: Path, file) -> tuple[tuple[int, ...], bool, np.dtype, int]:
+def _read_header(path: Path, beginning: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:
     """Shape, order, number type, and where the numbers begin."""
-    start = io.BytesIO(file.read(MAX_HEADER_BYTES))  # NumPy would read as long a header as the file claims
+    start = io.BytesIO(beginning)  # NumPy would read as long a header as the file claims
     version = np.lib.format.read_magic(start)
     read_header = {
         (1, 0): np.lib.format.read_array_header_1_0,
@@ -127,12 +130,12 @@ def _read_header(path: Path, file) -> tuple[tuple[int, ...], bool, np.dtype, int
 
 def _read_array(path: Path, file, num_bytes: int, check=None) -> np.ndarray:
     """Read a .npy stream of `num_bytes`; its header is checked before memory is asked for."""
-    file = _Restartable(file)
-    shape, is_fortran, dtype, start = _read_header(path, file)
+    beginning = file.read(MAX_HEADER_BYTES)
+    shape, is_fortran, dtype, start = _read_header(path, beginning)
     (check or _check_size)(path, shape, dtype, num_bytes - start)
     expected = math.prod(shape) * dtype.itemsize
     values = np.empty(expected, np.uint8)
-    rest = file.first[start : start + expected]
+    rest = beginning[start : start + expected]
     values[: len(rest)] = np.frombuffer(rest, np.uint8)
     filled = len(rest)
     while filled < expected:  # piece by piece: a zip member would be unpacked into a second copy
@@ -142,18 +145,6 @@ def _read_array(path: Path, file, num_bytes: int, check=None) -> np.ndarray:
         filled += count
     values = values.view(dtype).reshape(shape, order="F" if is_fortran else "C")
     return np.ascontiguousarray(values).astype(dtype.newbyteorder("="), copy=False)
-
-
-class _Restartable:
-    """A stream, of which what was read with the header is kept."""
-
-    def __init__(self, file):
-        self._file, self.first = file, b""
-        self.readinto = file.readinto
-
-    def read(self, num_bytes: int) -> bytes:
-        self.first = self._file.read(num_bytes)
-        return self.first
 
 
 def _too_short(path: Path, shape, dtype: np.dtype, num_bytes: int) -> VolumeFileError:

@@ -53,11 +53,16 @@ def inner_images(path: Path) -> list[Path]:
     _, attributes = _open_group(path)
     if "plate" in attributes:
         wells = [path / well["path"] for well in attributes["plate"].get("wells", [])]
-        # a well that is not there stands for its fields
-        return [field for well in wells for field in (inner_images(well) if _is_group(well) else [well])]
+        # a well that is not there, or does not say, stands for its fields
+        return [field for well in wells for field in ((_is_group(well) and inner_images(well)) or [well])]
     if "well" in attributes:
         return [path / image["path"] for image in attributes["well"].get("images", [])]
     return []
+
+
+def is_image(path: Path) -> bool:
+    """Whether a path leads to an OME-Zarr image."""
+    return _is_group(path) and bool({"multiscales", "bioformats2raw.layout"} & set(_open_group(path)[1]))
 
 
 def inner_labels(path: Path) -> list[Path]:

@@ -6,9 +6,9 @@ it can, and a row for each of its endings in `FORMATS`.
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from ...volumes import voxel_size_triple
 from ...whole_files import whole_or_absent
@@ -23,6 +23,10 @@ from .volume import (
     czyx,
     damage_as_error,
 )
+
+
+if TYPE_CHECKING:
+    import torch
 
 
 FORMATS = {
@@ -134,7 +138,7 @@ def read_volume(path: str | os.PathLike) -> Volume:
 
 def write_volume(
     path: str | os.PathLike,
-    volume: np.ndarray | torch.Tensor,
+    volume: "np.ndarray | torch.Tensor",
     voxel_size_um: float | tuple[float, float, float] | None,
     channel_names: tuple[str, ...] = ("cell", "nucleus"),
 ) -> None:
@@ -161,7 +165,7 @@ def write_volume(
     writers = {name: module.write for name, module in FORMATS.items() if name in getattr(module, "WRITES", ())}
     if ending not in writers:
         raise ValueError(f"Expected a path that ends in one of {', '.join(writers)}, got {path}. Choose one of these.")
-    values = volume.detach().cpu().float().numpy() if isinstance(volume, torch.Tensor) else np.asarray(volume)
+    values = volume.detach().cpu().float().numpy() if hasattr(volume, "detach") else np.asarray(volume)
     if values.ndim != 4 or 0 in values.shape:
         raise ValueError(f"Expected a volume of shape (M, D, H, W), got {values.shape}. Write a batch cell by cell.")
     if len(channel_names) != len(values):
@@ -179,7 +183,7 @@ def write_volume(
 
 def write_ome_tiff(
     path: str | os.PathLike,
-    volume: np.ndarray | torch.Tensor,
+    volume: "np.ndarray | torch.Tensor",
     voxel_size_um: float | tuple[float, float, float] | None = 1.0,
     channel_names: tuple[str, ...] = ("cell", "nucleus"),
 ) -> None:

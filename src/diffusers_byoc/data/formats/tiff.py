@@ -54,6 +54,11 @@ def open_images(path: Path) -> list[OpenImage]:
         if elements and (len(series) != len(elements) or any(one.kind != "ome" for one in series)):
             # tifffile leaves out images of which it finds nothing, and guesses where the metadata do not fit
             raise _other_planes(path)
+        if tiff.is_imagej and not elements and len(tiff.pages) not in (1, _num_planes(series[0])):
+            raise VolumeFileError(
+                f"Expected {_num_planes(series[0])} planes in {path}, as ImageJ says, got {len(tiff.pages)}."
+                f" {DAMAGE_REMEDY}"
+            )
         images = []
         for index, one in enumerate(series):
             pages = _pages_of(path, one)
@@ -283,6 +288,10 @@ def _pages_of(path: Path, series) -> list:
     return pages
 
 
+def _num_planes(series) -> int:
+    return math.prod(series.shape) // math.prod(series.keyframe.shape)
+
+
 def _check_segments(path: Path, series, page) -> None:
     """Refuse strips and tiles that lie outside the file, or unpack to more than they should hold."""
     handle, largest = page.parent.filehandle, math.prod(series.keyframe.chunks) * series.dtype.itemsize
@@ -331,7 +340,7 @@ def _lazy(path: Path, series, pages: list):
 def _mapped(path: Path, series) -> np.ndarray:
     """The planes of an image that lie one after the other; only the first has a header where ImageJ writes 4 GB."""
     page, handle = series.keyframe, series.keyframe.parent.filehandle
-    shape = (math.prod(series.shape) // math.prod(page.shape), *page.shape)
+    shape = (_num_planes(series), *page.shape)
     if series.dataoffset + math.prod(shape) * series.dtype.itemsize > handle.size:
         raise VolumeFileError(f"Expected {shape[0]} planes in {path}, got fewer. {DAMAGE_REMEDY}")
     return handle.memmap_array(series.dtype.newbyteorder(page.parent.byteorder), shape, series.dataoffset)

@@ -171,8 +171,12 @@ def damage_as_error(path: Path) -> Iterator[None]:
     logger.addHandler(logged)
     try:
         yield
-    except (ImportError, MemoryError):
+    except MemoryError:
         raise
+    except ImportError as error:
+        if str(error).startswith("Expected"):
+            raise
+        raise ImportError(f"Expected all that reads {path} to be installed, got: {error}. Install it.") from error
     except VolumeFileError as error:
         if not logged.messages:
             raise

@@ -178,7 +178,7 @@ def cut_cells(
         raise ValueError(f"{labels.path}: {error}") from error
     if not allow_binary_labels and is_mask(labels.data[0], boxes, min_volume_um3 / math.prod(source)):
         raise ValueError(
-            f"Expected a number for each cell in {labels.path}, got {'one' if len(boxes) == 1 else 'two'} for many"
+            f"Expected a number for each cell in {labels.path}, got {' and '.join(map(str, boxes))} for many"
             " parts of the size of a cell, as a mask has. Label the parts first (scipy.ndimage.label, or Connected"
             " Components of Fiji), or give --allow_binary_labels if it is one cell."
         )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..formats.metadata import read_metadata
-from ..formats.ome_zarr import inner_images, inner_labels
+from ..formats.ome_zarr import inner_images, inner_labels, is_image
 from ..formats.reading import ending_of
 from .pairing import find_files, pair_labels, pair_rows
 from .stacks import num_times_of
@@ -77,7 +77,7 @@ def plan_jobs(
     nuclei = _fields(find_files(nucleus_labels)) if nucleus_labels else []
     found = [path for path in find_files(images) if path not in {*(set(given) - _containers(given)), *nuclei}]
     stacks = _fields(found)
-    present = [stack for stack in stacks if stack.exists()]
+    present = [stack for stack in stacks if stack == _container(stack) or is_image(stack)]
     missing = set(stacks) - set(present)
     if labels:
         # of an image that is given as its own labels, those within it
@@ -105,7 +105,7 @@ def plan_jobs(
             )
         known = {"label": label, "columns": {name: rows[stack][name] for name in columns}, "image": str(stack)}
         if stack in missing:
-            problem = f"Expected the field {stack}, which its plate lists, got none. Copy or export it again."
+            problem = f"Expected an image in {stack}, which its plate lists, got none. Copy or export it again."
             jobs.append(Job(source, **known, problem=problem))
             continue
         inputs = [stack, label_of[stack], nuclei_of.get(stack)]
