@@ -284,6 +284,7 @@ def test_half_precision(pipeline, dtype, tmp_path):
 
 
 def test_from_pipe_shares_the_components(pipeline):
+    assert set(pipeline.components) == {"vqvae", "unet", "scheduler"}
     other = BYOCPipeline.from_pipe(pipeline)
     assert other.unet is pipeline.unet
     assert other.config.default_num_inference_steps == 3

@@ -104,6 +104,11 @@ class BYOCPipeline(DiffusionPipeline):
         return VolumeProcessor(config.sample_size, config.num_channels, tuple(config.channel_names))
 
     @property
+    def components(self) -> dict:
+        """The parts that the pipeline has, by name; an optional one that it has not is no part of it."""
+        return {name: part for name, part in super().components.items() if part is not None}
+
+    @property
     def num_timesteps(self) -> int:
         """Denoising steps of the latest call."""
         return self._num_timesteps
