@@ -399,10 +399,15 @@ def test_no_cell_left(plate, prepare):
 # what people have
 
 
-def write_zarr(path, data, axes, name="", **attributes):
+def new_group(path):
     zarr = pytest.importorskip("zarr")
-    group = zarr.open_group(str(path), mode="w", zarr_format=2)
-    group.create_array("0", data=data, chunks=(1,) * (data.ndim - 2) + data.shape[-2:])
+    return zarr.open_group(str(path), mode="w", **({"zarr_format": 2} if zarr.__version__ >= "3" else {}))
+
+
+def write_zarr(path, data, axes, name="", **attributes):
+    group = new_group(path)
+    create = getattr(group, "create_array", None) or group.create_dataset  # zarr 3, zarr 2
+    create("0", data=data, chunks=(1,) * (data.ndim - 2) + data.shape[-2:])
     described = [
         {"name": axis, "type": "space", "unit": "micrometer"} if axis in "zyx" else {"name": axis} for axis in axes
     ]
@@ -416,20 +421,19 @@ def write_field(path, seed, has_labels=True):
     data, labels = make_stack(seed)
     write_zarr(path, data, "czyx")
     if has_labels:
-        group = pytest.importorskip("zarr").open_group(str(path / "labels"), mode="w", zarr_format=2)
+        group = new_group(path / "labels")
         group.attrs["labels"] = ["cells"]
         write_zarr(path / "labels" / "cells", labels, "zyx")
 
 
 def write_plate(path, wells, has_labels=True):
     """`wells`: name -> numbers of its fields, of which None are listed and not there; None for a whole well."""
-    zarr = pytest.importorskip("zarr")
-    plate = zarr.open_group(str(path), mode="w", zarr_format=2)
+    plate = new_group(path)
     plate.attrs["plate"] = {"version": "0.4", "wells": [{"path": well} for well in wells]}
     for well, seeds in wells.items():
         if seeds is None:
             continue
-        group = zarr.open_group(str(path / well), mode="w", zarr_format=2)
+        group = new_group(path / well)
         group.attrs["well"] = {"version": "0.4", "images": [{"path": str(field)} for field in range(len(seeds))]}
         for field, seed in enumerate(seeds):
             if seed is not None:
@@ -524,7 +528,7 @@ def test_the_time_points_of_a_series(here, main, kind):
         files = ["--images", "A1.ome.tif", "--labels", "A1_masks.tif"]
     else:
         write_zarr(here / "A1.ome.zarr", data, "tczyx")
-        pytest.importorskip("zarr").open_group("A1.ome.zarr/labels", mode="w").attrs["labels"] = ["cells"]
+        new_group("A1.ome.zarr/labels").attrs["labels"] = ["cells"]
         write_zarr(here / "A1.ome.zarr/labels/cells", labels, "tzyx")
         files = ["--images", "A1.ome.zarr"]
     source = "A1.ome.tif" if kind == "tiff" else "A1.ome.zarr"

@@ -124,6 +124,15 @@ def test_classes_are_learned_from_a_row_and_named_in_held_out_real_cells():
     assert np.isnan(accuracy(good, None)) and np.isnan(accuracy(good, (labels, np.repeat("a", 60))))
 
 
+def test_volumes_are_compared_by_mean_and_spread():
+    real = np.random.default_rng(0).lognormal(size=(30, 1))
+    candidate = 3 * real - real.mean()
+    comparison = Comparison(real, candidate, real, ("cell_volume_um3",), False, EvaluationSettings())
+    by_name = {metric.name: metric.compute for metric in METRICS}
+    assert by_name["volume_mean"](comparison) == pytest.approx(2)
+    assert by_name["volume_spread"](comparison) == pytest.approx(3)
+
+
 def test_functions_that_several_rows_share_are_called_once():
     calls = []
     comparison = Comparison(*np.random.default_rng(0).random((3, 8, 2)), None, False, EvaluationSettings())

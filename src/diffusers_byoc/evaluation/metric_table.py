@@ -98,7 +98,7 @@ class Metric:
     is_drawn: bool = False
 
     def title_of(self, kind: str) -> str:
-        return self.title if len(self.kinds) == 1 else f"{self.title}, {TITLES[kind]}"
+        return self.title if len(self.kinds) == 1 else f"{self.title}, {TITLES.get(kind, kind)}"
 
 
 def neighbours(comparison: Comparison):
@@ -113,6 +113,12 @@ def differing_share(rows) -> float:
     p_values = np.array([row.adjusted_p_value for row in rows])
     p_values = p_values[np.isfinite(p_values)]  # a measurement that no cell has cannot be tested
     return np.mean(p_values < 0.05) if len(p_values) else np.nan
+
+
+def cell_volumes(comparison: Comparison) -> tuple[np.ndarray, np.ndarray]:
+    """Of (real, candidate) cells, in µm³."""
+    column = comparison.names.index("cell_volume_um3")
+    return comparison.real[:, column], comparison.candidate[:, column]
 
 
 def consistency(comparison: Comparison):
@@ -179,6 +185,10 @@ METRICS = (
            is_drawn=True),
     Metric("class_accuracy", "accuracy of naming the class of real cells, trees that learned from these", "as real",
            MEASUREMENTS, classes),
+    Metric("volume_mean", "mean cell volume, over that of held-out cells", "1", ("morphology",),
+           lambda c: np.divide(*(volumes.mean() for volumes in c.once(cell_volumes)[::-1]))),
+    Metric("volume_spread", "standard deviation of the cell volume, over that of held-out cells", "1", ("morphology",),
+           lambda c: np.divide(*(volumes.std(ddof=1) for volumes in c.once(cell_volumes)[::-1]))),
     Metric("nucleus_inside_share", "share of the nucleus inside the cell", "as real", ("morphology",),
            lambda c: c.once(consistency).nucleus_inside_share),
     Metric("one_nucleus_share", "share of cells with one nucleus, inside", "as real", ("morphology",),

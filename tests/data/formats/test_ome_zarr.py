@@ -11,7 +11,14 @@ from diffusers_byoc.data.microscope.stacks import open_stack, read_channels
 
 
 zarr = pytest.importorskip("zarr")
+IS_ZARR_3 = int(zarr.__version__.split(".")[0]) >= 3
+OLD = {"zarr_format": 2} if IS_ZARR_3 else {}  # zarr 2 knows no other
 SHAPE = (2, 5, 24, 26)
+
+
+def create_array(group, name, data, chunks):
+    create = group.create_array if IS_ZARR_3 else group.create_dataset
+    create(name, data=np.ascontiguousarray(data), chunks=chunks)
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +32,9 @@ def write_image(
     """By hand, so that every detail is as it stands here."""
     units = dict(zip("zyx", [units] * 3 if isinstance(units, str) or units is None else units, strict=True))
     is_new = version == "0.5"
-    group = zarr.open_group(str(path), mode="w", **({"zarr_format": 3 if is_new else 2}))
+    group = zarr.open_group(str(path), mode="w", **({"zarr_format": 3} if is_new else OLD))
     for level, array in enumerate((data, data[..., ::2, ::2])):  # full resolution first
-        group.create_array(str(level), data=np.ascontiguousarray(array), chunks=(1,) * (data.ndim - 2) + (16, 16))
+        create_array(group, str(level), array, (1,) * (data.ndim - 2) + (16, 16))
     described = [
         {"name": axis, "type": "channel" if axis == "c" else "time" if axis == "t" else "space"}
         | ({"unit": units[axis]} if units.get(axis) else {})
@@ -61,7 +68,7 @@ def write_image(
     ],
 )
 def test_each_axis_in_its_own_unit(tmp_path, data, units, voxel_size_um, version):
-    if version == "0.5" and int(zarr.__version__.split(".")[0]) < 3:
+    if version == "0.5" and not IS_ZARR_3:
         pytest.skip("zarr 2 writes none")
     path = write_image(tmp_path / "a.ome.zarr", data, units=units, version=version)
     stack = open_stack(path)
@@ -105,7 +112,7 @@ def test_what_is_written_is_read(tmp_path, data):
 def test_labels_within_an_image(tmp_path, data):
     path = write_image(tmp_path / "A1.ome.zarr", data)
     assert inner_labels(path) == []
-    labels = zarr.open_group(str(path / "labels"), mode="w", zarr_format=2)
+    labels = zarr.open_group(str(path / "labels"), mode="w", **OLD)
     write_image(path / "labels" / "cells", data[:1] % 7, version="0.4")
     labels.attrs["labels"] = ["cells"]
     assert inner_labels(path) == [path / "labels" / "cells"]
@@ -115,7 +122,7 @@ def test_labels_within_an_image(tmp_path, data):
 
 def write_plate(path, fields, listed=None):
     """A plate whose wells have fields, {"A/1": [data, ...], ...}; `listed` adds what is not there."""
-    plate = zarr.open_group(str(path), mode="w", zarr_format=2)
+    plate = zarr.open_group(str(path), mode="w", **OLD)
     every = {well: list(range(len(images))) for well, images in fields.items()} | (listed or {})
     rows, columns = sorted({well[0] for well in every}), sorted({well[2:] for well in every})
     plate.attrs["plate"] = {
@@ -125,7 +132,7 @@ def write_plate(path, fields, listed=None):
         "version": "0.4",
     }
     for well, images in fields.items():
-        group = zarr.open_group(str(path / well), mode="w", zarr_format=2)
+        group = zarr.open_group(str(path / well), mode="w", **OLD)
         group.attrs["well"] = {"images": [{"path": str(number)} for number in every[well]], "version": "0.4"}
         for number, image in enumerate(images):
             write_image(path / well / str(number), image)
@@ -149,7 +156,7 @@ def test_a_plate_is_its_fields(tmp_path, data):
 @pytest.mark.parametrize("has_names", [True, False])
 def test_several_images_in_the_layout_of_bio_formats(tmp_path, data, has_names):
     path = tmp_path / "a.ome.zarr"
-    group = zarr.open_group(str(path), mode="w", zarr_format=2)
+    group = zarr.open_group(str(path), mode="w", **OLD)
     group.attrs["bioformats2raw.layout"] = 3
     for number in range(2):
         write_image(path / str(number), data + number, scale=(1.0, 1.5 + number, 0.5, 0.25))
@@ -169,7 +176,7 @@ def test_several_images_in_the_layout_of_bio_formats(tmp_path, data, has_names):
 
 
 def test_what_is_no_image(tmp_path):
-    zarr.open_group(str(tmp_path / "a.zarr"), mode="w", zarr_format=2).attrs["hello"] = 1
+    zarr.open_group(str(tmp_path / "a.zarr"), mode="w", **OLD).attrs["hello"] = 1
     (tmp_path / "b.zarr").mkdir()
     for name, match in (("a.zarr", "a Zarr group with hello"), ("b.zarr", "Zarr group in .*, got none")):
         with pytest.raises(ValueError, match=match):

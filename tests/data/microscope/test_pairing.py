@@ -141,3 +141,30 @@ def test_a_faulty_table_is_refused(tmp_path, text, message):
     (tmp_path / "t.csv").write_bytes(text)
     with pytest.raises(ValueError, match=message):
         read_metadata(tmp_path / "t.csv", "drug")
+
+
+def test_fields_of_plates_belong_to_the_plate_of_their_name_and_folder():
+    fields = [
+        f"{folder}/{plate}.ome.zarr/A/{well}/0" for folder in ("d1", "d2") for plate in ("p", "q") for well in "12"
+    ]
+    images = [Path(field) for field in fields]
+    within = {image: image / "labels" / "cells" for image in images}
+    assert pair_labels(images, list(within.values())) == within
+    others = {image: Path(str(image).replace(".ome.zarr", "_labels.ome.zarr")) for image in images}
+    assert pair_labels(images, list(others.values())) == others
+    files = {Path("p.ome.zarr/A/1/0"): Path("p_A_1_0_masks.tif"), Path("p.ome.zarr/A/1/10"): Path("A_1_10.tif")}
+    assert pair_labels(list(files), list(files.values())) == files
+    with pytest.raises(ValueError, match=r"p.ome.zarr/A/1/0: has no labels"):
+        pair_labels(images[:1], [])
+
+
+def test_a_row_names_a_field_or_a_well():
+    images = [Path(f"s/p.ome.zarr/{field}") for field in ("A/1/0", "A/1/1", "A/11/0", "B/1/0")]
+    rows = [(2, {"file_name": "A/1"}), (3, {"file_name": "A/11/0"}), (4, {"file_name": "p.ome.zarr/B/1"})]
+    assert pair_rows(images, rows, "t.csv") == dict(
+        zip(images, [rows[0][1], rows[0][1], rows[1][1], rows[2][1]], strict=True)
+    )
+    with pytest.raises(ValueError, match="stands already"):
+        pair_rows(images, [*rows, (5, {"file_name": "A/1/1"})], "t.csv")
+    with pytest.raises(ValueError, match="line 5: 'p.ome.zarr' names no image"):
+        pair_rows(images, [*rows, (5, {"file_name": "p.ome.zarr"})], "t.csv")

@@ -14,7 +14,7 @@ from .units import VoxelSize
 from .volume import DAMAGE_REMEDY, MAX_VOLUME_BYTES, OpenImage, Volume, VolumeFileError
 
 
-MAX_IMAGE_BYTES = 2**34  # such a file is read whole
+MAX_ARRAY_BYTES = 2**34  # an array in an archive, or in a pickle, is read whole
 MAX_HEADER_BYTES = 2**16
 
 _REMEDY = "Save numbers in the order (C, Z, Y, X), one cell a file; one channel is volume[np.newaxis]."
@@ -158,9 +158,9 @@ def _check_size(path: Path, shape, dtype: np.dtype, num_bytes: int) -> None:
     """Refuse by shape and number type alone, before anything of that size is in memory."""
     if dtype.kind not in "buif":
         raise VolumeFileError(f"Expected integers or real floats in {path}, got dtype {dtype}. {_REMEDY}")
-    if math.prod(shape) * dtype.itemsize > MAX_IMAGE_BYTES:
+    if math.prod(shape) * dtype.itemsize > MAX_ARRAY_BYTES:
         raise VolumeFileError(
-            f"Expected at most {MAX_IMAGE_BYTES} bytes in {path}, got shape {tuple(shape)} of {dtype}. Save it as"
+            f"Expected at most {MAX_ARRAY_BYTES} bytes in {path}, got shape {tuple(shape)} of {dtype}. Save it as"
             " OME-TIFF or OME-Zarr, of which parts can be read."
         )
     if num_bytes != math.prod(shape) * dtype.itemsize:

@@ -13,10 +13,9 @@ import numpy as np
 
 from ...optional import optional
 from .units import NOT_STATED, Step, VoxelSize, voxel_size_of
-from .volume import DAMAGE_REMEDY, MAX_VOLUME_BYTES, OpenImage, Volume, VolumeFileError
+from .volume import DAMAGE_REMEDY, MAX_IMAGE_BYTES, MAX_VOLUME_BYTES, OpenImage, Volume, VolumeFileError
 
 
-MAX_IMAGE_BYTES = 2**42  # 4 TB; a header that says more is damaged
 MAX_PLANES = 2**20  # a file that claims more would take minutes and gigabytes before a look at its data
 
 # only these unpack without limit, and deflate not to more than 1032 times its length

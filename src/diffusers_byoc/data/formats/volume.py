@@ -14,6 +14,7 @@ from .units import NOT_STATED, VoxelSize
 
 
 MAX_VOLUME_BYTES = 2**30  # one cell of two channels at uint16 is then at most 645 voxels wide
+MAX_IMAGE_BYTES = 2**42  # 4 TB; a header that says more is damaged
 DAMAGE_REMEDY = "It may be truncated or damaged: export or copy it again."
 
 _PRIVATE_TAGS = 2**15  # from this number on, TIFF tags are whatever a program likes, and say nothing of the pixels

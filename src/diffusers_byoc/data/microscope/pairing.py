@@ -54,13 +54,16 @@ def pair_labels(images: Sequence[Path], labels: Sequence[Path]) -> dict[Path, Pa
             are named.
     """
     stems = {image: _stem(image) for image in images}
+    at_place = {}
+    for image in images:
+        at_place.setdefault(_parts(image), []).append(image)
     pairs, problems = {}, []
     for label in labels:
         container, inner = _parts(label)
         found = [label.parent.parent] if label.parent.name == "labels" and label.parent.parent in stems else []
         if inner and not found:
-            wanted = [(candidate, inner) for candidate in _candidates(container)]
-            found = [image for image in images if _parts(image) in wanted]
+            for candidate in _candidates(container):
+                found = found or at_place.get((candidate, inner), [])
         for candidate in _candidates(_stem(label)):
             found = found or [image for image, stem in stems.items() if stem == candidate]
         if not found:

@@ -13,7 +13,15 @@ import numpy as np
 
 from ..formats.reading import open_images
 from ..formats.units import NOT_STATED
-from ..formats.volume import OpenImage, VolumeFileError, check_numbers, czyx, damage_as_error
+from ..formats.volume import (
+    DAMAGE_REMEDY,
+    MAX_IMAGE_BYTES,
+    OpenImage,
+    VolumeFileError,
+    check_numbers,
+    czyx,
+    damage_as_error,
+)
 
 
 @dataclass
@@ -63,6 +71,11 @@ def open_stack(
         image = choose_image(path, images, scene)
         check_numbers(path, image.dtype)
         shape, arrange = czyx(image, time)
+        if image.num_bytes > MAX_IMAGE_BYTES:
+            raise VolumeFileError(
+                f"Expected at most {MAX_IMAGE_BYTES / 1e9:.0f} GB in {path}, got a header of"
+                f" {image.num_bytes / 1e9:.0f} GB. {DAMAGE_REMEDY}"
+            )
         data = arrange(image.lazy())
         largest_chunk = math.prod(data.chunksize) * data.dtype.itemsize
         if data.nbytes > max_gb * 1e9 and largest_chunk > max_gb * 1e9:
