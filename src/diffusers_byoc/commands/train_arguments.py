@@ -97,7 +97,7 @@ def _make_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     flag = {"action": argparse.BooleanOptionalAction, "default": False}
-    add("--preset", default="demo", help="demo, paper, or the path of a JSON file of such overrides")
+    add("--preset", default="demo", help="demo, phantom, paper, or the path of a JSON file of such overrides")
     add("--output_dir", default="outputs/demo", help="pipeline, checkpoints, logs and report go here")
     add("--stage", choices=["all", *STAGES], default="all")
     add("--seed", type=int, default=0)

@@ -11,7 +11,7 @@ from ..models import TextureUNet3D
 
 
 _FAINTEST = -0.95  # of a cell's voxels, once decoded; in [-1, 1]
-_MARGIN = 6  # voxels around them that may belong to the cell
+_MARGIN = 4  # voxels around them that may belong to the cell
 # Between two steps the cubes of 2³ voxels in which the network works move by a voxel: their borders fall elsewhere.
 _PHASES = tuple(product((0, 1), repeat=3))
 

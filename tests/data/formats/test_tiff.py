@@ -111,6 +111,17 @@ def test_imagej_beyond_4_gb_has_one_header_for_all_planes(tmp_path, data):
     refuse_both(path, "planes|damaged")
 
 
+def test_what_imagej_saved_under_an_old_name(tmp_path, data):
+    read_both(write_imagej(tmp_path / "a.ome.tif", data, unit="micron"), data, (1.0, 0.25, 0.5))
+
+
+def test_an_ome_tiff_whose_metadata_cannot_be_read_is_no_plain_one(tmp_path, data):
+    tifffile.imwrite(tmp_path / "a.ome.tif", data, ome=True, metadata={"axes": "CZYX"}, photometric="minisblack")
+    content = (tmp_path / "a.ome.tif").read_bytes()
+    (tmp_path / "a.ome.tif").write_bytes(content.replace(b"</OME>", b"</\xff\xfeE>"))
+    refuse_both(tmp_path / "a.ome.tif", "OME metadata in .*, got none that can be read")
+
+
 # several images in one file
 
 

@@ -42,7 +42,7 @@ def open_images(path: Path) -> list[OpenImage]:
             if xml is not None:
                 tiff.close()
                 tiff = _open(path, xml)
-        elif path.name.lower().endswith((".ome.tif", ".ome.tiff")):
+        elif path.name.lower().endswith((".ome.tif", ".ome.tiff")) and not (tiff.is_imagej or tiff.is_shaped):
             raise VolumeFileError(
                 f"Expected OME metadata in {path}, got none that can be read. It may be truncated or damaged: export"
                 " it again, or call it .tif if it has none."

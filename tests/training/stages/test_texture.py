@@ -1,0 +1,80 @@
+import dataclasses
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+
+from diffusers_byoc import MultiCodebookVQModel, TextureUNet3D, VolumeProcessor
+from diffusers_byoc.data import PhantomCells
+from diffusers_byoc.training import CheckpointError, Stage
+from diffusers_byoc.training.stages.texture import TextureSettings, train_texture
+
+
+SETTINGS = TextureSettings(
+    max_train_steps=4,
+    train_batch_size=2,
+    crop_size=16,
+    lr_scheduler="cosine",
+    mixed_precision="no",
+    num_cpu_threads=1,
+    checkpointing_steps=2,
+    validation_steps=4,
+)
+
+
+@pytest.fixture(scope="module")
+def cells():
+    return PhantomCells(4, VolumeProcessor(sample_size=32), ["nocodazole"])
+
+
+@pytest.fixture(scope="module")
+def vqvae(cells):
+    torch.manual_seed(0)
+    vqvae = MultiCodebookVQModel(
+        latent_channels=4, num_vq_embeddings=16, block_out_channels=(4, 8), layers_per_block=1, sample_size=32
+    )
+    vqvae.initialize_codebooks(vqvae.encode(torch.stack([cells[i]["volumes"] for i in range(4)])).latents)
+    return vqvae.eval()
+
+
+@pytest.fixture
+def train(vqvae, cells):
+    threads = torch.get_num_threads()
+
+    def train(folder, **settings):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        torch.manual_seed(0)
+        network = TextureUNet3D(block_out_channels=(8, 16), layers_per_block=(1, 1))
+        with Stage(folder, "texture", dataclasses.replace(SETTINGS, **settings)) as stage:
+            return train_texture(stage, network, vqvae, cells)
+
+    yield train
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    torch.set_num_threads(threads)
+
+
+def test_a_network_is_trained_saved_and_resumed(train, tmp_path):
+    whole = train(tmp_path / "whole")
+    saved = TextureUNet3D.from_pretrained(tmp_path / "whole" / "texture_unet")
+    assert 0.01 < saved.config.texture_scale < 2
+    assert any(parameter.any() for parameter in saved.conv_out.parameters())  # which began at zero
+    train(tmp_path / "parts", max_train_steps=2, lr_scheduler="constant")
+    train(tmp_path / "whole_constant", lr_scheduler="constant")
+    resumed = train(tmp_path / "parts", lr_scheduler="constant", resume_from_checkpoint="latest")
+    unbroken = TextureUNet3D.from_pretrained(tmp_path / "whole_constant" / "texture_unet")
+    for a, b, c in zip(resumed.parameters(), unbroken.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(a, b) and a.shape == c.shape
+
+
+def test_another_crop_size_is_not_resumed(train, tmp_path):
+    train(tmp_path, max_train_steps=2)
+    with pytest.raises(CheckpointError, match="crop_size"):
+        train(tmp_path, crop_size=8, resume_from_checkpoint="latest")
+
+
+def test_the_autoencoder_stays_as_it_is(train, vqvae, tmp_path):
+    before = {name: tensor.clone() for name, tensor in vqvae.state_dict().items()}
+    train(tmp_path, max_train_steps=1)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in vqvae.state_dict().items())
