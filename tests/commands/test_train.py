@@ -485,7 +485,7 @@ def test_bad_arguments(arguments, message, capsys):
     ("text", "message"),
     [
         ('{"arguments": {"lerning_rate": 1}}', "Expected arguments of this command, got ['lerning_rate'] in PATH."),
-        ('{"vqvea": {}}', "Expected arguments, vqvae, unet, scheduler in a preset, got ['vqvea'] in PATH."),
+        ('{"vqvea": {}}', "Expected arguments, vqvae, texture_unet, unet, scheduler in a preset, got ['vqvea'] in PATH."),
         ("{,}", "Expected a preset in JSON, got PATH ("),
     ],
 )
@@ -961,7 +961,8 @@ def test_a_private_repository_is_filled(preset, hub):
     files = hub.files("org/phantoms")
     weights = [f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "vqvae")]
     configs = ["scheduler/scheduler_config.json", "unet/config.json", "vqvae/config.json"]
-    assert sorted(files) == sorted(["README.md", "cells.png", "model_index.json", "report.md", *weights, *configs])
+    pages = ["README.md", "cells.png", "model_index.json", "report.md", "surfaces.png"]
+    assert sorted(files) == sorted([*pages, *weights, *configs])
     card = files["README.md"].decode()
     assert "# phantoms" in card and "They are not microscopy" in card and "1 steps of the autoencoder" in card
     assert 'from_pretrained("org/phantoms")' in card
