@@ -485,7 +485,10 @@ def test_bad_arguments(arguments, message, capsys):
     ("text", "message"),
     [
         ('{"arguments": {"lerning_rate": 1}}', "Expected arguments of this command, got ['lerning_rate'] in PATH."),
-        ('{"vqvea": {}}', "Expected arguments, vqvae, texture_unet, unet, scheduler in a preset, got ['vqvea'] in PATH."),
+        (
+            '{"vqvea": {}}',
+            "Expected arguments, vqvae, texture_unet, unet, scheduler in a preset, got ['vqvea'] in PATH.",
+        ),
         ("{,}", "Expected a preset in JSON, got PATH ("),
     ],
 )
