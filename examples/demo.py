@@ -6,12 +6,16 @@ python examples/demo.py    eight cells of each phenotype: outputs/demo/{cells.pn
 import argparse
 from pathlib import Path
 
+import torch
+
 from diffusers_byoc import BYOCPipeline
 from diffusers_byoc.data import PHENOTYPES, PhantomCells
+from diffusers_byoc.training import fastest_precision, keep_freed_memory
 from diffusers_byoc.training.report import write_report
 
 
 REPOSITORY = Path(__file__).parents[1]
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def main() -> None:
@@ -23,7 +27,9 @@ def main() -> None:
     add("--seed", type=int, default=0, help="of the generated cells and of the phantoms beside them")
     args = parser.parse_args()
 
-    pipeline = BYOCPipeline.from_pretrained(args.pretrained)
+    keep_freed_memory()
+    pipeline = BYOCPipeline.from_pretrained(args.pretrained, dtype=DTYPES[fastest_precision()])
+    pipeline.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
     phenotypes = pipeline.config.label2id or [name for name in PHENOTYPES if name in Path(args.pretrained).name]
     num_samples = args.num_samples * len(phenotypes)
     # of a seed that no pretrained pipeline was trained on

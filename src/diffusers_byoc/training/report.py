@@ -83,7 +83,7 @@ def write_report(
         "![surfaces of generated cells](surfaces.png)",
         "",
         f"{type(pipeline.scheduler).__name__}, {pipeline.config.default_num_inference_steps} steps. "
-        f"Reconstruction error of 8 training cells (mean squared, volumes in [-1, 1]): "
+        f"Error of the autoencoder on 8 of the real cells (mean squared, volumes in [-1, 1]): "
         f"{reconstruction_loss(reconstruction, real_cells[:8]).item():.5f}.",
         "",
         f"| cells | cell volume, {unit} | nucleus volume, {unit} | nucleus to cell | nucleus inside |"
