@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from unittest.mock import patch
 
 import torch
-from timing import best_ms
+from timing import best_ms, convolution_peak
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -24,16 +24,6 @@ from diffusers_byoc.models.convolution import Conv3d, DoublingConv3d, HalvingCon
 
 UNETS = {"demo": ((32, 64, 128), (0, 1, 1)), "paper": ((64, 128, 256, 512), 2)}
 AUTOENCODERS = {"demo": ((32, 32, 64), (0, 2)), "paper": ((64, 64, 128), (0, 2))}
-
-
-def convolution_peak() -> float:
-    """GFLOP/s of one bf16 convolution in `channels_last_3d`, forward and backward."""
-    convolution = nn.Conv3d(64, 64, 3, padding=1, dtype=torch.bfloat16)
-    volume = torch.randn(8, 64, 16, 16, 16, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last_3d)
-    volume.requires_grad_()
-    gradient = torch.randn_like(volume)
-    ms = best_ms(lambda: torch.autograd.grad(convolution(volume), (volume, convolution.weight), gradient))
-    return 3 * 2 * 8 * 16**3 * 64**2 * 27 / ms / 1e6
 
 
 def step_ms(model: nn.Module, dtype: torch.dtype, *inputs: Tensor) -> float:
@@ -49,7 +39,7 @@ def step_ms(model: nn.Module, dtype: torch.dtype, *inputs: Tensor) -> float:
 
 
 def main() -> None:
-    peak = convolution_peak()
+    peak = convolution_peak(torch.bfloat16, "cpu", backward=True)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; convolution peak {peak:.0f} GFLOP/s\n")
     columns = ("parameters, M", "plain, ms", "default, ms", "ratio", "of the convolution peak", "compiled, ms")
     print(f"| training step | {' | '.join(columns)} |\n{'| --- ' * 7}|")

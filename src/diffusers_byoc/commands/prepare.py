@@ -63,8 +63,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("margin_um", "min_volume_um3", "min_nucleus_contrast"):
         if not 0 <= getattr(args, name) < float("inf"):
             parser.error(f"--{name}: expected a number from 0 on, got {getattr(args, name)}")
-    if args.num_proc < 1 or not args.max_memory_gb > 0:
-        parser.error("--num_proc and --max_memory_gb must be positive")
+    for name in ("num_proc", "max_memory_gb"):
+        if not getattr(args, name) > 0:
+            parser.error(f"--{name}: expected a positive number, got {getattr(args, name)}")
     if args.time not in (None, "all"):
         if not args.time.isdecimal():
             parser.error(f"--time: expected a number from 0 on, or all, got {args.time}")
