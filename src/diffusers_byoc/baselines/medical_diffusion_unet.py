@@ -64,7 +64,7 @@ class SpatialLinearAttention(nn.Module):
         heads: of the attention.
         head_dim: features per head.
 
-    Source: Shen et al. 2021 (efficient attention), eq. 4 with softmax normalisation.
+    Source: Shen et al. 2021 (efficient attention), with softmax normalisation.
     """
 
     def __init__(self, num_features: int, heads: int, head_dim: int):
@@ -93,7 +93,7 @@ class SoftmaxAttention(nn.Module):
         heads: of the attention.
         head_dim: features per head, even.
         axes: "spatial" attends over (H, W) within each plane; "depth" over D at each (H, W), with queries and keys
-            rotated by their place (Su et al. 2021, eq. 34) and a bias that is given.
+            rotated by their place (Su et al. 2021, section 3.4.2) and a bias that is given.
     """
 
     def __init__(self, num_features: int, heads: int, head_dim: int, axes: str):
@@ -202,7 +202,7 @@ class MedicalDiffusionUNet3D(CheckedModelMixin, ConfigMixin):
     Raises:
         ValueError: for a `sample_size` that cannot be halved so often.
 
-    Source: Khader et al. 2023, Methods, "Architecture" (diffusion model); Ho et al. 2022, section 3 and Figure 5.
+    Source: Khader et al. 2023, Methods; Ho et al. 2022 (video diffusion models), section 3.
     """
 
     _supports_gradient_checkpointing = True
@@ -261,6 +261,11 @@ class MedicalDiffusionUNet3D(CheckedModelMixin, ConfigMixin):
         self.conv_out = nn.Conv3d(widths[0], latent_channels, 1)
 
         self.gradient_checkpointing = False
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Of the noise of one volume, (n, d, h, w)."""
+        return (self.config.latent_channels, *(self.config.sample_size,) * 3)
 
     def forward(
         self, sample: Tensor, timestep: Tensor | float | int, return_dict: bool = True

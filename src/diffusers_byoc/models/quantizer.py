@@ -105,7 +105,7 @@ class Codebook(nn.Module):
             kmeans_iterations: rounds of k-means (Lloyd 1982) that the drawn rows go through.
         """
         vectors = _gather_rows(vectors).float()
-        codes = draw_unusual(vectors, vectors.mean(0, keepdim=True), len(self.embedding), generator)
+        codes = self.draw(vectors, vectors.mean(0, keepdim=True), len(self.embedding), generator)
         for _ in range(kmeans_iterations):
             count, total = _sum_per_code(vectors, nearest_code(vectors, codes), len(codes))
             codes = torch.where(count[:, None] > 0, total / count.clamp(min=1)[:, None], codes)
@@ -147,17 +147,25 @@ class Codebook(nn.Module):
         if self.use_ema:
             self.embedding.copy_(self.ema_sum / self.ema_count.clamp(min=1e-5)[:, None])
 
-        threshold = revival_threshold * self.ema_count.sum() / num_codes
+        threshold = self.smallest_count(revival_threshold)
         dead = self.ema_count < threshold
         num_dead = int(dead.sum())
         if num_dead:
             candidates, approximations = _gather_rows(vectors), _gather_rows(self.embedding[indices].float())
-            replacements = draw_unusual(candidates, approximations, num_dead, generator)
+            replacements = self.draw(candidates, approximations, num_dead, generator)
             # Enough of a count to survive a while unused, no more: what the batch did not need may die again.
             self.embedding[dead] = replacements.to(self.embedding.dtype)
             self.ema_count[dead] = 2 * threshold
             self.ema_sum[dead] = 2 * threshold * replacements
         return count, dead.sum()
+
+    def smallest_count(self, revival_threshold: float) -> Tensor | float:
+        """The running count below which a code is dead: a share of an even one."""
+        return revival_threshold * self.ema_count.sum() / len(self.embedding)
+
+    def draw(self, vectors: Tensor, approximations: Tensor, num_draws: int, generator=None) -> Tensor:
+        """The vectors (num_draws, n) that codes start from, or are replaced by; see `draw_unusual`."""
+        return draw_unusual(vectors, approximations, num_draws, generator)
 
 
 def _sum_per_code(vectors: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
@@ -194,12 +202,27 @@ def draw_unusual(vectors: Tensor, approximations: Tensor, num_draws: int, genera
     Returns:
         (k, n) float32, the same in every process.
     """
-    vectors = vectors.float()
-    errors = (vectors - approximations).square().sum(1).cpu()
-    num_candidates = int((errors > 0).sum())
+    errors = (vectors.float() - approximations).square().sum(1)
+    return draw_rows(vectors, errors, num_draws, generator)
+
+
+def draw_rows(vectors: Tensor, weights: Tensor, num_draws: int, generator=None) -> Tensor:
+    """Different rows of `vectors` (N, n), drawn in proportion to `weights` (N,), evenly if all of these are zero.
+
+    Args:
+        vectors: (N, n).
+        weights: (N,), at least 0.
+        num_draws: k; beyond the number of weights above 0, rows repeat with a jitter.
+        generator: CPU generator.
+
+    Returns:
+        (k, n) float32, the same in every process.
+    """
+    vectors, weights = vectors.float(), weights.cpu()
+    num_candidates = int((weights > 0).sum())
     if num_candidates == 0:
-        errors, num_candidates = torch.ones_like(errors), len(errors)
-    picks = torch.multinomial(errors, min(num_draws, num_candidates), generator=generator)
+        weights, num_candidates = torch.ones_like(weights), len(weights)
+    picks = torch.multinomial(weights, min(num_draws, num_candidates), generator=generator)
     drawn = vectors[picks.to(vectors.device)].repeat(-(-num_draws // len(picks)), 1)[:num_draws]
     if num_draws > len(picks):
         jitter = torch.randn(drawn.shape, generator=generator).to(drawn.device)
