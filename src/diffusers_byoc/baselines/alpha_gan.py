@@ -90,6 +90,11 @@ class AlphaGAN(GANModel):
 # ---------------------------------------------------------------------- losses
 
 
+def reconstruction_loss(reconstruction: Tensor, volumes: Tensor) -> Tensor:
+    """E[|x - G_θ(ẑ)|₁], a scalar: a mean over voxels (Rosca et al. 2017, section 3; Kwon et al. 2019, L_GD)."""
+    return F.l1_loss(reconstruction.float(), volumes.float())
+
+
 def ratio_loss(logits: Tensor) -> Tensor:
     """R = E[-log D + log(1 - D)], a scalar: for D = sigmoid(logit), minus the mean logit.
 

@@ -207,10 +207,13 @@ class HAGAN(GANModel):
         """S^L(A; r), (B, n, D/32, H/4, W/4) of features: what `select` is made of."""
         return features.narrow(2, place, self.crop_size // DOWNSCALING)
 
+    def encode_features(self, volumes: Tensor) -> Tensor:
+        """E^H(X^H), features (B, n, D/4, H/4, W/4) of volumes: it sees their eight parts one by one."""
+        return torch.cat([self.encoder(part) for part in volumes.split(self.crop_size, dim=2)], dim=2)
+
     def encode(self, volumes: Tensor) -> Tensor:
-        """Ẑ = E^G(E^H(X^H)), (B, latent_dim), where E^H sees the eight parts of a volume one by one."""
-        parts = volumes.split(self.crop_size, dim=2)
-        return self.feature_encoder(torch.cat([self.encoder(part) for part in parts], dim=2))
+        """Ẑ = E^G(E^H(X^H)), codes (B, latent_dim) of volumes (B, M, D, H, W)."""
+        return self.feature_encoder(self.encode_features(volumes))
 
 
 # ---------------------------------------------------------------------- losses
@@ -227,3 +230,19 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
 def generator_loss(fake_logits: Tensor) -> Tensor:
     """-E[log D(X̂)], a scalar: the form that does not saturate."""
     return F.softplus(-fake_logits.float()).mean()
+
+
+def reconstruction_loss(slices: Tensor, real_slices: Tensor) -> Tensor:
+    """L^H_recon = E[|S^H(X^H; r) - G^H(Â_r)|₁], a scalar, a mean over voxels, for Â_r = E^H(S^H(X^H; r)).
+
+    Source: Sun et al. 2022, section III-C.
+    """
+    return F.l1_loss(slices.float(), real_slices.float())
+
+
+def feature_encoder_loss(slices: Tensor, real_slices: Tensor, low: Tensor, real_low: Tensor) -> Tensor:
+    """L^G_recon, a scalar: half the sum of the errors of slices and low-resolution volume, both from Ẑ = E^G(E^H(X)).
+
+    Source: Sun et al. 2022, section III-C.
+    """
+    return (reconstruction_loss(slices, real_slices) + reconstruction_loss(low, real_low)) / 2
