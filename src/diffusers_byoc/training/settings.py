@@ -7,7 +7,8 @@ from typing import Any
 
 # what a run that resumes may be told anew; all else decides what it computes
 MAY_CHANGE = {
-    *("max_train_steps", "max_train_minutes", "resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit"),
+    *("max_train_steps", "max_train_minutes", "resume_from_checkpoint"),
+    *("checkpointing_steps", "checkpoints_total_limit"),
     *("report_to", "validation_steps", "num_validation_cells", "num_cpu_threads"),
     *("dataloader_num_workers", "shuffle_buffer_size"),  # of a stream they decide: an input then
     *("mixed_precision", "allow_tf32", "compile", "gradient_checkpointing"),
