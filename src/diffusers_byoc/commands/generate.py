@@ -46,7 +46,6 @@ def main(argv: list[str] | None = None) -> None:
 def generate(args: argparse.Namespace) -> None:
     """What the command does, as `parse_args` understood it."""
     import torch  # after `--help` and mistakes, which need not wait for it
-
     from diffusers import DiffusionPipeline
 
     from ..optional import optional

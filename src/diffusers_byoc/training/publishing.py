@@ -5,8 +5,8 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from ..data import Cells
 from ..baselines import BaselinePipeline
+from ..data import Cells
 from ..pipelines import BYOCPipeline
 
 
