@@ -67,13 +67,16 @@ setup(
     keywords="diffusion, microscopy, light-sheet, single cell, 3D, VQ-VAE, diffusers",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"diffusers_byoc": ["commands/presets/*.json", "training/model_card.md"]},
+    package_data={
+        "diffusers_byoc": ["commands/presets/*.json", "commands/presets/*/*.json", "training/model_card.md"],
+    },
     entry_points={
         "console_scripts": [
             "byoc-evaluate = diffusers_byoc.commands.evaluate:main",
             "byoc-generate = diffusers_byoc.commands.generate:main",
             "byoc-prepare = diffusers_byoc.commands.prepare:main",
             "byoc-train = diffusers_byoc.commands.train:main",
+            "byoc-train-baseline = diffusers_byoc.commands.train_baseline:main",
         ]
     },
     python_requires=">=3.10",

@@ -15,8 +15,8 @@ ALLOWED = {
     "metrics": {"metrics"},
     "visualization": {"visualization"},
     "pipelines": {"pipelines", "models", "data"},
-    "training": {"training", "models", "data", "metrics", "pipelines", "visualization"},
-    "baselines": {"baselines", "models", "data"},
+    "baselines": {"baselines", "models", "data", "pipelines"},
+    "training": {"training", "models", "data", "metrics", "pipelines", "baselines", "visualization"},
 }
 ALLOWED["evaluation"] = {"evaluation", "__version__", *ALLOWED} - {"baselines"}
 ALLOWED["commands"] = {"commands", "__version__", *ALLOWED}

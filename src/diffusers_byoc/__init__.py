@@ -14,14 +14,19 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from diffusers import ModelMixin
 
+    from .baselines import HAGAN, WGAN, AlphaGAN, BaselinePipeline
     from .data import VolumeProcessor
     from .models import DualChannelUNet3D, MultiCodebookVQModel, PatchDiscriminator3D, TextureUNet3D
     from .pipelines import USABLE_SCHEDULERS, BYOCPipeline, BYOCPipelineOutput
 
 __all__ = [
+    "HAGAN",
     "USABLE_SCHEDULERS",
+    "WGAN",
+    "AlphaGAN",
     "BYOCPipeline",
     "BYOCPipelineOutput",
+    "BaselinePipeline",
     "DualChannelUNet3D",
     "ModelMixin",  # not ours: diffusers looks for a component's base class in the package of the component
     "MultiCodebookVQModel",
@@ -31,9 +36,13 @@ __all__ = [
 ]
 
 _MODULES = {
+    "HAGAN": ".baselines",
     "USABLE_SCHEDULERS": ".pipelines",
+    "WGAN": ".baselines",
+    "AlphaGAN": ".baselines",
     "BYOCPipeline": ".pipelines",
     "BYOCPipelineOutput": ".pipelines",
+    "BaselinePipeline": ".baselines",
     "DualChannelUNet3D": ".models",
     "ModelMixin": "diffusers",
     "MultiCodebookVQModel": ".models",
@@ -41,7 +50,7 @@ _MODULES = {
     "TextureUNet3D": ".models",
     "VolumeProcessor": ".data",
 }
-_FOLDERS = ("data", "models", "pipelines")  # as `import diffusers_byoc` has always given them
+_FOLDERS = ("baselines", "data", "models", "pipelines")  # without an import of their own
 
 
 def __getattr__(name: str):

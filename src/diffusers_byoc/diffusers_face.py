@@ -12,7 +12,10 @@ from importlib.abc import MetaPathFinder
 from types import ModuleType
 
 
-_CLASSES = ("BYOCPipeline", "DualChannelUNet3D", "MultiCodebookVQModel", "TextureUNet3D")
+_CLASSES = (
+    *("BYOCPipeline", "DualChannelUNet3D", "MultiCodebookVQModel", "TextureUNet3D"),
+    *("BaselinePipeline", "HAGAN", "WGAN", "AlphaGAN"),
+)
 
 
 def show_to_diffusers() -> None:

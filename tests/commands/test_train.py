@@ -25,7 +25,7 @@ from tensorboard.backend.event_processing.directory_watcher import DirectoryDele
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffusers_byoc import BYOCPipeline, DualChannelUNet3D, MultiCodebookVQModel
-from diffusers_byoc.commands import train_arguments, train_run
+from diffusers_byoc.commands import train_arguments, train_run, training_runs
 from diffusers_byoc.commands.train import main
 from diffusers_byoc.data import read_volume
 from diffusers_byoc.training import Stage, list_checkpoints
@@ -173,7 +173,7 @@ def unbroken(preset, tmp_path_factory):
 @pytest.fixture
 def no_report(monkeypatch):
     """For runs that are looked into themselves: half of a tiny run's time."""
-    monkeypatch.setattr(train_run, "write_report", lambda *args, **options: None)
+    monkeypatch.setattr(training_runs, "write_report", lambda *args, **options: None)
     monkeypatch.setattr(Stage, "log_volumes", lambda *args: None)
 
 
@@ -429,7 +429,7 @@ def test_the_report_is_made_on_the_device(fresh_state, preset, unbroken, tmp_pat
     for stage in ("train_autoencoder", "train_diffusion"):
         monkeypatch.setattr(train_run, stage, lambda stage, network, *args: network)
     pipelines = []
-    monkeypatch.setattr(train_run, "write_report", lambda pipeline, *args, **options: pipelines.append(pipeline))
+    monkeypatch.setattr(training_runs, "write_report", lambda pipeline, *args, **options: pipelines.append(pipeline))
     args = parse("--preset", preset, "--output_dir", output_dir)
     state = types.SimpleNamespace(num_processes=1, is_main_process=True, device=torch.device("meta"))
     PartialState(cpu=True)

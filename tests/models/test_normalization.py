@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diffusers_byoc.models.normalization import InstanceNorm, VoxelNorm, _RowsInstanceNorm, to_fast_memory_format
+from diffusers_byoc.models.normalization import InstanceNorm, VoxelNorm, _RowsNorm, to_fast_memory_format
 
 
 def randomised(norm):
@@ -25,13 +25,14 @@ def test_instance_norm_is_group_norm_in_both_memory_formats(memory_format, num_g
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
-def test_gradients_are_those_of_group_norm(memory_format):
-    norm = randomised(InstanceNorm(4))
+@pytest.mark.parametrize("num_groups", [1, 2, 4])
+def test_gradients_are_those_of_group_norm(memory_format, num_groups):
+    norm = randomised(InstanceNorm(4, num_groups))
     scale, shift = torch.randn(2, 4, requires_grad=True), torch.randn(2, 4, requires_grad=True)
     volume = torch.randn(2, 4, 3, 4, 5).contiguous(memory_format=memory_format).requires_grad_()
     inputs = (volume, scale, shift, norm.weight, norm.bias)
     weights = torch.randn(volume.shape)
-    plain = F.group_norm(volume, 4, norm.weight, norm.bias, norm.eps)
+    plain = F.group_norm(volume, num_groups, norm.weight, norm.bias, norm.eps)
     plain = plain * (1 + scale[:, :, None, None, None]) + shift[:, :, None, None, None]
     expected = torch.autograd.grad((plain * weights).sum(), inputs)
     result = torch.autograd.grad((norm(volume, scale, shift) * weights).sum(), inputs)
@@ -39,11 +40,12 @@ def test_gradients_are_those_of_group_norm(memory_format):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
-def test_rows_gradient_is_the_derivative_in_float64():
-    rows = torch.randn(2, 7, 3, dtype=torch.float64, requires_grad=True)
-    scale = torch.randn(2, 1, 3, dtype=torch.float64, requires_grad=True)
-    shift = torch.randn(2, 1, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda *x: _RowsInstanceNorm.apply(*x, 1e-5), (rows, scale, shift))
+@pytest.mark.parametrize("num_groups", [1, 2, 4])
+def test_rows_gradient_is_the_derivative_in_float64(num_groups):
+    rows = torch.randn(2, 7, 4, dtype=torch.float64, requires_grad=True)
+    scale = torch.randn(2, 1, 4, dtype=torch.float64, requires_grad=True)
+    shift = torch.randn(2, 1, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *x: _RowsNorm.apply(*x, num_groups, 1e-5), (rows, scale, shift))
 
 
 def test_module_gradient_is_the_derivative_in_float64():

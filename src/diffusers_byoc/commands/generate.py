@@ -46,21 +46,28 @@ def main(argv: list[str] | None = None) -> None:
 def generate(args: argparse.Namespace) -> None:
     """What the command does, as `parse_args` understood it."""
     import torch  # after `--help` and mistakes, which need not wait for it
+    from diffusers import DiffusionPipeline
 
     from ..optional import optional
-    from ..pipelines import BYOCPipeline
     from ..pipelines.generation import generate_cells
     from ..whole_files import lock_folder, remove_left_overs
 
     optional(FORMATS[args.format], "zarr" if args.format == "ome.zarr" else "data")  # before hours of generating
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    pipeline = BYOCPipeline.from_pretrained(args.pretrained, dtype=getattr(torch, args.dtype))
+    pipeline = DiffusionPipeline.from_pretrained(args.pretrained, dtype=getattr(torch, args.dtype))
     pipeline.to(args.device or accelerator or "cpu")
     pipeline.set_progress_bar_config(desc="Denoising", leave=False)
-    label2id = pipeline.config.label2id or {}
-    labels = args.class_labels and [name if name in label2id else _number(name) for name in args.class_labels]
-    indices = pipeline.prepare_class_labels(labels, len(labels or [None]), "cpu")
-    labels = labels and indices.tolist()
+    labels = args.class_labels
+    if hasattr(pipeline, "prepare_class_labels"):
+        label2id = pipeline.config.label2id or {}
+        labels = labels and [name if name in label2id else _number(name) for name in labels]
+        indices = pipeline.prepare_class_labels(labels, len(labels or [None]), "cpu")
+        labels = labels and indices.tolist()
+    elif labels:
+        raise ValueError(
+            f"Expected no --class_labels for {type(pipeline).__name__}, whose model has no classes, got"
+            f" {' '.join(labels)}. Leave them out."
+        )
 
     folder = Path(args.output_dir)
     with lock_folder(folder):

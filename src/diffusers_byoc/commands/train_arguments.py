@@ -1,13 +1,11 @@
 """The command line of training: presets, arguments of the stages, and what cannot go together; nothing heavy."""
 
 import argparse
-import json
-from pathlib import Path
 
 from .data_arguments import add_loading_arguments, add_source_arguments, add_split_arguments, positive
+from .training_arguments import FLAG, PRESETS, add_optimization_arguments, add_output_arguments, apply_preset
 
 
-PRESETS = Path(__file__).parent / "presets"
 # the stages in their order, with the learning rate of each
 STAGES = {"autoencoder": 3e-4, "texture": 1e-3, "diffusion": 1e-4}
 # whose configuration a preset overrides; there is a texture stage where it has a `texture_unet`
@@ -27,23 +25,8 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     A number of steps is None where `--num_train_epochs` says it; `set_train_steps` fills it in.
     """
     parser = _make_parser(description)
-    preset = parser.parse_known_args(argv)[0].preset
-    path = PRESETS / f"{preset}.json" if (PRESETS / f"{preset}.json").is_file() else Path(preset)
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in PRESETS.glob("*.json")))
-        parser.error(f"Expected --preset {known} or a JSON file, got {preset}. Give one of these.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        parser.error(f"Expected a preset in JSON, got {path} ({error}). Correct the file.")
-    if unknown := set(config) - {"arguments", *NETWORKS}:
-        known = ", ".join(("arguments", *NETWORKS))
-        parser.error(f"Expected {known} in a preset, got {sorted(unknown)} in {path}. Correct the name.")
+    config, path = apply_preset(parser, argv, PRESETS, NETWORKS)
     preset_arguments = config.get("arguments", {})
-    unknown = set(preset_arguments) - set(vars(parser.parse_args([])))
-    if unknown:
-        parser.error(f"Expected arguments of this command, got {sorted(unknown)} in {path}. Correct the name.")
-    parser.set_defaults(**preset_arguments)
     args = parser.parse_args(argv)
 
     absent = object()
@@ -96,7 +79,6 @@ def _spread_common(args: argparse.Namespace, given: dict) -> None:
 def _make_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    flag = {"action": argparse.BooleanOptionalAction, "default": False}
     add("--preset", default="demo", help="demo, phantom, paper, or the path of a JSON file of such overrides")
     add("--output_dir", default="outputs/demo", help="pipeline, checkpoints, logs and report go here")
     add("--stage", choices=["all", *STAGES], default="all")
@@ -106,23 +88,12 @@ def _make_parser(description: str) -> argparse.ArgumentParser:
     add_split_arguments(parser).add_argument("--held_out", type=float, default=0.2, help=held_out)
     add_loading_arguments(parser)
 
-    add = parser.add_argument_group("all stages").add_argument
+    add = add_optimization_arguments(parser, "all stages").add_argument
     for name, (kind, text) in COMMON.items():
         add(f"--{name}", type=kind, help="; ".join(filter(None, [text, "a stage's own argument wins"])))
     add("--num_train_epochs", type=positive, help="passes over the cells, in place of --max_train_steps")
-    add("--mixed_precision", choices=["auto", "no", "fp16", "bf16"], default="auto", help="auto: the fastest here")
-    add("--allow_tf32", **flag, help="faster float32 products on NVIDIA GPUs since Ampere, of 10 bits' precision")
-    add("--compile", **flag, help="torch.compile the networks; the first steps take minutes")
-    add("--num_cpu_threads", type=positive, help="per process, without a GPU (default: a fair share of all cores)")
-    add("--optimizer", choices=["adam", "adamw"], default="adam")
-    add("--use_8bit_adam", **flag, help="8-bit optimizer states, by bitsandbytes")
-    add("--adam_beta1", type=float, default=0.9)
-    add("--adam_beta2", type=float, default=0.99)
-    add("--adam_weight_decay", type=float, default=0.0)
-    add("--lr_warmup_steps", type=int, default=0)
-    add("--max_grad_norm", type=float, default=1.0, help="0 clips nothing")
-    add("--gradient_accumulation_steps", type=positive, default=1)
-    add("--gradient_checkpointing", **flag, help="less memory for more time")
+    add("--compile", **FLAG, help="torch.compile the networks; the first steps take minutes")
+    add("--gradient_checkpointing", **FLAG, help="less memory for more time")
     defaults = {"max_train_steps": 100_000, "train_batch_size": 2, "lr_scheduler": "constant"}
     for stage, learning_rate in STAGES.items():
         for name, (kind, _) in COMMON.items():
@@ -144,13 +115,13 @@ def _make_parser(description: str) -> argparse.ArgumentParser:
     add("--vqvae_path", help=help_text)
     scalings = ["codebook_range", "standardize", "cell"]
     add("--latent_scaling", choices=scalings, help="how latents come to the noise's scale")
-    add("--class_conditional", **flag, help="give the labels to the U-Net")
+    add("--class_conditional", **FLAG, help="give the labels to the U-Net")
     add("--prediction_type", choices=["epsilon", "v_prediction", "sample"], help="what the U-Net predicts")
     add("--loss_type", choices=["l1", "l2"], default="l1")
     add("--snr_gamma", type=float, help="min-SNR weighting of the timesteps (Hang et al. 2023 advise 5)")
-    add("--use_ema", **(flag | {"default": True}), help="the model is a moving average of the trained weights")
+    add("--use_ema", **(FLAG | {"default": True}), help="the model is a moving average of the trained weights")
     add("--ema_decay", type=float, default=0.995)
-    add("--use_ema_warmup", **flag, help="the average's decay rises by a power law, up to --ema_decay")
+    add("--use_ema_warmup", **FLAG, help="the average's decay rises by a power law, up to --ema_decay")
     add("--ema_inv_gamma", type=float, default=1.0, help="of the warm-up, 1 - (1 + step / inv_gamma) ** -power")
     add("--ema_power", type=float, default=2 / 3)
     add("--num_inference_steps", type=positive, default=1000, help="the saved pipeline's default")
@@ -158,19 +129,6 @@ def _make_parser(description: str) -> argparse.ArgumentParser:
     schedulers = ["DDPMScheduler", "DDIMScheduler"]
     add("--inference_scheduler", choices=schedulers, default="DDPMScheduler", help="the saved pipeline's")
 
-    add = parser.add_argument_group("checkpoints, logs, samples").add_argument
-    add("--checkpointing_steps", type=positive, default=5000)
-    add("--checkpoints_total_limit", type=positive, default=2)
-    add("--resume_from_checkpoint", help='"latest", or the name of a checkpoint')
-    add("--report_to", choices=["tensorboard", "wandb", "all"], default="tensorboard", help="all: both")
-    add("--validation_steps", type=positive, default=200, help="steps between validation losses and pictures")
+    add = add_output_arguments(parser).add_argument
     add("--num_validation_cells", type=positive, default=16, help="held-out cells in the validation losses")
-    add("--num_samples", type=positive, default=8, help="cells to generate for the report")
-    help_text = "the report's cell is brighter than this (default: Otsu's; membrane: 0.05)"
-    add("--cell_threshold", type=float, help=help_text)
-
-    add = parser.add_argument_group("publishing").add_argument
-    add("--push_to_hub", **flag, help="upload the pipeline, its card and its report")
-    add("--hub_model_id", help="NAME or ORGANISATION/NAME (default: the name of --output_dir)")
-    add("--hub_private_repo", **flag)
     return parser

@@ -1,17 +1,10 @@
-"""A run of training: networks from arguments, the stages, the record, the report and the upload."""
+"""A run of training: networks from arguments, and the stages."""
 
 import argparse
-import json
-import logging
 import math
-import os
-import platform
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import fields, replace
-from importlib.metadata import version
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,41 +13,43 @@ from accelerate.logging import get_logger
 from diffusers import DDPMScheduler
 from safetensors import SafetensorError
 
-from .. import __version__
 from ..models import DualChannelUNet3D, MultiCodebookVQModel, TextureUNet3D
 from ..models.fingerprint import fingerprint_weights
 from ..pipelines import BYOCPipeline
-from ..training import Stage, StageSettings, fastest_precision, follow_launcher, is_cpu_training
-from ..training.checkpoints import check_record, find_checkpoint, read_record
+from ..training import Stage, StageSettings, fastest_precision, is_cpu_training
+from ..training.checkpoints import find_checkpoint, read_record
 from ..training.optimizers import optimizer_class
-from ..training.publishing import create_repository, push_pipeline
-from ..training.report import write_report
 from ..training.settings import configuration
 from ..training.stage import uses_deepspeed
 from ..training.stages.autoencoder import AutoencoderSettings, train_autoencoder
 from ..training.stages.diffusion import DiffusionSettings, train_diffusion
 from ..training.stages.texture import TextureSettings, train_texture
-from ..whole_files import lock_folder, remove_left_overs, whole_or_absent
-from .cells import read_cells, split_for_training
+from ..whole_files import lock_folder
 from .train_arguments import NETWORKS, STAGES, set_train_steps
+from .training_runs import (
+    check_machine,
+    check_resumable,
+    data_inputs,
+    finish_run,
+    make_settings,
+    one_line_errors,
+    prepare_upload,
+    read_training_cells,
+    start_processes,
+    write_record,
+)
 
 
-RECORD_NAME = "arguments.json"
 SETTINGS = {"autoencoder": AutoencoderSettings, "texture": TextureSettings, "diffusion": DiffusionSettings}
-PACKAGES = ("torch", "diffusers", "accelerate", "safetensors", "numpy")
 logger = get_logger(__name__, log_level="INFO")
 
 
 def train(args: argparse.Namespace) -> None:
     """Train as `train_arguments.parse_args` understood the command line; mistakes end in one line."""
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("accelerate").setLevel(logging.WARNING)
-    follow_launcher()
-    state = PartialState(cpu=is_cpu_training())
+    state = start_processes()
     with one_line_errors(ValueError, OSError, ImportError):
         vqvae = check_arguments(args, state.device)
-        for stage in stages_of(args):
-            check_resumable(args, stage, state.num_processes, data_inputs(args))
+        check_stages_resumable(args, state.num_processes, dict.fromkeys(stages_of(args), data_inputs(args)))
     with one_line_errors(OSError, SafetensorError):  # a full disk, a folder in use, a checkpoint of another run
         with lock_folder(args.output_dir) if state.is_main_process else nullcontext():
             run(args, state, vqvae)
@@ -66,24 +61,15 @@ def run(args: argparse.Namespace, state: PartialState, vqvae: MultiCodebookVQMod
     started = time.perf_counter()
     output_dir = Path(args.output_dir)
     resumes = args.stage in ("texture", "diffusion") or args.resume_from_checkpoint is not None
-    if state.is_main_process:
-        remove_left_overs(output_dir)
-    with one_line_errors(ValueError, ImportError):
-        everything = read_cells(args, tuple(vqvae.config.channel_names), args.streaming)
-        cells, held_out_cells = split_for_training(args, everything, output_dir, resumes)
+    cells, held_out_cells, data = read_training_cells(args, state, vqvae.config.channel_names, resumes)
     set_train_steps(args, len(cells), state.num_processes)
-    num_held_out = len(held_out_cells) if held_out_cells else 0
-    logger.info(f"{len(cells)} cells, {num_held_out} more held out: {', '.join(cells.class_names)}")
-    data = {"fingerprint": everything.population.fingerprint, "num_cells": len(cells), "num_held_out": num_held_out}
     inputs = {
         stage: stage_inputs(args, stage, vqvae, len(cells.class_names)) | {"data": data} for stage in stages_of(args)
     }
-    for stage in stages_of(args):
-        check_resumable(args, stage, state.num_processes, inputs[stage])
-    if args.push_to_hub and state.is_main_process:  # a wrong token is better found now than after days
-        args.hub_model_id = create_repository(args.hub_model_id or output_dir.resolve().name, args.hub_private_repo)
+    check_stages_resumable(args, state.num_processes, inputs)
+    prepare_upload(args, state)
     if state.is_main_process:
-        write_record(args, data, state.num_processes)
+        write_record(args, stages_of(args), NETWORKS, data, state.num_processes)
 
     if "autoencoder" in stages_of(args):
         with Stage(output_dir, "autoencoder", settings_of(args, "autoencoder"), inputs["autoencoder"]) as stage:
@@ -100,14 +86,7 @@ def run(args: argparse.Namespace, state: PartialState, vqvae: MultiCodebookVQMod
             train_diffusion(stage, unet, make_noise_scheduler(args), vqvae, cells, held_out_cells, texture_unet)
         if state.is_main_process:
             pipeline = BYOCPipeline.from_pretrained(output_dir).to(state.device)  # what a user will load
-            training, origin = describe_training(args), "phantoms" if cells.is_phantom else "cells"
-            minutes = (time.perf_counter() - started) / 60
-            options = {"num_samples": args.num_samples, "seed": args.seed, "cell_threshold": args.cell_threshold}
-            what = f"{len(cells)} {origin} ({', '.join(cells.class_names)})"
-            opening = f"Trained on {what}: {training}, in {minutes:.1f} minutes."
-            write_report(pipeline, cells, output_dir, opening, **options)
-            if args.push_to_hub:
-                push_pipeline(pipeline, output_dir, args.hub_model_id, cells, held_out_cells, training)
+            finish_run(args, pipeline, cells, held_out_cells, describe_training(args), started)
 
 
 # ---------------------------------------------------------------------- networks and settings from arguments
@@ -121,9 +100,7 @@ def stages_of(args: argparse.Namespace) -> list[str]:
 
 def settings_of(args: argparse.Namespace, stage: str) -> StageSettings:
     """Each field from the argument of its name; `STAGE_NAME` wins."""
-    values, names = vars(args), [field.name for field in fields(SETTINGS[stage])]
-    own = {name: values[f"{stage}_{name}"] for name in names if f"{stage}_{name}" in values}
-    return SETTINGS[stage](**{name: (values | own)[name] for name in names})
+    return make_settings(SETTINGS[stage], args, stage)
 
 
 def settings_for_autoencoder(args: argparse.Namespace, stage: str, vqvae: MultiCodebookVQModel) -> StageSettings:
@@ -165,13 +142,8 @@ def check_arguments(args: argparse.Namespace, device: torch.device) -> MultiCode
     Returns:
         The trained autoencoder for a later stage alone; otherwise one that has its configuration but no weights.
     """
-    if args.mixed_precision == "fp16" and device.type == "cpu":
-        raise ValueError("Expected a GPU for --mixed_precision fp16, got a CPU. Say bf16, no or auto.")
+    check_machine(args, device)
     optimizer_class(settings_of(args, stages_of(args)[0]))
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        raise ValueError(
-            "Expected DDP or DeepSpeed, got FSDP: the moving average needs whole weights. Use DeepSpeed's ZeRO-2."
-        )
     if uses_deepspeed():
         if is_cpu_training():
             raise ValueError("Expected GPUs for DeepSpeed, as accelerate does, got none. Use torchrun.")
@@ -244,16 +216,6 @@ def check_crop_size(size: int, stage: str, sample_size: int, step: int) -> None:
 # ---------------------------------------------------------------------- what a run resumes with, and its record
 
 
-def data_inputs(args: argparse.Namespace) -> dict:
-    """The arguments that make other cells of the same files, by name; split and files are checked elsewhere."""
-    names = ["sample_size", "voxel_size_um", "oversize", "label", "image_column", "label_column", "streaming"]
-    if not (args.train_data_dir or args.dataset_name):
-        names.append("num_phantoms")
-    if args.streaming:  # whose order depends on them
-        names += ["dataloader_num_workers", "shuffle_buffer_size"]
-    return {name: getattr(args, name) for name in names}
-
-
 def stage_inputs(args: argparse.Namespace, stage: str, vqvae: MultiCodebookVQModel, num_classes: int) -> dict:
     """What decides a stage beside its settings: how cells are prepared, how its networks are configured."""
     if stage == "autoencoder":
@@ -268,17 +230,10 @@ def stage_inputs(args: argparse.Namespace, stage: str, vqvae: MultiCodebookVQMod
     return data_inputs(args) | networks | {"vqvae.latent_scaling": vqvae.config.latent_scaling}
 
 
-def check_resumable(args: argparse.Namespace, stage: str, num_processes: int, inputs: dict) -> None:
-    """Refuse what `Stage.resume` would refuse, before cells are read, trained on, or the run's record is replaced.
-
-    Raises:
-        CheckpointError: naming the argument.
-        FileNotFoundError: if a checkpoint is named that does not exist.
-    """
-    path = find_checkpoint(Path(args.output_dir) / stage, args.resume_from_checkpoint)
-    if path is not None:
-        settings = settings_of(args, stage)
-        check_record(path, settings.decisive(num_processes) | inputs, settings.max_train_steps)
+def check_stages_resumable(args: argparse.Namespace, num_processes: int, inputs: dict[str, dict]) -> None:
+    """`check_resumable` for every stage of this run, with its `inputs`."""
+    for stage in stages_of(args):
+        check_resumable(Path(args.output_dir) / stage, settings_of(args, stage), num_processes, inputs[stage])
 
 
 def is_of_another_autoencoder(settings: StageSettings, directory: Path, vqvae: MultiCodebookVQModel) -> bool:
@@ -288,23 +243,6 @@ def is_of_another_autoencoder(settings: StageSettings, directory: Path, vqvae: M
     return path is not None and read_record(path).get("autoencoder", fingerprint) != fingerprint
 
 
-def write_record(args: argparse.Namespace, data: dict, num_processes: int) -> None:
-    """Note what the stages of this run are made with in OUTPUT_DIR/arguments.json, beside stages of earlier runs."""
-    path = Path(args.output_dir) / RECORD_NAME
-    stages = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    record = {
-        "arguments": {name: value for name, value in sorted(vars(args).items()) if name not in NETWORKS},
-        "networks": {name: getattr(args, name) for name in NETWORKS},
-        "versions": {"python": platform.python_version(), "diffusers_byoc": __version__}
-        | {name: version(name) for name in PACKAGES},
-        "data": data,
-        "num_processes": num_processes,
-    }
-    stages |= dict.fromkeys(stages_of(args), record)
-    with whole_or_absent(path) as temporary:
-        temporary.write_text(json.dumps(stages, indent=1), encoding="utf-8")
-
-
 def describe_training(args: argparse.Namespace) -> str:
     """For the report and the card: what was done in this run."""
     parts = []
@@ -312,12 +250,3 @@ def describe_training(args: argparse.Namespace) -> str:
         settings = settings_of(args, stage)
         parts.append(f"{settings.max_train_steps} steps of the {stage} (learning rate {settings.learning_rate})")
     return f"{', '.join(parts)}, seed {args.seed}"
-
-
-@contextmanager
-def one_line_errors(*errors: type[Exception]) -> Iterator[None]:
-    """Where the message says what to mend, and a traceback would hide it."""
-    try:
-        yield
-    except errors as error:
-        raise SystemExit(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}") from error

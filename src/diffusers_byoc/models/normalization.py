@@ -3,7 +3,7 @@
 BYOC Table 3 asks for instance normalisation. PyTorch's group norm with one group per feature is that, but its CPU
 kernel is up to a hundred times slower in `channels_last_3d` than in the contiguous format, and `channels_last_3d` is
 what the bf16 convolutions want (`benchmarks/operations.py` measures both). `InstanceNorm` therefore computes a
-channels-last volume as what it is in memory, a `(B, voxels, features)` matrix.
+channels-last volume, in any number of groups, as what it is in memory, a `(B, voxels, features)` matrix.
 """
 
 import torch
@@ -11,17 +11,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def _instance_norm_coefficients(rows: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Mean and reciprocal standard deviation over the voxels, both (B, 1, C) float32, of `rows` (B, N, C)."""
+def _norm_coefficients(rows: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and reciprocal standard deviation over the voxels and a group, (B, 1, C) float32, of `rows` (B, N, C)."""
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    mean = rows.mean(1, keepdim=True)
+    mean = _group_means(rows.mean(1, keepdim=True), num_groups)
     # The two-pass form: E[x²] - E[x]² cancels catastrophically where the mean is much larger than the spread.
     centred = rows - mean
-    variance = centred.mul_(centred).mean(1, keepdim=True)
+    variance = _group_means(centred.mul_(centred).mean(1, keepdim=True), num_groups)
     return mean, (variance + eps).rsqrt()
 
 
-class _RowsInstanceNorm(torch.autograd.Function):
+def _group_means(features: Tensor, num_groups: int) -> Tensor:
+    """(B, 1, C), each feature replaced by the mean of its group."""
+    num_features = features.shape[-1]
+    if num_groups == num_features:
+        return features
+    groups = features.unflatten(-1, (num_groups, -1))
+    return groups.mean(-1, keepdim=True).expand_as(groups).flatten(-2)
+
+
+class _RowsNorm(torch.autograd.Function):
     """`(rows - mean) * rstd * scale + shift` for `rows` (B, N, C) and `scale`, `shift` (B, 1, C) float32.
 
     One function, because autograd over the plain operations would keep four volumes for the backward pass; this keeps
@@ -29,9 +38,10 @@ class _RowsInstanceNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, rows: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
-        mean, rstd = _instance_norm_coefficients(rows, eps)
+    def forward(ctx, rows: Tensor, scale: Tensor, shift: Tensor, num_groups: int, eps: float) -> Tensor:
+        mean, rstd = _norm_coefficients(rows, num_groups, eps)
         ctx.save_for_backward(rows, mean, rstd, scale)
+        ctx.num_groups = num_groups
         gain = rstd * scale
         return torch.addcmul((shift - mean * gain).to(rows.dtype), rows, gain.to(rows.dtype))
 
@@ -43,13 +53,13 @@ class _RowsInstanceNorm(torch.autograd.Function):
         # sum(grad * normalised), without materialising the normalised rows
         grad_dot_rows = (grad.to(mean.dtype) * rows).sum(1, keepdim=True)
         grad_scale = rstd * (grad_dot_rows - mean * grad_shift)
-        # d rows = gain * (grad - mean(grad) - normalised * mean(grad * normalised)), as two multiply-adds
-        gain = rstd * scale
-        slope = -gain * rstd * grad_scale / num_voxels
-        offset = -gain * grad_shift / num_voxels - slope * mean
-        grad_rows = torch.addcmul(offset.to(rows.dtype), grad, gain.to(rows.dtype))
+        # d rows = rstd * (scale * grad - mean(scale * grad) - normalised * mean(scale * grad * normalised)), the means
+        # over voxels and group, as two multiply-adds
+        slope = -(rstd**2) * _group_means(scale * grad_scale, ctx.num_groups) / num_voxels
+        offset = -rstd * _group_means(scale * grad_shift, ctx.num_groups) / num_voxels - slope * mean
+        grad_rows = torch.addcmul(offset.to(rows.dtype), grad, (rstd * scale).to(rows.dtype))
         grad_rows = grad_rows.addcmul_(rows, slope.to(rows.dtype))
-        return grad_rows, grad_scale, grad_shift, None
+        return grad_rows, grad_scale, grad_shift, None, None
 
 
 class InstanceNorm(nn.Module):
@@ -78,12 +88,7 @@ class InstanceNorm(nn.Module):
     def forward(self, hidden_states: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
         """Normalise `hidden_states` (B, C, D, H, W); `scale`, `shift` (B, C) give `norm * (1 + scale) + shift`."""
         channels_last = hidden_states.is_contiguous(memory_format=torch.channels_last_3d)
-        if (
-            hidden_states.device.type == "cpu"
-            and channels_last
-            and not hidden_states.is_contiguous()
-            and self.num_groups == hidden_states.shape[1]
-        ):
+        if hidden_states.device.type == "cpu" and channels_last and not hidden_states.is_contiguous():
             return self._forward_rows(hidden_states, scale, shift)
         normalized = F.group_norm(hidden_states, self.num_groups, self.weight, self.bias, self.eps)
         if scale is None:
@@ -98,9 +103,9 @@ class InstanceNorm(nn.Module):
         gain, offset = (x.expand(len(hidden_states), -1)[:, None] for x in (gain, offset))  # (B, 1, C)
         rows = hidden_states.permute(0, 2, 3, 4, 1).flatten(1, 3)  # a view: (B, D*H*W, C)
         if torch.is_grad_enabled():
-            rows = _RowsInstanceNorm.apply(rows, gain, offset, self.eps)
+            rows = _RowsNorm.apply(rows, gain, offset, self.num_groups, self.eps)
         else:
-            mean, rstd = _instance_norm_coefficients(rows, self.eps)
+            mean, rstd = _norm_coefficients(rows, self.num_groups, self.eps)
             gain = rstd * gain
             rows = torch.addcmul((offset - mean * gain).to(rows.dtype), rows, gain.to(rows.dtype))
         return rows.unflatten(1, hidden_states.shape[2:]).permute(0, 4, 1, 2, 3)

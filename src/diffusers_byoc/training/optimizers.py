@@ -13,15 +13,19 @@ from .settings import StageSettings
 
 
 def optimizer_class(settings: StageSettings) -> Callable[..., torch.optim.Optimizer]:
-    """The class that `optimizer` and `use_8bit_adam` name.
+    """The class that `optimizer` and `use_8bit_adam` name, with its betas.
 
     Raises:
         ImportError: if it needs bitsandbytes, which is not installed.
     """
-    if not settings.use_8bit_adam:
-        return partial({"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[settings.optimizer], fused=True)
-    optimizers = optional("bitsandbytes", "8bit").optim
-    return {"adam": optimizers.Adam8bit, "adamw": optimizers.AdamW8bit}[settings.optimizer]
+    optimizers = optional("bitsandbytes", "8bit").optim if settings.use_8bit_adam else None
+    if settings.optimizer == "rmsprop":
+        return optimizers.RMSprop8bit if optimizers else torch.optim.RMSprop
+    betas = (settings.adam_beta1, settings.adam_beta2)
+    if optimizers:
+        return partial({"adam": optimizers.Adam8bit, "adamw": optimizers.AdamW8bit}[settings.optimizer], betas=betas)
+    plain = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[settings.optimizer]
+    return partial(plain, betas=betas, fused=True)
 
 
 def make_optimizer(
@@ -31,7 +35,6 @@ def make_optimizer(
     optimizer = optimizer_class(settings)(
         [parameter for parameter in parameters if parameter.requires_grad],
         lr=settings.learning_rate,
-        betas=(settings.adam_beta1, settings.adam_beta2),
         weight_decay=settings.adam_weight_decay,
     )
     return optimizer, get_scheduler(

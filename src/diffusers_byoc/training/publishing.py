@@ -5,6 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
+from ..baselines import BaselinePipeline
 from ..data import Cells
 from ..pipelines import BYOCPipeline
 
@@ -37,7 +38,7 @@ def create_repository(name: str, private: bool = False) -> str:
 
 
 def push_pipeline(
-    pipeline: BYOCPipeline,
+    pipeline: BYOCPipeline | BaselinePipeline,
     output_dir: str | Path,
     repo_id: str,
     cells: Cells,
@@ -58,13 +59,13 @@ def push_pipeline(
         repo_id=repo_id,
         folder_path=output_dir,
         allow_patterns=PUBLISHED,
-        ignore_patterns=["autoencoder/*", "diffusion/*", "logs/*", "latents/*", "wandb/*", "split.json"],
+        ignore_patterns=["*/checkpoint-*", "logs/*", "latents/*", "wandb/*", "split.json"],
         commit_message="Add the pipeline",
     )
 
 
 def make_card(
-    pipeline: BYOCPipeline,
+    pipeline: BYOCPipeline | BaselinePipeline,
     repo_id: str,
     cells: Cells,
     held_out_cells: Cells | None,
@@ -80,7 +81,8 @@ def make_card(
         training: a sentence: how many steps, how fast.
     """
     is_phantom = cells.is_phantom
-    size = "x".join([str(pipeline.vqvae.config.sample_size)] * 3)
+    processor = pipeline.volume_processor
+    size = "x".join([str(processor.config.sample_size)] * 3)
     names = sorted({cells.class_names[label] for label in cells.labels})
     origin = (
         f"**{len(cells)} phantoms ({', '.join(names)}), drawn by a formula. They are not microscopy.**"
@@ -90,11 +92,15 @@ def make_card(
     )
     if held_out_cells is not None:
         origin += f" {len(held_out_cells)} more were held out."
-    voxel_size_um = pipeline.volume_processor.voxel_size_um
+    voxel_size_um = processor.voxel_size_um
     origin += f" Voxel size: {voxel_size_um} µm." if voxel_size_um else " Voxel size: unknown, or not one."
+    is_baseline = isinstance(pipeline, BaselinePipeline)
+    by = "by `byoc-train-baseline`" if is_baseline else "by `byoc-train`"
+    if getattr(pipeline, "scheduler", None):
+        by = f"predicting {pipeline.scheduler.config.prediction_type}, {by}"
     sections = {
         "Trained on": origin,
-        "Training": f"{training}, predicting {pipeline.scheduler.config.prediction_type}, by `byoc-train`.",
+        "Training": f"{training}, {by}.",
         "How good": "See `report.md`, on training cells: nothing here was measured on other ones.\n\n![](cells.png)",
     }
     card = TEMPLATE.read_text(encoding="utf-8")
@@ -103,7 +109,8 @@ def make_card(
         "ORG/NAME": repo_id,
         "# NAME": f"# {repo_id.split('/')[-1]}",
         "SIZE": size,
-        "CHANNELS": ", ".join(pipeline.vqvae.config.channel_names),
+        "CHANNELS": ", ".join(processor.config.channel_names),
+        "BYOCPipeline": type(pipeline).__name__,
         "as they look under TREATMENT": f"like {treatment}",
         "license: LICENCE": "license: other",
     }

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from ..baselines import BaselinePipeline
 from ..data import Cells, write_volume
 from ..metrics import CellMorphology, find_channels, measure_cells
 from ..pipelines import BYOCPipeline
@@ -14,7 +15,7 @@ from .losses import reconstruction_loss
 
 
 def write_report(
-    pipeline: BYOCPipeline,
+    pipeline: BYOCPipeline | BaselinePipeline,
     cells: Cells,
     output_dir: str | Path,
     opening: str,
@@ -36,21 +37,21 @@ def write_report(
         cell_threshold: in [0, 1], the cell is brighter; None for Otsu's threshold.
     """
     output_dir = Path(output_dir)
-    class_labels = None
-    if pipeline.unet.config.num_class_embeds is not None:
+    class_labels, arguments = None, {"generator": torch.Generator().manual_seed(seed)}
+    is_ours = isinstance(pipeline, BYOCPipeline)
+    if is_ours and pipeline.unet.config.num_class_embeds is not None:
         class_labels = [index % len(cells.class_names) for index in range(num_samples)]
-    generator = torch.Generator().manual_seed(seed)
-    generated = pipeline(num_samples, class_labels=class_labels, generator=generator).volumes
+        arguments["class_labels"] = class_labels
+    generated = pipeline(num_samples, **arguments).volumes
 
     batch = next(iter(DataLoader(cells, batch_size=min(64, len(cells)))))
     real_cells, real_labels = batch["volumes"], batch["class_labels"].tolist()
-    reconstruction = pipeline.reconstruct(real_cells[:8], num_texture_steps=0).cpu()
     real = ((real_cells + 1) / 2).numpy()
     is_phantom = cells.is_phantom
     origin = "phantoms" if is_phantom else "cells"
     voxel_size_um = pipeline.volume_processor.voxel_size_um
     spacing, unit = (voxel_size_um, "µm³") if voxel_size_um else (1.0, "voxels")
-    channel_names = pipeline.vqvae.config.channel_names
+    channel_names = tuple(pipeline.volume_processor.config.channel_names)
 
     # 1. picture and volumes
     rows = {f"real {origin}": real[:num_samples], "generated": generated}
@@ -68,12 +69,19 @@ def write_report(
         write_volume(output_dir / "volumes" / f"cell_{index:03}.ome.tif", volume, voxel_size_um, channel_names)
 
     # 2. numbers
+    how = f"{type(pipeline.model).__name__}." if not is_ours else ""
+    if getattr(pipeline, "scheduler", None):
+        how += f" {type(pipeline.scheduler).__name__}, {pipeline.config.default_num_inference_steps} steps."
+    if is_ours:
+        reconstruction = pipeline.reconstruct(real_cells[:8], num_texture_steps=0).cpu()
+        error = reconstruction_loss(reconstruction, real_cells[:8]).item()
+        how += f" Error of the autoencoder on 8 of the real cells (mean squared, volumes in [-1, 1]): {error:.5f}."
     channels = find_channels(channel_names)
     measured_in = [channel_names[channel] for channel in channels if channel is not None]
     thresholds, otsu = (cell_threshold, None), "Otsu's threshold"
     threshold = otsu if cell_threshold is None else f"{cell_threshold} (cell) and {otsu} (nucleus)"
     lines = [
-        "# BYOC report",
+        "# BYOC report" if is_ours else "# Baseline report",
         "",
         opening,
         "Phantoms are synthetic shapes drawn by a formula, not microscopy." if is_phantom else "",
@@ -82,9 +90,7 @@ def write_report(
         "",
         "![surfaces of generated cells](surfaces.png)",
         "",
-        f"{type(pipeline.scheduler).__name__}, {pipeline.config.default_num_inference_steps} steps. "
-        f"Error of the autoencoder on 8 of the real cells (mean squared, volumes in [-1, 1]): "
-        f"{reconstruction_loss(reconstruction, real_cells[:8]).item():.5f}.",
+        how.strip(),
         "",
         f"| cells | cell volume, {unit} | nucleus volume, {unit} | nucleus to cell | nucleus inside |"
         " one connected cell |",

@@ -7,7 +7,8 @@ from typing import Any
 
 # what a run that resumes may be told anew; all else decides what it computes
 MAY_CHANGE = {
-    *("max_train_steps", "resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit"),
+    *("max_train_steps", "max_train_minutes", "resume_from_checkpoint"),
+    *("checkpointing_steps", "checkpoints_total_limit"),
     *("report_to", "validation_steps", "num_validation_cells", "num_cpu_threads"),
     *("dataloader_num_workers", "shuffle_buffer_size"),  # of a stream they decide: an input then
     *("mixed_precision", "allow_tf32", "compile", "gradient_checkpointing"),
@@ -21,6 +22,8 @@ class StageSettings:
 
     Args:
         max_train_steps: optimizer steps.
+        max_train_minutes: time in the steps, in all processes that resumed each other, after which the stage ends like
+            after its last step; its learning-rate schedule knows nothing of it. None for no limit.
         seed: of all that is drawn.
         resume_from_checkpoint: "latest", a checkpoint's name, or None to begin anew.
         checkpointing_steps: steps between checkpoints.
@@ -38,15 +41,16 @@ class StageSettings:
         dataloader_num_workers: processes that read cells.
         shuffle_buffer_size: cells a process draws from when streaming.
         augmentation, intensity_jitter: see `data.draw_augmentation`.
-        optimizer: "adam" or "adamw".
+        optimizer: "adam", "adamw" or "rmsprop".
         use_8bit_adam: 8-bit optimizer states, by bitsandbytes.
-        learning_rate, adam_beta1, adam_beta2, adam_weight_decay: of the optimizer.
+        learning_rate, adam_beta1, adam_beta2, adam_weight_decay: of the optimizer; RMSprop has no betas.
         lr_scheduler: any of diffusers' schedules.
         lr_warmup_steps: of the schedule.
         max_grad_norm: gradients are clipped to it; 0 clips nothing.
     """
 
     max_train_steps: int
+    max_train_minutes: float | None = None
     seed: int = 0
     resume_from_checkpoint: str | None = None
     checkpointing_steps: int = 5000

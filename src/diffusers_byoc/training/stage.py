@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +23,7 @@ from .checkpoints import (
     find_checkpoint,
     list_checkpoints,
     load_checkpoint,
+    read_record,
     save_checkpoint,
 )
 from .hardware import fair_num_threads, fastest_precision, is_cpu_training, keep_freed_memory
@@ -65,6 +67,7 @@ class Stage:
         first_step: steps that were made before this process, from `resume` on.
         step: the current step, from 1.
         micro_step: the current batch, from 0, of all processes.
+        seconds: that the steps have taken, with those before this process, from `resume` on.
         progress: the bar.
     """
 
@@ -72,7 +75,9 @@ class Stage:
         self.output_dir, self.name, self.settings, self.inputs = Path(output_dir), name, settings, dict(inputs)
         self.directory = self.output_dir / name
         self.first_step = self.step = self.micro_step = 0
+        self.seconds = 0.0
         self.progress = self._termination = None
+        self._averages_gradients = False
 
     def __enter__(self) -> "Stage":
         settings = self.settings
@@ -116,6 +121,16 @@ class Stage:
         for tracker in self.accelerator.trackers:
             tracker.finish()
 
+    def prepare_adversaries(self, model: nn.Module, *optimizers: torch.optim.Optimizer) -> tuple:
+        """What `accelerator.prepare` does, for a model of several networks that are trained through each other.
+
+        DDP expects each backward pass to reach all that it holds. The model stays outside of it, and `apply` averages
+        the gradients over the processes.
+        """
+        self._averages_gradients = True
+        model = self.accelerator.prepare_model(model, evaluation_mode=True)
+        return model, *(self.accelerator.prepare_optimizer(optimizer) for optimizer in optimizers)
+
     # ------------------------------------------------------------------ what a run resumes with
 
     def resume(self, *states: Any, inputs: Mapping[str, Any] = {}) -> None:
@@ -146,6 +161,7 @@ class Stage:
             return
         check_record(path, self._record(), settings.max_train_steps)
         self.first_step = load_checkpoint(self.accelerator, path)
+        self.seconds = read_record(path).get("seconds", 0.0)
         print_once(f"Resumed from {path}.")
         for schedule in (state for state in states if isinstance(state, LambdaLR)):
             for group, base, factor in zip(
@@ -159,16 +175,24 @@ class Stage:
     # ------------------------------------------------------------------ steps
 
     def steps(self, batches: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
-        """(step, batch) of every micro-step left. Saves when it is time, or when told to end by SIGTERM; then ends."""
+        """(step, batch) of every micro-step left. Saves when it is time, or when told to end by SIGTERM; then ends.
+
+        It also ends, as after the last step, when the steps have taken `max_train_minutes`.
+        """
         accumulation, max_steps = self.settings.gradient_accumulation_steps, self.settings.max_train_steps
         hidden = not self.accelerator.is_local_main_process
         self.progress = tqdm(total=max_steps, initial=self.first_step, desc=self.name.capitalize(), disable=hidden)
         self._termination = Termination()  # a SIGTERM now waits for the end of its step
+        started = time.perf_counter() - self.seconds
+        self.step = self.first_step
         for micro_step, batch in enumerate(batches, self.first_step * accumulation):
+            if not micro_step % accumulation and self._is_time_up():
+                break
             self.micro_step, self.step = micro_step, micro_step // accumulation + 1
             yield self.step, batch
             if not self.is_accumulating:
                 self.progress.update()
+                self.seconds = time.perf_counter() - started
                 self._end_step()
         self._termination.close()
         self.accelerator.wait_for_everyone()
@@ -210,6 +234,9 @@ class Stage:
         self._check_finite(loss, name)
         self.accelerator.backward(loss)
         if self.accelerator.sync_gradients:
+            if self._averages_gradients and self.accelerator.num_processes > 1:
+                for parameter in model.parameters():
+                    parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
             norm = self.accelerator.clip_grad_norm_(model.parameters(), self.settings.max_grad_norm or float("inf"))
             # fp16's scaler skips such a step, and lowers its scale; DeepSpeed has made its step already
             if self.accelerator.scaler is None and torch.is_tensor(norm):
@@ -232,15 +259,23 @@ class Stage:
     def _end_step(self) -> None:
         is_told_to_end = self._termination.requested(self.accelerator)
         settings = self.settings
-        if is_told_to_end or self.step % settings.checkpointing_steps == 0 or self.step == settings.max_train_steps:
-            limit = settings.checkpoints_total_limit
-            path = save_checkpoint(self.accelerator, self.directory, self.step, limit, self._record())
+        is_last = self.step == settings.max_train_steps or self._is_time_up()
+        if is_told_to_end or is_last or self.step % settings.checkpointing_steps == 0:
+            limit, record = settings.checkpoints_total_limit, self._record() | {"seconds": self.seconds}
+            path = save_checkpoint(self.accelerator, self.directory, self.step, limit, record)
         if is_told_to_end:
             self._termination.close()
             self.accelerator.print(
                 f"SIGTERM: saved {path}; go on with --resume_from_checkpoint latest", file=sys.stderr
             )
             raise SystemExit(143)
+
+    def _is_time_up(self) -> bool:
+        """Whether `max_train_minutes` have passed in any process."""
+        if self.settings.max_train_minutes is None:
+            return False
+        seconds = torch.tensor(self.seconds, device=self.accelerator.device)
+        return bool(self.accelerator.gather(seconds).max() >= 60 * self.settings.max_train_minutes)
 
     # ------------------------------------------------------------------ logs
 
