@@ -14,7 +14,14 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from diffusers import ModelMixin
 
-    from .baselines import HAGAN, WGAN, AlphaGAN, BaselinePipeline
+    from .baselines import (
+        HAGAN,
+        WGAN,
+        AlphaGAN,
+        BaselinePipeline,
+        MedicalDiffusionUNet3D,
+        MedicalDiffusionVQModel,
+    )
     from .data import VolumeProcessor
     from .models import DualChannelUNet3D, MultiCodebookVQModel, PatchDiscriminator3D, TextureUNet3D
     from .pipelines import USABLE_SCHEDULERS, BYOCPipeline, BYOCPipelineOutput
@@ -28,6 +35,8 @@ __all__ = [
     "BYOCPipelineOutput",
     "BaselinePipeline",
     "DualChannelUNet3D",
+    "MedicalDiffusionUNet3D",
+    "MedicalDiffusionVQModel",
     "ModelMixin",  # not ours: diffusers looks for a component's base class in the package of the component
     "MultiCodebookVQModel",
     "PatchDiscriminator3D",
@@ -44,6 +53,8 @@ _MODULES = {
     "BYOCPipelineOutput": ".pipelines",
     "BaselinePipeline": ".baselines",
     "DualChannelUNet3D": ".models",
+    "MedicalDiffusionUNet3D": ".baselines",
+    "MedicalDiffusionVQModel": ".baselines",
     "ModelMixin": "diffusers",
     "MultiCodebookVQModel": ".models",
     "PatchDiscriminator3D": ".models",

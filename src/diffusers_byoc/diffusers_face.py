@@ -14,7 +14,7 @@ from types import ModuleType
 
 _CLASSES = (
     *("BYOCPipeline", "DualChannelUNet3D", "MultiCodebookVQModel", "TextureUNet3D"),
-    *("BaselinePipeline", "HAGAN", "WGAN", "AlphaGAN"),
+    *("BaselinePipeline", "HAGAN", "WGAN", "AlphaGAN", "MedicalDiffusionUNet3D", "MedicalDiffusionVQModel"),
 )
 
 

@@ -188,6 +188,11 @@ class MedicalDiffusionVQModel(CheckedModelMixin, ConfigMixin):
         self.codebook = RestartedCodebook(num_vq_embeddings, latent_channels)
         self.decoder = MedicalDiffusionDecoder(*shape)
 
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Of the latents of one volume, (n, d, h, w)."""
+        return (self.config.latent_channels, *(self.config.sample_size // self.downsampling_factor,) * 3)
+
     @apply_forward_hook
     def encode(self, volumes: Tensor, return_dict: bool = True) -> VQEncoderOutput | tuple[Tensor]:
         """Unquantised latents.

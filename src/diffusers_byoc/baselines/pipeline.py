@@ -16,9 +16,9 @@ class BaselinePipeline(DiffusionPipeline):
     """Generate multichannel volumes of single cells with one of the models that BYOC is compared with.
 
     A model that makes volumes in one pass (`WGAN`, `AlphaGAN`, `HAGAN`) is `model` alone: `model.latent_shape` is the
-    shape of its noise, and `model(latents).sample` the volumes in [-1, 1]. A diffusion model (`MedicalDiffusion`) has
-    a `unet` too, with `unet.latent_shape` and `unet(latents, timestep).sample`, and a `scheduler`;
-    `model.decode(latents).sample` then makes volumes of denoised latents.
+    shape of its noise, and `model(latents).sample` the volumes in [-1, 1]. A diffusion model (MedicalDiffusion) has
+    a `unet` too, with `unet.latent_shape` and `unet(latents, timestep).sample`, and a `scheduler`; the volumes are
+    `model.decode(model.denormalize_latents(latents)).sample` of denoised latents.
 
     Args:
         model: makes volumes; its configuration has `sample_size`, `num_channels` and `channel_names`.
@@ -29,7 +29,7 @@ class BaselinePipeline(DiffusionPipeline):
             voxel size that they had; see `volume_processor`.
 
     Raises:
-        ValueError: for a `unet` without `scheduler`, or the reverse.
+        ValueError: for a `unet` without `scheduler`, or the reverse, or for other latents than the model's.
     """
 
     model_cpu_offload_seq = "unet->model"
@@ -47,6 +47,11 @@ class BaselinePipeline(DiffusionPipeline):
         if (unet is None) != (scheduler is None):
             given, missing = ("scheduler", "unet") if unet is None else ("unet", "scheduler")
             raise ValueError(f"Expected unet and scheduler, or neither, got a {given} alone. Give the {missing} too.")
+        if unet is not None and model is not None and tuple(unet.latent_shape) != tuple(model.latent_shape):
+            raise ValueError(
+                f"Expected a unet for the model's latents {tuple(model.latent_shape)}, got one for"
+                f" {tuple(unet.latent_shape)}. Use the files that were saved together."
+            )
         self.register_modules(model=model, unet=unet, scheduler=scheduler)
         self.register_to_config(
             default_num_inference_steps=default_num_inference_steps,
@@ -123,7 +128,7 @@ class BaselinePipeline(DiffusionPipeline):
                 model_input = self.scheduler.scale_model_input(latents, timestep).to(self.unet.dtype)
                 prediction = self.unet(model_input, timestep).sample.float()
                 latents = self.scheduler.step(prediction, timestep, latents, **arguments).prev_sample
-            volumes = self.model.decode(latents.to(self.model.dtype)).sample
+            volumes = self.model.decode(self.model.denormalize_latents(latents)).sample
 
         # 4. volumes in [0, 1]
         volumes = self.volume_processor.postprocess(volumes, output_type)
