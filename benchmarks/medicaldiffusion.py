@@ -6,8 +6,8 @@
 Nothing of what is timed is changed. What its files import without needing it for a network's arithmetic
 (pytorch_lightning, torchvision, imageio, skvideo, SimpleITK) is replaced by stand-ins while they are imported, so that
 none of it need be installed; `LightningModule` becomes a plain `nn.Module` that logs nothing. Its perceptual loss is
-left out (weight 0, as in its own configuration file): it would download a VGG network, and takes no volume of two
-channels. That is to its advantage.
+left out (weight 0, as in its configuration file; the command in its README has 4, for that and for feature matching,
+which is left in): it would download a VGG network, and takes no volume of two channels. That is to its advantage.
 """
 
 import importlib

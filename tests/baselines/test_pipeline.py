@@ -100,12 +100,17 @@ def test_a_series_of_cells_is_kept_for_the_same_weights_alone(tmp_path):
 
 
 class Halves(ModelMixin, ConfigMixin):
-    """Decodes a latent to a volume of itself, halved."""
+    """Decodes a latent, once 0.2 is added to it, to a volume of itself, halved."""
+
+    latent_shape = (2, 4, 4, 4)
 
     @register_to_config
     def __init__(self, sample_size: int = 4, num_channels: int = 2, channel_names: tuple = ("cell", "nucleus")):
         super().__init__()
         self.scale = torch.nn.Parameter(torch.tensor(0.5))
+
+    def denormalize_latents(self, latents):
+        return latents + 0.2
 
     def decode(self, latents):
         return GANOutput(sample=self.scale * latents)
@@ -134,7 +139,7 @@ def test_a_denoiser_and_its_scheduler_take_noise_to_latents():
     pipeline = BaselinePipeline(Halves(), unet, scheduler, default_num_inference_steps=10)
     pipeline.set_progress_bar_config(disable=True)
     volumes = pipeline(2, generator=seeded()).volumes
-    np.testing.assert_allclose(volumes, 0.5 * 0.6 / 2 + 0.5, atol=1e-3)
+    np.testing.assert_allclose(volumes, 0.5 * (0.6 + 0.2) / 2 + 0.5, atol=1e-3)
     assert len(pipeline.scheduler.timesteps) == 10
     pipeline(2, num_inference_steps=3, generator=seeded())
     assert len(pipeline.scheduler.timesteps) == 3
@@ -145,3 +150,10 @@ def test_a_denoiser_and_its_scheduler_take_noise_to_latents():
 def test_a_denoiser_needs_its_scheduler():
     with pytest.raises(ValueError, match="Expected unet and scheduler, or neither, got a unet alone"):
         BaselinePipeline(Halves(), Points())
+
+
+def test_a_denoiser_of_other_latents_is_refused():
+    unet = Points()
+    unet.latent_shape = (3, 4, 4, 4)
+    with pytest.raises(ValueError, match=r"for the model's latents \(2, 4, 4, 4\), got one for \(3, 4, 4, 4\)"):
+        BaselinePipeline(Halves(), unet, DDPMScheduler())

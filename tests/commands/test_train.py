@@ -527,9 +527,7 @@ def test_a_diverging_run_stops_and_leaves_the_last_checkpoint_whole(preset, tmp_
     assert not (tmp_path / "vqvae").exists()
 
 
-@pytest.mark.parametrize(
-    ("module", "function"), [(autoencoder, "reconstruction_loss"), (diffusion, "diffusion_loss")]
-)
+@pytest.mark.parametrize(("module", "function"), [(autoencoder, "reconstruction_loss"), (diffusion, "diffusion_loss")])
 @pytest.mark.parametrize("broken", ["loss", "gradient"])
 def test_a_number_that_is_none_never_reaches_the_weights(train, monkeypatch, tmp_path, module, function, broken):
     stage = module.__name__.rpartition(".")[2]

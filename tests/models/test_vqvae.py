@@ -587,3 +587,79 @@ def test_a_configuration_that_cannot_work_is_refused(changes, message):
 def test_a_tensor_of_the_wrong_shape_is_refused(method, shape, message):
     with pytest.raises(ValueError, match=message):
         getattr(MultiCodebookVQModel(**TINY), method)(torch.zeros(shape))
+
+
+# ---------------------------------------------------------------------- ablations
+
+
+def with_ranges(**changes):
+    """Codebooks whose numbers are in [-1, 3] for the cell and in [-4, 2] for the nucleus."""
+    vqvae = model(**changes)
+    with torch.no_grad():
+        for codebook, (low, high) in zip(vqvae.codebooks, ((-1.0, 3.0), (-4.0, 2.0)), strict=True):
+            codebook.embedding.uniform_(low, high)
+            codebook.embedding[0, 0], codebook.embedding[1, 0] = low, high
+    return vqvae
+
+
+@pytest.mark.parametrize(
+    ("latent_range", "cell", "nucleus"),
+    [
+        ("per_channel", (-1.0, 3.0), (-4.0, 2.0)),
+        ("absolute", (-4.0, 3.0), (-4.0, 3.0)),
+        ("cell", (-1.0, 3.0), (-1.0, 3.0)),
+        ("nucleus", (-4.0, 2.0), (-4.0, 2.0)),
+    ],
+)
+@torch.no_grad()
+def test_the_range_that_latents_are_normalised_by(latent_range, cell, nucleus):
+    vqvae = with_ranges()
+    vqvae.register_to_config(latent_range=latent_range)  # as after training
+    n = vqvae.config.latent_channels
+    ends = torch.tensor([cell, nucleus]).repeat_interleave(n, 0)  # (M*n, 2)
+    normalized = vqvae.normalize_latents(ends[None, :, :, None, None])
+    torch.testing.assert_close(normalized[0, :, :, 0, 0], torch.tensor([-1.0, 1.0]).expand(2 * n, 2))
+    latents = torch.randn(1, 2 * n, 2, 2, 2)
+    torch.testing.assert_close(vqvae.denormalize_latents(vqvae.normalize_latents(latents)), latents)
+
+
+def test_a_range_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="Expected latent_range among per_channel, absolute, cell, nucleus, got 'er'"):
+        model(latent_range="er")
+    with pytest.raises(ValueError, match="Expected latent_scaling 'codebook_range' for latent_range='cell'"):
+        model(latent_range="cell", latent_scaling="standardize")
+    vqvae = model()
+    vqvae.register_to_config(latent_range="membrane")
+    with pytest.raises(ValueError, match="Expected latent_range among"):
+        vqvae.normalize_latents(torch.zeros(1, 2 * vqvae.config.latent_channels, 2, 2, 2))
+
+
+@pytest.mark.parametrize("num_quantizers", [1, 2])
+@torch.no_grad()
+def test_channels_can_share_their_codebooks(num_quantizers, tmp_path):
+    vqvae = MultiCodebookVQModel(**TINY, share_codebook=True, num_quantizers=num_quantizers).eval()
+    n = vqvae.config.latent_channels
+    assert len(vqvae.codebooks) == num_quantizers
+    assert vqvae.codebook_names == ["shared", "shared_2"][:num_quantizers]
+    latents = torch.cat([torch.randn(2, n, 4, 4, 4), torch.randn(2, n, 4, 4, 4) + 100], 1)
+    vqvae.initialize_codebooks(latents, torch.Generator().manual_seed(0))
+    assert (vqvae.codebooks[0].embedding.mean(1) > 50).any()  # the nucleus
+    assert (vqvae.codebooks[0].embedding.mean(1) < 50).any()  # the cell
+    _, indices = vqvae.quantize(latents, return_dict=False)
+    _, swapped = vqvae.quantize(torch.cat(latents.chunk(2, 1)[::-1], 1), return_dict=False)
+    assert indices.shape[1] == 2 * num_quantizers
+    assert torch.equal(swapped[:, :2], indices[:, [1, 0]])  # the same codes, whichever channel
+    assert vqvae.normalize_latents(latents)[:, :n].max() < vqvae.normalize_latents(latents)[:, n:].min()
+
+    before = vqvae.codebooks[0].ema_count.sum()
+    logs = vqvae.update_codebooks(latents, indices)
+    used = {int(index) for index in indices[:, :2].unique()}
+    assert logs["usage/shared"] == pytest.approx(len(used) / vqvae.config.num_vq_embeddings)
+    decay = vqvae.config.ema_decay
+    after = decay * before + (1 - decay) * 2 * 2 * 4**3  # vectors of both channels
+    if not logs["revived/shared"]:
+        torch.testing.assert_close(vqvae.codebooks[0].ema_count.sum(), after)
+    vqvae.save_pretrained(tmp_path)
+    assert torch.equal(
+        MultiCodebookVQModel.from_pretrained(tmp_path).decode(latents).sample, vqvae.decode(latents).sample
+    )

@@ -3,7 +3,15 @@
 import argparse
 
 from .data_arguments import add_loading_arguments, add_source_arguments, add_split_arguments, positive
-from .training_arguments import FLAG, PRESETS, add_optimization_arguments, add_output_arguments, apply_preset
+from .training_arguments import (
+    FLAG,
+    PRESETS,
+    add_optimization_arguments,
+    add_output_arguments,
+    apply_preset,
+    given_arguments,
+    spread_over_stages,
+)
 
 
 # the stages in their order, with the learning rate of each
@@ -26,13 +34,12 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     """
     parser = _make_parser(description)
     config, path = apply_preset(parser, argv, PRESETS, NETWORKS)
-    preset_arguments = config.get("arguments", {})
     args = parser.parse_args(argv)
-
-    absent = object()
-    given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), absent)))
-    _spread_common(args, preset_arguments)
-    _spread_common(args, {name: value for name, value in vars(given).items() if value is not absent})
+    for given in (config.get("arguments", {}), given_arguments(parser, argv)):
+        for stage in STAGES:
+            if "num_train_epochs" in given and not {f"{stage}_max_train_steps", "max_train_steps"} & set(given):
+                setattr(args, f"{stage}_max_train_steps", None)
+        spread_over_stages(args, given, STAGES, COMMON)
     if args.stage == "all" and args.resume_from_checkpoint not in (None, "latest"):
         parser.error(
             f"Expected --resume_from_checkpoint latest for all stages, got {args.resume_from_checkpoint}, which is of"
@@ -48,8 +55,9 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     args.with_texture = "texture_unet" in config
     if args.stage == "texture" and not args.with_texture:
         parser.error(f"Expected a texture_unet in {path} for --stage texture, got none. Add one; {{}} is the default.")
-    if args.latent_scaling:
-        args.vqvae["latent_scaling"] = args.latent_scaling
+    for name in ("latent_scaling", "latent_range", "share_codebook"):
+        if getattr(args, name):
+            args.vqvae[name] = getattr(args, name)
     if args.prediction_type:
         args.scheduler["prediction_type"] = args.prediction_type
     return args
@@ -61,19 +69,6 @@ def set_train_steps(args: argparse.Namespace, num_cells: int, num_processes: int
         if getattr(args, f"{stage}_max_train_steps") is None:
             step_size = getattr(args, f"{stage}_train_batch_size") * args.gradient_accumulation_steps * num_processes
             setattr(args, f"{stage}_max_train_steps", -(-args.num_train_epochs * num_cells // step_size))
-
-
-def _spread_common(args: argparse.Namespace, given: dict) -> None:
-    """Values for all stages to each stage that was given none of its own, from one source (preset, command line)."""
-    for stage in STAGES:
-        if "num_train_epochs" in given and not {f"{stage}_max_train_steps", "max_train_steps"} & set(given):
-            setattr(args, f"{stage}_max_train_steps", None)
-        for name in COMMON:
-            own = f"{stage}_{name}"
-            if own in given:
-                setattr(args, own, given[own])
-            elif name in given:
-                setattr(args, own, given[name])
 
 
 def _make_parser(description: str) -> argparse.ArgumentParser:
@@ -103,6 +98,7 @@ def _make_parser(description: str) -> argparse.ArgumentParser:
     add("--discriminator_start", type=int, default=10_000, help="step at which the discriminator joins")
     add("--discriminator_weight", type=float, default=0.1, help="of the adversarial gradient against reconstruction's")
 
+    add("--share_codebook", **FLAG, help="one codebook for all channels, the ablation 'unimodal'")
     add("--autoencoder_crop_size", type=positive, help="train on crops around the cell, voxels (default: all)")
 
     add = parser.add_argument_group("texture").add_argument
@@ -115,6 +111,7 @@ def _make_parser(description: str) -> argparse.ArgumentParser:
     add("--vqvae_path", help=help_text)
     scalings = ["codebook_range", "standardize", "cell"]
     add("--latent_scaling", choices=scalings, help="how latents come to the noise's scale")
+    add("--latent_range", help="whose codebook's: per_channel (default), absolute or a channel's name; for ablations")
     add("--class_conditional", **FLAG, help="give the labels to the U-Net")
     add("--prediction_type", choices=["epsilon", "v_prediction", "sample"], help="what the U-Net predicts")
     add("--loss_type", choices=["l1", "l2"], default="l1")

@@ -3,15 +3,40 @@
 import argparse
 
 from .data_arguments import add_loading_arguments, add_source_arguments, add_split_arguments, positive
-from .training_arguments import PRESETS, add_optimization_arguments, add_output_arguments, apply_preset
+from .training_arguments import (
+    PRESETS,
+    add_optimization_arguments,
+    add_output_arguments,
+    apply_preset,
+    given_arguments,
+    spread_over_stages,
+)
 
 
-# what a preset overrides the configuration of
-NETWORKS = ("model",)
+# what a preset of MedicalDiffusion overrides the configuration of; one of the others, the model's alone
+NETWORKS = ("model", "discriminator", "unet", "scheduler")
+# what each of its stages has its own of, `--STAGE_NAME`, which wins: name, type, and the default of either
+STAGES = ("autoencoder", "diffusion")
+OF_STAGES = (
+    ("max_train_steps", positive, 100_000, 100_000),
+    ("max_train_minutes", float, None, None),
+    ("train_batch_size", positive, 2, 2),
+    ("learning_rate", float, 3e-4 / 16, 1e-4),
+    ("lr_scheduler", str, "constant", "constant"),
+    ("adam_beta1", float, 0.5, 0.9),
+    ("adam_beta2", float, 0.9, 0.999),
+    ("max_grad_norm", float, 1.0, 0.0),
+    ("gradient_accumulation_steps", positive, 1, 2),
+)
+
+
+def networks_of(baseline: str) -> tuple[str, ...]:
+    """The arguments that are overrides of models' configurations."""
+    return NETWORKS if baseline == "medical_diffusion" else NETWORKS[:1]
 
 
 def parse_args(description: str, argv: list[str] | None = None) -> argparse.Namespace:
-    """The arguments, after the preset of the baseline; `model` holds the overrides of its configuration."""
+    """The arguments, after the preset of the baseline; `model` and so on hold the overrides of configurations."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--baseline")
     baseline = parser.parse_known_args(argv)[0].baseline
@@ -19,9 +44,17 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     parser = _make_parser(description, baseline)
     if baseline not in BASELINES:
         parser.parse_args(argv)  # ends in its help, or in the message
-    config, _ = apply_preset(parser, argv, PRESETS / baseline, NETWORKS)
+    config, _ = apply_preset(parser, argv, PRESETS / baseline, networks_of(baseline))
     args = parser.parse_args(argv)
-    for name in NETWORKS:
+    if baseline == "medical_diffusion":
+        for given in (config.get("arguments", {}), given_arguments(parser, argv)):
+            spread_over_stages(args, given, STAGES, [name for name, *_ in OF_STAGES])
+        if args.resume_from_checkpoint not in (None, "latest"):
+            parser.error(
+                f"Expected --resume_from_checkpoint latest for two stages, got {args.resume_from_checkpoint}, which is"
+                " of one. Say latest."
+            )
+    for name in networks_of(baseline):
         setattr(args, name, dict(config.get(name, {})))
     return args
 
@@ -67,5 +100,27 @@ def _add_ha_gan(add) -> None:
     add("--discriminator_learning_rate", type=float, default=4e-4)
 
 
+def _add_medical_diffusion(add) -> None:
+    for name, kind, *defaults in OF_STAGES:
+        for stage, default in zip(STAGES, defaults, strict=True):
+            add(f"--{stage}_{name}", type=kind, default=default, help=f"wins over --{name}")
+    add("--discriminator_start", type=int, default=10_000, help="step at which the discriminators join")
+    add("--l1_weight", type=float, default=4.0, help="of the autoencoder's error")
+    add("--slice_weight", type=float, default=1.0, help="of the adversary that sees slices")
+    add("--volume_weight", type=float, default=1.0, help="of the adversary that sees volumes")
+    add("--feature_matching_weight", type=float, default=4.0)
+    help_text = "of LPIPS on slices, 4 in the authors' command; off by default: its VGG-16 must be downloaded"
+    add("--perceptual_weight", type=float, default=0.0, help=help_text)
+    add("--ema_decay", type=float, default=0.995)
+    add("--ema_update_every", type=positive, default=10, help="steps")
+    add("--ema_start", type=int, default=2000, help="step before which the average is a copy")
+    add("--num_inference_steps", type=positive, default=1000, help="the saved pipeline's default")
+
+
 # the baselines, and what adds the arguments of each
-BASELINES = {"ha_gan": _add_ha_gan, "w_gan": _add_w_gan, "alpha_gan": _add_alpha_gan}
+BASELINES = {
+    "ha_gan": _add_ha_gan,
+    "w_gan": _add_w_gan,
+    "alpha_gan": _add_alpha_gan,
+    "medical_diffusion": _add_medical_diffusion,
+}

@@ -168,8 +168,9 @@ def check_arguments(args: argparse.Namespace, device: torch.device) -> MultiCode
         vqvae = MultiCodebookVQModel.from_pretrained(args.vqvae_path or path)
         check_sample_size(args, vqvae)
         vqvae.register_to_config(sample_size=args.sample_size)
-        if args.latent_scaling:
-            vqvae.register_to_config(latent_scaling=args.latent_scaling)
+        for name in ("latent_scaling", "latent_range"):
+            if getattr(args, name):
+                vqvae.register_to_config(**{name: getattr(args, name)})
         return vqvae
     check_sample_size(args)
     with torch.device("meta"):  # no memory, no random numbers
@@ -227,7 +228,8 @@ def stage_inputs(args: argparse.Namespace, stage: str, vqvae: MultiCodebookVQMod
     with torch.device("meta"):
         unet = make_unet(args, vqvae, num_classes)
     networks = configuration("unet", unet.config) | configuration("scheduler", make_noise_scheduler(args).config)
-    return data_inputs(args) | networks | {"vqvae.latent_scaling": vqvae.config.latent_scaling}
+    scaling = {f"vqvae.{name}": vqvae.config[name] for name in ("latent_scaling", "latent_range")}
+    return data_inputs(args) | networks | scaling
 
 
 def check_stages_resumable(args: argparse.Namespace, num_processes: int, inputs: dict[str, dict]) -> None:

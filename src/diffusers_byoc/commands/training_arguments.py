@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,26 @@ def apply_preset(
         parser.error(f"Expected arguments of this command, got {sorted(unknown)} in {path}. Correct the name.")
     parser.set_defaults(**config.get("arguments", {}))
     return config, path
+
+
+def given_arguments(parser: argparse.ArgumentParser, argv: list[str] | None) -> dict[str, Any]:
+    """What the command line itself says, without defaults and presets."""
+    absent = object()
+    names = [action.dest for action in parser._actions if action.dest != "help"]
+    given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, absent)))
+    return {name: value for name, value in vars(given).items() if value is not absent}
+
+
+def spread_over_stages(
+    args: argparse.Namespace, given: Mapping[str, Any], stages: Iterable[str], names: Iterable[str]
+) -> None:
+    """Values for all stages to each stage that was given none of its own, from one source (preset, command line)."""
+    names = list(names)
+    for stage in stages:
+        for name in names:
+            own = f"{stage}_{name}"
+            if own in given or name in given:
+                setattr(args, own, given.get(own, given.get(name)))
 
 
 def add_optimization_arguments(parser: argparse.ArgumentParser, title: str):

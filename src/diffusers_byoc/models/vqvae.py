@@ -1,6 +1,7 @@
 """The multichannel VQGAN (BYOC section 3.1, Figure 2): shared encoder, library of codebooks, joint decoder."""
 
 import math
+from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +30,7 @@ class MultiCodebookEncoderOutput(BaseOutput):
 class MultiCodebookQuantizerOutput(BaseOutput):
     """`latents` (B, M*n, d, h, w): each vector replaced by its closest code; `indices` of these codes, int64.
 
-    `indices` (B, M*num_quantizers, d, h, w): one for each of the model's `codebooks`, in their order.
+    `indices` (B, M*num_quantizers, d, h, w): the first of each channel, then the second of each, and so on.
     """
 
     latents: Tensor
@@ -44,7 +45,7 @@ class MultiCodebookVQOutput(BaseOutput):
         sample: (B, M, D, H, W) reconstruction in [-1, 1].
         commit_loss: scalar, eq. 7 (and its mirror image, where codes are learnt by gradient).
         latents: (B, M*n, d, h, w) unquantised.
-        indices: (B, M*num_quantizers, d, h, w) int64 codes, in the order of the model's `codebooks`.
+        indices: (B, M*num_quantizers, d, h, w) int64 codes, the first of each channel, then the second of each, ...
     """
 
     sample: Tensor
@@ -77,6 +78,7 @@ class MultiCodebookVQModel(CheckedModelMixin, AutoencoderMixin, ConfigMixin):
         sample_size: edge D = H = W that the model is made for, in voxels. Other sizes divisible by the
             downsampling factor work.
         share_encoder: one encoder for all channels (as eq. 1 and 5 write it), or one each.
+        share_codebook: one codebook for all channels (the ablation "unimodal", section 4.4) instead of one each.
         use_ema_codebook: codes follow a moving average (True) or gradients (False).
         ema_decay: of the codebooks' moving average.
         revival_threshold: codes used less than this fraction of an even share are replaced; 0 replaces none.
@@ -87,11 +89,15 @@ class MultiCodebookVQModel(CheckedModelMixin, AutoencoderMixin, ConfigMixin):
             codebooks never meet in one vector. "standardize" gives every latent feature zero mean and unit deviation
             over the whole grid, by `latents_mean` and `latents_std`. "cell" makes background zero and gives every
             feature unit root mean square where there is a cell, by `latents_std`.
+        latent_range: whose range "codebook_range" takes for a channel: "per_channel", its own codebook's; "absolute",
+            that of all codebooks together; or the name of a channel, its codebook's for all. The ablations of the
+            paper (section 4.4, Figure 6); `docs/ablation.md` says how each is trained and sampled.
         latents_mean: M*n means of the training latents; `set_latent_statistics` records them after training.
         latents_std: M*n deviations, likewise.
 
     Attributes:
-        codebooks: M*num_quantizers of them; the first of each channel, then the second of each, and so on.
+        codebooks: M*num_quantizers of them; the first of each channel, then the second of each, and so on. With
+            `share_codebook` num_quantizers of them.
 
     Raises:
         ValueError: for sizes that cannot be halved, or counts that do not fit together.
@@ -119,12 +125,14 @@ class MultiCodebookVQModel(CheckedModelMixin, AutoencoderMixin, ConfigMixin):
         act_fn: str = "silu",
         sample_size: int = 64,
         share_encoder: bool = True,
+        share_codebook: bool = False,
         use_ema_codebook: bool = True,
         ema_decay: float = 0.99,
         revival_threshold: float = 0.03,
         kmeans_iterations: int = 0,
         commitment_cost: float = 0.25,
         latent_scaling: str = "codebook_range",
+        latent_range: str = "per_channel",
         latents_mean: tuple[float, ...] | None = None,
         latents_std: tuple[float, ...] | None = None,
     ):
@@ -149,6 +157,7 @@ class MultiCodebookVQModel(CheckedModelMixin, AutoencoderMixin, ConfigMixin):
                 f"Expected latent_scaling 'codebook_range', 'standardize' or 'cell', got {latent_scaling!r}. "
                 "Choose one."
             )
+        self._check_latent_range()
 
         num_halvings = len(block_out_channels) - 1
         if isinstance(layers_per_block, int):
@@ -168,7 +177,7 @@ class MultiCodebookVQModel(CheckedModelMixin, AutoencoderMixin, ConfigMixin):
         self.codebooks = nn.ModuleList(
             [
                 Codebook(num_vq_embeddings, latent_channels, use_ema_codebook)
-                for _ in range(num_quantizers * num_channels)
+                for _ in range(num_quantizers * (1 if share_codebook else num_channels))
             ]
         )
         self.decoder = Decoder3D(num_channels, num_channels * latent_channels, *shape)
@@ -293,6 +302,7 @@ class MultiCodebookVQModel(CheckedModelMixin, AutoencoderMixin, ConfigMixin):
     def _latent_affine(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Shift and scale, float32, that broadcast to `latents`."""
         self._check_latents(latents)
+        self._check_latent_range()
         scaling, mean, std = self.config.latent_scaling, self.config.latents_mean, self.config.latents_std
         if scaling != "codebook_range" and (std is None or (mean is None and scaling == "standardize")):
             needed = "latents_std" if scaling == "cell" else "latents_mean and latents_std"
@@ -309,6 +319,11 @@ class MultiCodebookVQModel(CheckedModelMixin, AutoencoderMixin, ConfigMixin):
                 torch.stack(ends)
                 for ends in zip(*(codebooks[0].range for codebooks in self._codebooks_by_channel()), strict=True)
             )  # (M,)
+            if self.config.latent_range == "absolute":
+                low, high = low.amin().expand_as(low), high.amax().expand_as(high)
+            elif self.config.latent_range != "per_channel":
+                channel = list(self.config.channel_names).index(self.config.latent_range)
+                low, high = low[channel].expand_as(low), high[channel].expand_as(high)
             shift, scale = ((low + high) / 2, ((high - low) / 2).clamp(min=1e-8))
             shift, scale = (x.repeat_interleave(self.config.latent_channels) for x in (shift, scale))
         return tuple(x.to(latents.device).view(1, -1, *(x.shape[2:] or (1, 1, 1))) for x in (shift, scale))
@@ -318,10 +333,10 @@ class MultiCodebookVQModel(CheckedModelMixin, AutoencoderMixin, ConfigMixin):
     @torch.no_grad()
     def initialize_codebooks(self, latents: Tensor, generator: torch.Generator | None = None) -> None:
         """Start every codebook from vectors of `latents` (B, M*n, d, h, w), once; later calls do nothing."""
-        for channel_latents, codebooks in zip(
-            self._split_channels(latents), self._codebooks_by_channel(), strict=True
-        ):
-            rows = channel_latents.movedim(1, -1).flatten(0, 3).float()
+        channels = [channel.movedim(1, -1).flatten(0, 3).float() for channel in self._split_channels(latents)]
+        if self.config.share_codebook:
+            channels = [torch.cat(channels)]
+        for rows, codebooks in zip(channels, self._codebooks_by_channel(), strict=False):
             for stage, codebook in enumerate(codebooks):
                 if stage > 0:  # what those before it leave
                     rows = rows - quantize_rows(rows, codebooks[stage - 1])[0]
@@ -343,16 +358,18 @@ class MultiCodebookVQModel(CheckedModelMixin, AutoencoderMixin, ConfigMixin):
             Per codebook, by `codebook_names`, in this batch: `usage/NAME` (share of codes assigned at least once),
             `perplexity/NAME`, `revived/NAME`.
         """
-        vectors = {}  # of each codebook, before any moves
+        vectors = defaultdict(list)  # of each codebook, before any moves, with their codes
         for channel, channel_latents in enumerate(self._split_channels(latents)):
             rest = channel_latents.movedim(1, -1).flatten(0, 3).float()
-            for number in range(channel, len(self.codebooks), self.config.num_channels):
-                vectors[number] = rest
-                rest = rest - self.codebooks[number]()[indices[:, number].flatten()]
+            for place in range(channel, indices.shape[1], self.config.num_channels):
+                number, codes = self.codebook_numbers[place], indices[:, place].flatten()
+                vectors[number].append((rest, codes))
+                rest = rest - self.codebooks[number]()[codes]
         statistics = {}
-        for number, rows in vectors.items():
+        for number, parts in vectors.items():
+            rows, codes = (torch.cat(part) for part in zip(*parts, strict=True))
             count, num_revived = self.codebooks[number].update(
-                rows, indices[:, number].flatten(), self.config.ema_decay, self.config.revival_threshold, generator
+                rows, codes, self.config.ema_decay, self.config.revival_threshold, generator
             )
             usage, perplexity = usage_and_perplexity(count)
             name = self.codebook_names[number]
@@ -365,7 +382,14 @@ class MultiCodebookVQModel(CheckedModelMixin, AutoencoderMixin, ConfigMixin):
     def codebook_names(self) -> list[str]:
         """Of the `codebooks`, in their order: that of its channel, with its number from the second on ("cell_2")."""
         stages = range(1, self.config.num_quantizers + 1)
-        return [name if stage == 1 else f"{name}_{stage}" for stage in stages for name in self.config.channel_names]
+        names = ["shared"] if self.config.share_codebook else self.config.channel_names
+        return [name if stage == 1 else f"{name}_{stage}" for stage in stages for name in names]
+
+    @property
+    def codebook_numbers(self) -> list[int]:
+        """Which of the `codebooks` each of the `indices` of a vector belongs to."""
+        places = range(self.config.num_channels * self.config.num_quantizers)
+        return [place // self.config.num_channels if self.config.share_codebook else place for place in places]
 
     # ------------------------------------------------------------------ inside
 
@@ -403,9 +427,23 @@ class MultiCodebookVQModel(CheckedModelMixin, AutoencoderMixin, ConfigMixin):
         return latents.split(self.config.latent_channels, dim=1)
 
     def _codebooks_by_channel(self) -> list[list[Codebook]]:
+        if self.config.share_codebook:
+            return [list(self.codebooks)] * self.config.num_channels
         return [
             list(self.codebooks)[channel :: self.config.num_channels] for channel in range(self.config.num_channels)
         ]
+
+    def _check_latent_range(self) -> None:
+        known = ("per_channel", "absolute", *self.config.channel_names)
+        if self.config.latent_range not in known:
+            raise ValueError(
+                f"Expected latent_range among {', '.join(known)}, got {self.config.latent_range!r}. Choose one."
+            )
+        if self.config.latent_range != "per_channel" and self.config.latent_scaling != "codebook_range":
+            raise ValueError(
+                f"Expected latent_scaling 'codebook_range' for latent_range={self.config.latent_range!r}, got "
+                f"{self.config.latent_scaling!r}. The other scalings do not look at codebooks: leave the range out."
+            )
 
     def _check_volumes(self, volumes: Tensor) -> None:
         if volumes.ndim != 5 or volumes.shape[1] != self.config.num_channels:

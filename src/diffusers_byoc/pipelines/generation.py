@@ -63,9 +63,12 @@ def generate_cells(
     """
     networks = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
     scheduler = getattr(pipeline, "scheduler", None)
+    vqvae = getattr(pipeline, "vqvae", None)
+    latent_range = vqvae and vqvae.config.get("latent_range")
     labels = class_labels and [label if isinstance(label, str) else int(label) for label in class_labels]
     record = {
         "weights": {name: fingerprint_weights(network) for name, network in networks.items()},
+        "latent_range": None if latent_range == "per_channel" else latent_range,  # which no weight tells
         "scheduler": scheduler and {"name": type(scheduler).__name__} | _public(scheduler.config),
         "num_inference_steps": num_inference_steps or pipeline.config.get("default_num_inference_steps"),
         "num_texture_steps": pipeline.config.get("default_num_texture_steps"),

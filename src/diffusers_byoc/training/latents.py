@@ -83,7 +83,8 @@ def cache_latents(
     accelerator.wait_for_everyone()
 
     # how latents are scaled for the diffusion comes after encoding
-    config = {key: value for key, value in vqvae.config.items() if not key.startswith(("latents_", "_", "latent_sc"))}
+    later = ("latents_", "_", "latent_scaling", "latent_range")
+    config = {key: value for key, value in vqvae.config.items() if not key.startswith(later)}
     weights = fingerprint_weights(vqvae.encoders, config, accelerator.mixed_precision)
     for shard in range(accelerator.process_index, num_shards, accelerator.num_processes):
         rows = range(shard * shard_size, min((shard + 1) * shard_size, len(cells)))

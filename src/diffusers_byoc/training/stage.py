@@ -235,7 +235,7 @@ class Stage:
         self.accelerator.backward(loss)
         if self.accelerator.sync_gradients:
             if self._averages_gradients and self.accelerator.num_processes > 1:
-                for parameter in model.parameters():
+                for parameter in (parameter for parameter in model.parameters() if parameter.requires_grad):
                     parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
             norm = self.accelerator.clip_grad_norm_(model.parameters(), self.settings.max_grad_norm or float("inf"))
             # fp16's scaler skips such a step, and lowers its scale; DeepSpeed has made its step already

@@ -44,7 +44,8 @@ def validate_autoencoder(
         with accelerator.autocast():
             # autocast cannot rebuild a dataclass
             reconstruction, _, _, indices = vqvae(volumes, return_dict=False)
-        counts += torch.stack([torch.bincount(i.flatten(), minlength=num_codes) for i in indices.unbind(1)])
+        for number, codes in zip(vqvae.codebook_numbers, indices.unbind(1), strict=True):
+            counts[number] += torch.bincount(codes.flatten(), minlength=num_codes)
         total += len(volumes) * torch.stack([reconstruction_loss(reconstruction, volumes), torch.ones_like(total[0])])
     vqvae.train(was_training)
     losses = {"validation/reconstruction": _mean(accelerator, total)}

@@ -295,9 +295,7 @@ def test_not_finite(tmp_path, bad):
     assert_refused(tmp_path / "a.tif", "finite")
 
 
-@pytest.mark.parametrize(
-    "shape", [(), (6,), (6, 7), (1, 2, 5, 6, 7), (2, 1, 6, 7), (2, 0, 6, 7), (0, 5, 6, 7)]
-)
+@pytest.mark.parametrize("shape", [(), (6,), (6, 7), (1, 2, 5, 6, 7), (2, 1, 6, 7), (2, 0, 6, 7), (0, 5, 6, 7)])
 def test_numpy_arrays_that_are_not_3d(tmp_path, shape):
     np.save(tmp_path / "a.npy", np.ones(shape))
     assert_refused(tmp_path / "a.npy", "not 3D|4 axes")
