@@ -51,10 +51,12 @@ extras["benchmarks"] = [
     *extras["viz"],
 ]
 extras["dev"] = ["ruff>=0.9", *extras["test"]]
-# for some only, hence not in "all": Weights & Biases, 8-bit optimizers, sharding over many GPUs
+# for some only, hence not in "all": Weights & Biases, 8-bit optimizers, sharding over many GPUs, MedicalDiffusion's
+# perceptual loss
 extras["wandb"] = ["wandb>=0.18"]
 extras["8bit"] = ["bitsandbytes>=0.45"]  # on a CPU 0.50
 extras["deepspeed"] = ["deepspeed>=0.19"]
+extras["perceptual"] = ["lpips>=0.1.4"]
 
 setup(
     name="diffusers_byoc",

@@ -140,8 +140,8 @@ def test_a_perceptual_loss_is_one_of_the_losses(train, tmp_path, monkeypatch):
 
 
 def test_the_autoencoder_learns(train, cells, tmp_path):
-    settings = {"discriminator_start": 30, "max_train_steps": 60, "learning_rate": 3e-3, "validation_steps": 60}
-    vqvae = train(tmp_path, AUTOENCODER, **settings, checkpointing_steps=60)
+    settings = {"discriminator_start": 100, "max_train_steps": 120, "learning_rate": 3e-3, "validation_steps": 120}
+    vqvae = train(tmp_path, AUTOENCODER, **settings, checkpointing_steps=120)
     volumes = torch.stack([cells[index]["volumes"] for index in range(len(cells))])
     with torch.no_grad():
         error = F.l1_loss(vqvae(volumes).sample, volumes)
