@@ -67,7 +67,7 @@ def test_save_and_load(tmp_path):
         assert loaded.volume_processor.voxel_size_um == (1.0, 1.0, 1.0)
         assert tuple(loaded.volume_processor.config.percentiles) == (1.0, 99.0)
         np.testing.assert_array_equal(loaded(2, generator=seeded()).volumes, expected)
-    assert type(AutoModel.from_pretrained(tmp_path, subfolder="model")) is WGAN
+    assert type(AutoModel.from_pretrained(str(tmp_path), subfolder="model")) is WGAN
     assert '"diffusers_byoc"' in (tmp_path / "model_index.json").read_text()
 
 

@@ -33,7 +33,7 @@ class Linear(nn.Module):
         self.slope = nn.Parameter(torch.tensor(slope))
 
     def forward(self, volumes):
-        return self.slope * volumes.flatten(1).sum(1)
+        return self.slope * volumes.flatten(1).sum(1, keepdim=True)
 
 
 @pytest.mark.parametrize("shape", [(3, 2, 4, 4, 4), (3, 16)])
@@ -51,7 +51,7 @@ def test_the_penalty_is_taken_between_the_samples():
 
     def critic(mixed):
         seen.append(mixed.detach())
-        return mixed.flatten(1).sum(1)
+        return mixed.flatten(1).sum(1, keepdim=True)
 
     real, fake = torch.ones(2, 1, 2, 2, 2), torch.zeros(2, 1, 2, 2, 2)
     gradient_penalty(critic, real, fake, torch.tensor([0.25, 1.0]))

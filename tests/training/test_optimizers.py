@@ -30,11 +30,21 @@ def test_optimizer_and_schedule_are_those_of_the_settings():
     assert rates == [0, 0.5, 0.25]  # one step of warm-up
 
 
+def test_rmsprop_has_no_momentum():
+    settings = StageSettings(max_train_steps=1, optimizer="rmsprop", learning_rate=0.5)
+    optimizer, _ = make_optimizer(settings, [torch.nn.Parameter(torch.zeros(1))], 1)
+    assert type(optimizer) is torch.optim.RMSprop
+    assert optimizer.defaults["momentum"] == 0 and optimizer.defaults["lr"] == 0.5
+
+
 def test_eight_bit_optimizers_are_those_of_bitsandbytes(monkeypatch):
     settings = StageSettings(max_train_steps=1, optimizer="adamw", use_8bit_adam=True)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ImportError, match=r"pip install .diffusers_byoc\[8bit\]"):
         optimizer_class(settings)
-    names = types.SimpleNamespace(Adam8bit=torch.optim.SGD, AdamW8bit=torch.optim.RMSprop)
+    names = types.SimpleNamespace(Adam8bit=torch.optim.Adam, AdamW8bit=torch.optim.NAdam, RMSprop8bit=torch.optim.SGD)
     monkeypatch.setitem(sys.modules, "bitsandbytes", types.SimpleNamespace(optim=names))
-    assert optimizer_class(settings) is torch.optim.RMSprop
+    adamw = optimizer_class(settings)
+    assert adamw.func is torch.optim.NAdam and adamw.keywords == {"betas": (0.9, 0.99)}
+    settings = StageSettings(max_train_steps=1, optimizer="rmsprop", use_8bit_adam=True)
+    assert optimizer_class(settings) is torch.optim.SGD

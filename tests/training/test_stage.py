@@ -1,7 +1,9 @@
 """What surrounds a step, around the smallest network."""
 
 import dataclasses
+import itertools
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from accelerate.state import AcceleratorState, GradientState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffusers_byoc.training import CheckpointError, Stage, StageSettings, list_checkpoints
+from diffusers_byoc.training import stage as stage_module
 from diffusers_byoc.training.optimizers import make_optimizer
 from diffusers_byoc.training.settings import MAY_CHANGE, configuration
 from diffusers_byoc.training.stages.autoencoder import AutoencoderSettings
@@ -167,6 +170,34 @@ def test_an_error_gives_back_sigterm(run):
     with pytest.raises(RuntimeError, match="here"):
         run(on_step=fail)
     assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_a_stage_ends_when_its_time_is_up(run, tmp_path, monkeypatch):
+    """Four steps of 20 seconds fit into a minute and 20 seconds; its checkpoint is that of an end."""
+    clock = itertools.count()
+    monkeypatch.setattr(stage_module, "time", SimpleNamespace(perf_counter=lambda: 20.0 * next(clock)))
+    unbroken = run(max_train_steps=9, checkpointing_steps=100, max_train_minutes=79 / 60)
+    assert [step for step, *_ in unbroken] == [1, 2, 3, 4]
+    assert [path.name for path in list_checkpoints(tmp_path / "line")] == ["checkpoint-4"]
+
+    # what went before counts, and a run whose time was up before does nothing
+    assert run(max_train_steps=9, max_train_minutes=1, resume_from_checkpoint="latest") == []
+    more = run(max_train_steps=9, checkpointing_steps=100, max_train_minutes=2, resume_from_checkpoint="latest")
+    assert [step for step, *_ in more] == [5, 6]
+
+
+def test_without_ddp_the_gradients_of_the_processes_are_averaged(tmp_path, fresh_state, monkeypatch):
+    stage, *_ = linear_stage(tmp_path)
+    model = torch.nn.Linear(2, 1, bias=False)
+    model, optimizer = stage.prepare_adversaries(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    assert type(model) is torch.nn.Linear and stage.accelerator._models[-1] is model
+    before = model.weight.detach().clone()
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer.optimizer, lambda step: 1.0)
+    monkeypatch.setattr(type(stage.accelerator), "num_processes", 2)
+    # as if the other process had three times this one's gradient
+    monkeypatch.setattr(stage.accelerator, "reduce", lambda gradient, reduction: (gradient + 3 * gradient) / 2)
+    stage.apply(model(torch.tensor([0.3, 0.4])).sum(), model, optimizer, schedule)
+    assert torch.allclose(before - model.weight, 2 * torch.tensor([[0.3, 0.4]]))
 
 
 def linear_stage(tmp_path, **settings):

@@ -30,6 +30,8 @@ COMMON = {
     "checkpoints_total_limit": None,
     "validation_steps": 1000,
 }
+# what a critic adds to all its scores, whose differences are all that counts
+WITHOUT_GRADIENT = {"critic.conv_out.bias", "discriminator.conv_out.bias", "code_discriminator.6.bias"}
 each = pytest.mark.parametrize("name", GANS)
 
 
@@ -96,8 +98,8 @@ def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(train, name, tmp_path):
     assert_same(BaselinePipeline.from_pretrained(tmp_path / "whole"), whole)
     assert whole.volume_processor.config.sample_size == GANS[name][1]["sample_size"]
     new = make_new(name).state_dict()
-    unchanged = [key for key, value in whole.model.named_parameters() if torch.equal(value, new[key])]
-    assert not unchanged, unchanged  # every network is trained
+    unchanged = {key for key, value in whole.model.named_parameters() if torch.equal(value, new[key])}
+    assert unchanged <= WITHOUT_GRADIENT  # every network is trained
 
 
 @each
@@ -131,7 +133,7 @@ def test_it_learns_where_phantoms_are_bright(train, cells, name, tmp_path):
     model = GANS[name][0](**(GANS[name][1] | options)).eval()
     before, likeness_before = errors(BaselinePipeline(model))
     after, likeness = errors(train(name, tmp_path, model=model, **settings))
-    print(name, before, likeness_before, after, likeness)
+    print(f"error {before:.3f} to {after:.3f}, likeness {likeness_before:.2f} to {likeness:.2f}")
     assert after < before / 4
     assert likeness > 0.6 > 0.3 > likeness_before
 
@@ -162,7 +164,8 @@ def test_both_forms_of_alpha_gan_train_all_networks(train, tmp_path):
     new = make_new("alpha_gan").state_dict()
     pipelines = [train("alpha_gan", tmp_path / form, adversarial_loss=form) for form in ("original", "wgan_gp")]
     for pipeline in pipelines:
-        assert not [key for key, value in pipeline.model.named_parameters() if torch.equal(value, new[key])]
+        state = dict(pipeline.model.named_parameters())
+        assert {key for key in state if torch.equal(state[key], new[key])} <= WITHOUT_GRADIENT
     assert not torch.equal(*(pipeline.model.discriminator.conv_out.weight for pipeline in pipelines))
     tags = EventAccumulator(str(tmp_path / "original" / "logs" / "alpha_gan")).Reload().Tags()["scalars"]
     assert "loss/codes" in tags and "loss/gradient_penalty" not in tags
