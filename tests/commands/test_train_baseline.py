@@ -15,11 +15,18 @@ from accelerate.state import AcceleratorState, GradientState
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
-from diffusers_byoc import HAGAN, WGAN, AlphaGAN, BaselinePipeline
+from diffusers_byoc import (
+    HAGAN,
+    WGAN,
+    AlphaGAN,
+    BaselinePipeline,
+    MedicalDiffusionUNet3D,
+    MedicalDiffusionVQModel,
+)
 from diffusers_byoc.commands import generate
 from diffusers_byoc.commands.train_baseline import main
-from diffusers_byoc.commands.train_baseline_arguments import BASELINES, parse_args
-from diffusers_byoc.commands.train_baseline_run import GANS, make_model, settings_of
+from diffusers_byoc.commands.train_baseline_arguments import parse_args
+from diffusers_byoc.commands.train_baseline_run import GANS, STAGES, make_model, make_unet, settings_of
 from diffusers_byoc.commands.training_arguments import PRESETS
 from diffusers_byoc.data import read_volume
 from diffusers_byoc.training import StageSettings
@@ -43,6 +50,19 @@ MODELS = {
     "w_gan": {"latent_dim": 8, "base_channels": 4},
     "alpha_gan": {"latent_dim": 8, "base_channels": 4, "code_hidden_size": 16},
     "ha_gan": {"latent_dim": 8, "base_channels": 16},
+    "medical_diffusion": {
+        **{"latent_channels": 3, "num_vq_embeddings": 16},
+        **{"block_out_channels": [4, 8, 8], "norm_num_groups": 4},
+    },
+}
+# what MedicalDiffusion has beside
+OWN_ARGUMENTS = {"discriminator_start": 1, "ema_start": 0, "num_inference_steps": 2}
+OWN_NETWORKS = {
+    "discriminator": {"base_channels": 4, "num_layers": 2},
+    "unet": {
+        **{"block_out_channels": [8, 16], "norm_num_groups": 4},
+        **{"num_attention_heads": 2, "attention_head_dim": 4},
+    },
 }
 
 
@@ -50,7 +70,10 @@ MODELS = {
 def preset_of(tmp_path):
     def write(baseline):
         path = tmp_path / f"{baseline}.json"
-        path.write_text(json.dumps({"arguments": ARGUMENTS, "model": MODELS[baseline]}))
+        preset = {"arguments": ARGUMENTS, "model": MODELS[baseline]}
+        if baseline == "medical_diffusion":
+            preset |= {"arguments": ARGUMENTS | OWN_ARGUMENTS} | OWN_NETWORKS
+        path.write_text(json.dumps(preset))
         return path
 
     return write
@@ -83,11 +106,11 @@ def parse(*arguments):
 # ---------------------------------------------------------------------- arguments
 
 
-@pytest.mark.parametrize("baseline", BASELINES)
+@pytest.mark.parametrize("baseline", GANS)
 def test_the_papers_preset_is_the_papers_settings_and_model(baseline):
     args = parse("--baseline", baseline)
     assert args.preset == "paper" and args.output_dir == f"outputs/{baseline}"
-    settings, expected = settings_of(args), GANS[baseline][1](max_train_steps=args.max_train_steps)
+    settings, expected = settings_of(args)[baseline], GANS[baseline][1](max_train_steps=args.max_train_steps)
     assert settings.train_batch_size == 4 and settings.checkpointing_steps == 5000
     for name in type(settings).__dataclass_fields__.keys() - {"train_batch_size"}:
         assert getattr(settings, name) == getattr(expected, name), name
@@ -98,16 +121,41 @@ def test_the_papers_preset_is_the_papers_settings_and_model(baseline):
 @pytest.mark.parametrize("path", sorted(PRESETS.glob("*/*.json")), ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_preset_can_be_trained(path):
     args = parse("--baseline", path.parent.name, "--preset", path.stem)
-    assert isinstance(settings_of(args), StageSettings)
+    assert all(isinstance(settings, StageSettings) for settings in settings_of(args).values())
     with torch.device("meta"):
         assert make_model(args).config.sample_size == 64
 
 
 def test_every_setting_has_its_argument_or_no_effect():
     without = {"compile", "gradient_checkpointing", "num_validation_cells"}  # of what the GANs do not do
-    for baseline, (_, settings, _) in GANS.items():
+    for baseline, stages in STAGES.items():
         args = vars(parse("--baseline", baseline))
-        assert settings.__dataclass_fields__.keys() - args.keys() == without
+        for settings in stages.values():
+            assert settings.__dataclass_fields__.keys() - args.keys() == without
+
+
+def test_the_papers_preset_of_medical_diffusion_is_its_settings_and_networks():
+    args = parse("--baseline", "medical_diffusion")
+    for stage, settings in settings_of(args).items():
+        expected = STAGES["medical_diffusion"][stage](max_train_steps=100_000)
+        for name in type(settings).__dataclass_fields__.keys() - {"train_batch_size"}:
+            assert getattr(settings, name) == pytest.approx(getattr(expected, name)), name
+    with torch.device("meta"):
+        model = make_model(args)
+        unet = make_unet(args, model)
+        networks = (model, MedicalDiffusionVQModel()), (unet, MedicalDiffusionUNet3D())
+    for ours, expected in networks:
+        assert json.loads(json.dumps(dict(ours.config))) == json.loads(json.dumps(dict(expected.config)))
+    assert unet.latent_shape == (8, 32, 32, 32)
+
+
+def test_a_stages_own_argument_wins_over_that_of_both():
+    args = parse("--baseline", "medical_diffusion", "--learning_rate", 0.5, "--diffusion_learning_rate", 0.25)
+    settings = settings_of(args)
+    assert settings["autoencoder"].learning_rate == 0.5 and settings["diffusion"].learning_rate == 0.25
+    args = parse("--baseline", "medical_diffusion", "--max_train_minutes", 3, "--autoencoder_max_train_minutes", 1)
+    assert [settings.max_train_minutes for settings in settings_of(args).values()] == [1, 3]
+    assert [settings.adam_beta2 for settings in settings_of(args).values()] == [0.9, 0.999]  # the preset's
 
 
 def test_a_baseline_has_its_own_arguments_alone(capsys):
@@ -189,6 +237,39 @@ def test_an_interrupted_run_goes_on_to_the_same_end(train, tmp_path, monkeypatch
     assert whole.keys() == parts.keys() and all(torch.equal(whole[key], parts[key]) for key in whole)
 
 
+def test_medical_diffusion_is_trained_in_two_stages_and_goes_on_in_either(train, tmp_path, monkeypatch):
+    train("medical_diffusion", tmp_path / "whole")
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "whole")
+    assert type(pipeline) is BaselinePipeline and type(pipeline.model) is MedicalDiffusionVQModel
+    report = (tmp_path / "whole" / "report.md").read_text()
+    assert "(nocodazole): 4 steps of autoencoder (" in report and "4 steps of diffusion (" in report
+    assert "MedicalDiffusionVQModel. DDPMScheduler, 2 steps." in report
+    record = json.loads((tmp_path / "whole" / "arguments.json").read_text())
+    assert record.keys() == {"autoencoder", "diffusion"}
+    assert record["diffusion"]["networks"] == OWN_NETWORKS | {"model": MODELS["medical_diffusion"], "scheduler": {}}
+
+    monkeypatch.setattr("diffusers_byoc.commands.training_runs.write_report", lambda *args, **options: None)
+    log, names = Stage.log, ["autoencoder", "diffusion"]
+
+    def interrupted(stage, *args):
+        if names and stage.name == names[0] and stage.step == 3:
+            names.pop(0)
+            signal.raise_signal(signal.SIGTERM)
+        return log(stage, *args)
+
+    monkeypatch.setattr(Stage, "log", interrupted)
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            train("medical_diffusion", tmp_path / "parts", "--resume_from_checkpoint", "latest")
+    assert not names and not (tmp_path / "parts" / "model_index.json").exists()
+    train("medical_diffusion", tmp_path / "parts", "--resume_from_checkpoint", "latest")
+    for part in ("model", "unet"):
+        whole, parts = (
+            load_file(tmp_path / run / part / "diffusion_pytorch_model.safetensors") for run in ("whole", "parts")
+        )
+        assert whole.keys() == parts.keys() and all(torch.equal(whole[key], parts[key]) for key in whole), part
+
+
 def test_what_cannot_be_resumed_is_said_before_the_cells_are_read(train, tmp_path, monkeypatch):
     monkeypatch.setattr("diffusers_byoc.commands.training_runs.write_report", lambda *args, **options: None)
     train("w_gan", tmp_path, "--max_train_steps", 2)
@@ -203,6 +284,8 @@ def test_what_cannot_be_resumed_is_said_before_the_cells_are_read(train, tmp_pat
         ("ha_gan", ["--sample_size", 48], "Expected a sample_size of 32, 64, 128, 256, got 48"),
         ("alpha_gan", ["--train_batch_size", 1], "Expected a train_batch_size of at least 2"),
         ("w_gan", ["--train_data_dir", "nowhere"], "nowhere"),
+        ("medical_diffusion", ["--sample_size", 34], r"Expected a sample_size divisible by 4 .* got \(34, 34, 34\)"),
+        ("medical_diffusion", ["--perceptual_weight", 4], "Expected the package lpips"),
     ],
 )
 def test_bad_input_is_one_line(train, baseline, arguments, message, tmp_path):
