@@ -103,6 +103,14 @@ def test_a_folder_of_another_pipeline_is_refused(tmp_path):
         generate_cells(pipeline, tmp_path, 2, num_inference_steps=2)
 
 
+def test_a_folder_of_another_range_of_latents_is_refused(tmp_path):
+    pipeline = load("plain")
+    generate_cells(pipeline, tmp_path, 1, num_inference_steps=2)
+    pipeline.vqvae.register_to_config(latent_range="absolute")  # an ablation of the same weights
+    with pytest.raises(ValueError, match="of the same latent_range, got others"):
+        generate_cells(pipeline, tmp_path, 2, num_inference_steps=2)
+
+
 class Spheres(DiffusionPipeline):
     """Another generator: no networks, no classes, one channel."""
 

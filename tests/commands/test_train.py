@@ -791,6 +791,20 @@ def test_common_arguments_reach_both_stages_and_a_stages_own_wins(preset):
     assert (args.autoencoder_learning_rate, args.diffusion_learning_rate) == (0.5, 0.25)
 
 
+def test_the_ablations_are_trained_by_arguments(train, no_report, tmp_path):
+    train("--share_codebook", output_dir=tmp_path / "unimodal")
+    unimodal = BYOCPipeline.from_pretrained(tmp_path / "unimodal")
+    assert unimodal.vqvae.config.share_codebook and len(unimodal.vqvae.codebooks) == 1
+    assert scalars(tmp_path / "unimodal", "autoencoder")["validation/usage/shared"]
+
+    arguments = ("--stage", "diffusion", "--vqvae_path", tmp_path / "unimodal" / "vqvae")
+    train(*arguments, "--latent_range", "absolute", output_dir=tmp_path / "absolute")
+    assert BYOCPipeline.from_pretrained(tmp_path / "absolute").vqvae.config.latent_range == "absolute"
+    with pytest.raises(SystemExit, match="Expected vqvae.latent_range 'absolute', with which .*, got 'cell'"):
+        arguments = (*arguments, "--resume_from_checkpoint", "latest")
+        train(*arguments, "--latent_range", "cell", output_dir=tmp_path / "absolute")
+
+
 def test_what_the_command_line_leaves_out_is_what_the_settings_leave_out():
     """The defaults stand in both, as the parser must not import torch."""
     args = train_arguments._make_parser("").parse_args([])

@@ -331,3 +331,43 @@ def test_the_progress_bar_can_be_configured(pipeline, capsys):
     pipeline.set_progress_bar_config(disable=False, desc="cells")
     pipeline(num_inference_steps=2)
     assert "cells: 100%" in capsys.readouterr().err
+
+
+def test_the_ablations_of_one_training_differ_in_the_range_of_the_latents_alone(pipeline, tmp_path):
+    """Figure 6: BYOC, absolute, cell and nucleus (`docs/ablation.md`)."""
+    with torch.no_grad():
+        pipeline.vqvae.codebooks[1].embedding.mul_(3.0).add_(1.0)
+    n = pipeline.vqvae.config.latent_channels
+    (normalized,) = pipeline(1, generator=seeded(), output_type="latent", return_dict=False)
+    ranges = [codebook.range for codebook in pipeline.vqvae.codebooks]
+    lows, highs = zip(*ranges, strict=True)
+    volumes = {}
+    for latent_range, (cell, nucleus) in {
+        "per_channel": ranges,
+        "absolute": [(min(lows), max(highs))] * 2,
+        "cell": [ranges[0]] * 2,
+        "nucleus": [ranges[1]] * 2,
+    }.items():
+        pipeline.vqvae.register_to_config(latent_range=latent_range)
+        pipeline.save_pretrained(tmp_path / latent_range)
+        loaded = BYOCPipeline.from_pretrained(tmp_path / latent_range)
+        loaded.set_progress_bar_config(disable=True)
+        volumes[latent_range] = loaded(1, generator=seeded()).volumes
+        (same,) = loaded(1, generator=seeded(), output_type="latent", return_dict=False)
+        assert torch.equal(same, normalized)  # the diffusion is that of the one training
+        low, high = (
+            torch.stack(ends).repeat_interleave(n).view(-1, 1, 1, 1) for ends in zip(cell, nucleus, strict=True)
+        )
+        decoded = loaded.vqvae.decode((normalized + 1) / 2 * (high - low) + low).sample
+        np.testing.assert_allclose(volumes[latent_range], (decoded.detach() / 2 + 0.5).clamp(0, 1), atol=1e-5)
+    assert len({volume.tobytes() for volume in volumes.values()}) == 4
+
+
+def test_one_codebook_for_all_channels_makes_cells():
+    pipeline = make_pipeline()
+    config = dict(pipeline.vqvae.config) | {"share_codebook": True}
+    vqvae = MultiCodebookVQModel.from_config(config).eval()
+    vqvae.initialize_codebooks(torch.randn(4, 8, 4, 4, 4))
+    unimodal = BYOCPipeline(vqvae, pipeline.unet, pipeline.scheduler, default_num_inference_steps=3)
+    unimodal.set_progress_bar_config(disable=True)
+    assert unimodal(2, generator=seeded()).volumes.shape == (2, 2, 8, 8, 8)

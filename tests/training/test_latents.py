@@ -117,6 +117,8 @@ def test_what_changes_the_latents_encodes_again(vqvae, accelerator, tmp_path, en
     assert encodings(cells) == 2
     vqvae.register_to_config(latent_scaling="standardize")  # comes after encoding
     assert encodings(cells) == 0
+    vqvae.register_to_config(latent_scaling="codebook_range", latent_range="absolute")  # likewise
+    assert encodings(cells) == 0
     assert encodings(Cells(7)) == 3 and len(list(tmp_path.iterdir())) == 3
     next(tmp_path.glob("latents-00001*")).unlink()  # killed while encoding
     assert encodings(Cells(7)) == 1
