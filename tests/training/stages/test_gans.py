@@ -83,17 +83,11 @@ def make_new(name):
 
 @each
 def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(train, name, tmp_path):
-    options = {"num_critic_steps": 2} if name == "w_gan" else {}
-    whole = train(name, tmp_path / "whole", gradient_accumulation_steps=2, augmentation="full", **options)
+    options = {"gradient_accumulation_steps": 2, "augmentation": "full", "train_batch_size": 3}
+    options |= {"num_critic_steps": 2} if name == "w_gan" else {}
+    whole = train(name, tmp_path / "whole", **options)
     assert [path.name for path in list_checkpoints(tmp_path / "whole" / name)] == ["checkpoint-2", "checkpoint-4"]
-    resumed = train(
-        *(name, tmp_path / "whole"),
-        seed=1,
-        resume_from_checkpoint="checkpoint-2",
-        gradient_accumulation_steps=2,
-        augmentation="full",
-        **options,
-    )
+    resumed = train(name, tmp_path / "whole", seed=1, resume_from_checkpoint="checkpoint-2", **options)
     assert_same(resumed, whole)
     assert_same(BaselinePipeline.from_pretrained(tmp_path / "whole"), whole)
     assert whole.volume_processor.config.sample_size == GANS[name][1]["sample_size"]
