@@ -104,8 +104,8 @@ def test_another_batch_is_not_resumed(train, name, tmp_path):
 
 
 LEARNING = {
-    "w_gan": {"learning_rate": 2e-3, "num_critic_steps": 2, "max_train_steps": 200},
-    "alpha_gan": {"learning_rate": 1e-3, "adam_beta1": 0.5, "max_train_steps": 100},
+    "w_gan": {"learning_rate": 2e-3, "num_critic_steps": 2, "max_train_steps": 150},
+    "alpha_gan": {"learning_rate": 3e-3, "adam_beta1": 0.5, "max_train_steps": 150},
     "ha_gan": {"learning_rate": 1e-3, "discriminator_learning_rate": 1e-3, "max_train_steps": 60},
 }
 
