@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from diffusers import DDIMScheduler
 
-from diffusers_byoc import BYOCPipeline, DualChannelUNet3D, MultiCodebookVQModel
+from diffusers_byoc import WGAN, BaselinePipeline, BYOCPipeline, DualChannelUNet3D, MultiCodebookVQModel
 from diffusers_byoc.data import CellFolder, PhantomCells, VolumeProcessor
 from diffusers_byoc.training.publishing import make_card
 from diffusers_byoc.training.report import write_report
@@ -87,3 +87,17 @@ def test_the_card_says_what_the_cells_were(pipeline_of, tmp_path, is_phantom):
     assert f"{len(cells)} more were held out" in card
     for placeholder in ("ORG", "NAME", "SIZE", "CHANNELS", "TREATMENT", "LICENCE"):
         assert placeholder not in card
+
+
+def test_the_page_and_the_card_of_a_baseline_speak_of_what_it_has(tmp_path):
+    model = WGAN(sample_size=16, latent_dim=4, base_channels=4).eval()
+    pipeline, cells = BaselinePipeline(model), cells_of(tmp_path / "cells", ("cell", "nucleus"))
+    write_report(pipeline, cells, tmp_path, "2 steps", num_samples=1)
+    text = (tmp_path / "report.md").read_text()
+    assert "WGAN." in text and "autoencoder" not in text and "| generated (1) |" in text
+    card = make_card(pipeline, "org/name", cells, None, "7 steps of w_gan")
+    assert (
+        "from diffusers_byoc import BaselinePipeline" in card
+        and 'BaselinePipeline.from_pretrained("org/name")' in card
+    )
+    assert "7 steps of w_gan, by `byoc-train-baseline`." in card and "BYOCPipeline" not in card
