@@ -145,9 +145,10 @@ def test_the_papers_preset_of_medical_diffusion_is_its_settings_and_networks():
     with torch.device("meta"):
         model = make_model(args)
         unet = make_unet(args, model)
-        networks = (model, MedicalDiffusionVQModel()), (unet, MedicalDiffusionUNet3D())
-    for ours, expected in networks:
-        assert json.loads(json.dumps(dict(ours.config))) == json.loads(json.dumps(dict(expected.config)))
+            networks = (model, MedicalDiffusionVQModel()), (unet, MedicalDiffusionUNet3D())
+    for pair in networks:
+        one, other = (json.loads(json.dumps(configuration("network", network.config))) for network in pair)
+        assert one == other
     assert unet.latent_shape == (8, 32, 32, 32)
 
 
@@ -240,17 +241,20 @@ def test_an_interrupted_run_goes_on_to_the_same_end(train, tmp_path, monkeypatch
 
 
 def test_medical_diffusion_is_trained_in_two_stages_and_goes_on_in_either(train, tmp_path, monkeypatch):
+    reports = []
+    report = "diffusers_byoc.commands.training_runs.write_report"
+    monkeypatch.setattr(report, lambda *args, **options: reports.append(args))
     train("medical_diffusion", tmp_path / "whole")
-    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "whole")
+    pipeline, _, _, opening = reports[0]
     assert type(pipeline) is BaselinePipeline and type(pipeline.model) is MedicalDiffusionVQModel
-    report = (tmp_path / "whole" / "report.md").read_text()
-    assert "(nocodazole): 4 steps of autoencoder (" in report and "4 steps of diffusion (" in report
-    assert "MedicalDiffusionVQModel. DDPMScheduler, 2 steps." in report
+    assert "(nocodazole): 4 steps of autoencoder (" in opening and "4 steps of diffusion (" in opening
+    generated = DiffusionPipeline.from_pretrained(tmp_path / "whole")(2, generator=torch.manual_seed(0)).volumes
+    assert generated.shape == (2, 2, 32, 32, 32)
+    np.testing.assert_array_equal(pipeline(2, generator=torch.manual_seed(0)).volumes, generated)
     record = json.loads((tmp_path / "whole" / "arguments.json").read_text())
     assert record.keys() == {"autoencoder", "diffusion"}
     assert record["diffusion"]["networks"] == OWN_NETWORKS | {"model": MODELS["medical_diffusion"], "scheduler": {}}
 
-    monkeypatch.setattr("diffusers_byoc.commands.training_runs.write_report", lambda *args, **options: None)
     log, names = Stage.log, ["autoencoder", "diffusion"]
 
     def interrupted(stage, *args):
