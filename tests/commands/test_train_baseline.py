@@ -145,7 +145,7 @@ def test_the_papers_preset_of_medical_diffusion_is_its_settings_and_networks():
     with torch.device("meta"):
         model = make_model(args)
         unet = make_unet(args, model)
-            networks = (model, MedicalDiffusionVQModel()), (unet, MedicalDiffusionUNet3D())
+        networks = (model, MedicalDiffusionVQModel()), (unet, MedicalDiffusionUNet3D())
     for pair in networks:
         one, other = (json.loads(json.dumps(configuration("network", network.config))) for network in pair)
         assert one == other
