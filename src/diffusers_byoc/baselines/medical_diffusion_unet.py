@@ -14,7 +14,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from ..models.checked_loading import CheckedModelMixin
-from ..models.normalization import InstanceNorm
+from ..models.normalization import InstanceNorm, to_fast_memory_format
 
 
 @dataclass
@@ -106,9 +106,10 @@ class SoftmaxAttention(nn.Module):
     def forward(self, hidden_states: Tensor, position_bias: Tensor | None = None) -> Tensor:
         """(B, C, D, H, W) to the same; `position_bias` (heads, D, D) is for the depth."""
         is_depth = self.axes == "depth"
-        voxels = hidden_states.permute(0, 3, 4, 2, 1) if is_depth else hidden_states.permute(0, 2, 3, 4, 1)
-        tokens = voxels.flatten(0, 2) if is_depth else voxels.flatten(2, 3).flatten(0, 1)  # (sequences, tokens, C)
-        projections = self.to_qkv(self.norm(tokens)).chunk(3, dim=-1)
+        voxels = hidden_states.permute(0, 2, 3, 4, 1)  # (B, D, H, W, C)
+        sequences = voxels.permute(0, 2, 3, 1, 4) if is_depth else voxels.flatten(2, 3)  # (B, ..., tokens, C)
+        tokens = self.norm(sequences).flatten(0, -3)  # (sequences, tokens, C)
+        projections = self.to_qkv(tokens).chunk(3, dim=-1)
         query, key, value = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in projections)
         if is_depth:
             places = torch.arange(tokens.shape[1], device=tokens.device)
@@ -116,8 +117,9 @@ class SoftmaxAttention(nn.Module):
             query, key = apply_rotary_emb(query, rotation), apply_rotary_emb(key, rotation)
             position_bias = position_bias.to(query.dtype)
         update = F.scaled_dot_product_attention(query, key, value, attn_mask=position_bias)
-        voxels = voxels + self.to_out(update.transpose(1, 2).flatten(2)).view(voxels.shape)
-        return voxels.permute(0, 4, 3, 1, 2) if is_depth else voxels.permute(0, 4, 1, 2, 3)
+        update = self.to_out(update.transpose(1, 2).flatten(2)).view(sequences.shape)
+        update = update.permute(0, 3, 1, 2, 4) if is_depth else update.view(voxels.shape)
+        return (voxels + update).permute(0, 4, 1, 2, 3)
 
 
 class PlanarResidualBlock(nn.Module):
@@ -298,7 +300,7 @@ class MedicalDiffusionUNet3D(CheckedModelMixin, ConfigMixin):
         position_bias = self.position_bias(sample.shape[2])  # (heads, d, d)
 
         # 2. in
-        first = self.conv_in(sample)
+        first = self.conv_in(to_fast_memory_format(sample))
         hidden_states = self.depth_attention_in(first, position_bias)
 
         # 3. down
