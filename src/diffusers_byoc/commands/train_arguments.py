@@ -145,6 +145,8 @@ def _make_parser(description: str) -> argparse.ArgumentParser:
     scalings = ["codebook_range", "standardize", "cell"]
     add("--latent_scaling", choices=scalings, help="how latents come to the noise's scale")
     add("--class_conditional", **flag, help="give the labels to the U-Net")
+    help_text = "augmentations of a cell whose latents are kept (default: encode others in every epoch)"
+    add("--num_augmented_copies", type=positive, help=help_text)
     add("--prediction_type", choices=["epsilon", "v_prediction", "sample"], help="what the U-Net predicts")
     add("--loss_type", choices=["l1", "l2"], default="l1")
     add("--snr_gamma", type=float, help="min-SNR weighting of the timesteps (Hang et al. 2023 advise 5)")
