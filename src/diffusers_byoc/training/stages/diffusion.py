@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import diffusers
 import torch
 from accelerate.logging import get_logger
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
 from torch.utils.data import Subset
 
@@ -13,6 +13,7 @@ from ...data import Cells
 from ...models import DualChannelUNet3D, MultiCodebookVQModel, TextureUNet3D
 from ...models.fingerprint import fingerprint_weights
 from ...pipelines import BYOCPipeline
+from ...pipelines.schedulers import make_texture_scheduler
 from ...randomness import process_share
 from ..batches import AugmentedCopies, latent_batches, sample_cells
 from ..latents import cache_latents, latent_statistics, measure_latents
@@ -197,7 +198,7 @@ def make_pipeline(
         unet,
         scheduler_class.from_config(noise_scheduler.config),
         texture_unet,
-        texture_unet and FlowMatchEulerDiscreteScheduler(),
+        texture_unet and make_texture_scheduler(),
         default_num_inference_steps=settings.num_inference_steps,
         default_num_texture_steps=settings.num_texture_steps,
         label2id=label2id,
