@@ -100,6 +100,8 @@ def _make_parser(description: str) -> argparse.ArgumentParser:
     add("--preset", default="demo", help="demo, phantom, paper, or the path of a JSON file of such overrides")
     add("--output_dir", default="outputs/demo", help="pipeline, checkpoints, logs and report go here")
     add("--stage", choices=["all", *STAGES], default="all")
+    help_text = "begin with the networks of this pipeline, a folder or a Hub repository, in place of the preset's"
+    add("--pretrained", help=help_text)
     add("--seed", type=int, default=0)
     add_source_arguments(parser)
     held_out = "share of the cells that is not trained on, without --num_folds; 0 trains on all"

@@ -24,6 +24,7 @@ from .. import __version__
 from ..models import DualChannelUNet3D, MultiCodebookVQModel, TextureUNet3D
 from ..models.fingerprint import fingerprint_weights
 from ..pipelines import BYOCPipeline
+from ..pipelines.schedulers import noise_schedule
 from ..training import Stage, StageSettings, fastest_precision, follow_launcher, is_cpu_training
 from ..training.checkpoints import check_record, find_checkpoint, read_record
 from ..training.optimizers import optimizer_class
@@ -34,6 +35,7 @@ from ..training.stage import uses_deepspeed
 from ..training.stages.autoencoder import AutoencoderSettings, train_autoencoder
 from ..training.stages.diffusion import DiffusionSettings, train_diffusion
 from ..training.stages.texture import TextureSettings, train_texture
+from ..training.starting_weights import take_unet_weights
 from ..whole_files import lock_folder, remove_left_overs, whole_or_absent
 from .cells import read_cells, split_for_training
 from .train_arguments import NETWORKS, STAGES, set_train_steps
@@ -52,16 +54,19 @@ def train(args: argparse.Namespace) -> None:
     follow_launcher()
     state = PartialState(cpu=is_cpu_training())
     with one_line_errors(ValueError, OSError, ImportError):
-        vqvae = check_arguments(args, state.device)
+        pretrained = load_pretrained(args) if args.pretrained else None
+        vqvae = check_arguments(args, state.device, pretrained)
         for stage in stages_of(args):
             check_resumable(args, stage, state.num_processes, data_inputs(args))
     with one_line_errors(OSError, SafetensorError):  # a full disk, a folder in use, a checkpoint of another run
         with lock_folder(args.output_dir) if state.is_main_process else nullcontext():
-            run(args, state, vqvae)
+            run(args, state, vqvae, pretrained)
     state.destroy_process_group()
 
 
-def run(args: argparse.Namespace, state: PartialState, vqvae: MultiCodebookVQModel) -> None:
+def run(
+    args: argparse.Namespace, state: PartialState, vqvae: MultiCodebookVQModel, pretrained: BYOCPipeline | None
+) -> None:
     """The stages, the report and the upload."""
     started = time.perf_counter()
     output_dir = Path(args.output_dir)
@@ -87,16 +92,25 @@ def run(args: argparse.Namespace, state: PartialState, vqvae: MultiCodebookVQMod
 
     if "autoencoder" in stages_of(args):
         with Stage(output_dir, "autoencoder", settings_of(args, "autoencoder"), inputs["autoencoder"]) as stage:
-            vqvae = train_autoencoder(stage, make_autoencoder(args), cells, held_out_cells)
+            vqvae = pretrained.vqvae if pretrained else make_autoencoder(args)
+            vqvae = train_autoencoder(stage, vqvae, cells, held_out_cells)
     if "texture" in stages_of(args):
         settings = settings_for_autoencoder(args, "texture", vqvae)
         with Stage(output_dir, "texture", settings, inputs["texture"]) as stage:
-            train_texture(stage, make_texture_unet(args, vqvae), vqvae, cells, held_out_cells)
+            texture_unet = (pretrained and pretrained.texture_unet) or make_texture_unet(args, vqvae)
+            train_texture(stage, texture_unet, vqvae, cells, held_out_cells)
     if "diffusion" in stages_of(args):
-        texture_unet = TextureUNet3D.from_pretrained(output_dir / "texture_unet") if args.with_texture else None
+        texture_unet = None
+        if args.with_texture:
+            trained_here = (output_dir / "texture_unet").is_dir()
+            texture_unet = (
+                TextureUNet3D.from_pretrained(output_dir / "texture_unet") if trained_here else pretrained.texture_unet
+            )
         settings = settings_for_autoencoder(args, "diffusion", vqvae)
         with Stage(output_dir, "diffusion", settings, inputs["diffusion"]) as stage:
             unet = make_unet(args, vqvae, num_classes=len(cells.class_names))
+            if pretrained:
+                take_unet_weights(unet, pretrained.unet, pretrained.config.label2id, cells.class_names)
             train_diffusion(stage, unet, make_noise_scheduler(args), vqvae, cells, held_out_cells, texture_unet)
         if state.is_main_process:
             pipeline = BYOCPipeline.from_pretrained(output_dir).to(state.device)  # what a user will load
@@ -135,6 +149,34 @@ def settings_for_autoencoder(args: argparse.Namespace, stage: str, vqvae: MultiC
     return settings
 
 
+def load_pretrained(args: argparse.Namespace) -> BYOCPipeline:
+    """The pipeline that the run begins with; its networks' configurations take the place of the preset's.
+
+    Raises:
+        ValueError: if its U-Net was trained to predict something else, or from other noise.
+    """
+    pipeline = BYOCPipeline.from_pretrained(args.pretrained)
+    scheduler = make_noise_scheduler(args)
+    ours = {"prediction_type": scheduler.config.prediction_type} | noise_schedule(scheduler)
+    theirs = {"prediction_type": pipeline.config.prediction_type} | pipeline.config.noise_schedule
+    if ours != theirs:
+        raise ValueError(
+            f"Expected a scheduler with {theirs}, as {args.pretrained} was trained with, got {ours}. Say so in the"
+            " preset's `scheduler`, or with --prediction_type."
+        )
+    made_here = {"num_channels", "latent_channels", "sample_size", "num_class_embeds"}
+    for name, ours in (("vqvae", {"sample_size"}), ("texture_unet", {"num_channels"}), ("unet", made_here)):
+        network = getattr(pipeline, name)
+        if network is not None:
+            config = {key: value for key, value in network.config.items() if key[0] != "_" and key not in ours}
+            setattr(args, name, config)
+    if args.latent_scaling:
+        args.vqvae["latent_scaling"] = args.latent_scaling
+    pipeline.vqvae.register_to_config(sample_size=args.sample_size, latent_scaling=args.vqvae["latent_scaling"])
+    args.with_texture |= pipeline.texture_unet is not None
+    return pipeline
+
+
 def make_autoencoder(args: argparse.Namespace) -> MultiCodebookVQModel:
     return MultiCodebookVQModel(sample_size=args.sample_size, **args.vqvae)
 
@@ -159,7 +201,9 @@ def make_noise_scheduler(args: argparse.Namespace) -> DDPMScheduler:
     return DDPMScheduler(**(schedule | args.scheduler))
 
 
-def check_arguments(args: argparse.Namespace, device: torch.device) -> MultiCodebookVQModel:
+def check_arguments(
+    args: argparse.Namespace, device: torch.device, pretrained: BYOCPipeline | None = None
+) -> MultiCodebookVQModel:
     """Find what cannot work before any training, not between the stages.
 
     Returns:
@@ -181,19 +225,22 @@ def check_arguments(args: argparse.Namespace, device: torch.device) -> MultiCode
             )
         if (fastest_precision() if args.mixed_precision == "auto" else args.mixed_precision) == "fp16":
             raise ValueError("Expected bf16 or float32 with DeepSpeed, got fp16. Say --mixed_precision bf16 or no.")
-    if args.stage == "diffusion" and args.with_texture and not (Path(args.output_dir) / "texture_unet").is_dir():
+    trained_here = (Path(args.output_dir) / "texture_unet").is_dir()
+    trained = trained_here or (pretrained is not None and pretrained.texture_unet is not None)
+    if args.stage == "diffusion" and args.with_texture and not trained:
         raise ValueError(
-            f"Expected a trained texture_unet in {args.output_dir}, got none. Run --stage texture first, or take a "
-            "preset without texture_unet."
+            f"Expected a trained texture_unet in {args.output_dir}, got none. Run --stage texture first, give a "
+            "--pretrained pipeline that has one, or take a preset without texture_unet."
         )
     if args.stage in ("texture", "diffusion"):
         path = Path(args.output_dir) / "vqvae"
-        if args.vqvae_path is None and not path.is_dir():
+        if args.vqvae_path is None and not path.is_dir() and not pretrained:
             raise ValueError(
                 f"Expected a trained autoencoder in {path}, got none. Run --stage autoencoder first, or give"
-                " --vqvae_path."
+                " --vqvae_path or --pretrained."
             )
-        vqvae = MultiCodebookVQModel.from_pretrained(args.vqvae_path or path)
+        from_pipeline = pretrained and args.vqvae_path is None and not path.is_dir()
+        vqvae = pretrained.vqvae if from_pipeline else MultiCodebookVQModel.from_pretrained(args.vqvae_path or path)
         check_sample_size(args, vqvae)
         vqvae.register_to_config(sample_size=args.sample_size)
         if args.latent_scaling:
@@ -249,6 +296,8 @@ def data_inputs(args: argparse.Namespace) -> dict:
     names = ["sample_size", "voxel_size_um", "oversize", "label", "image_column", "label_column", "streaming"]
     if not (args.train_data_dir or args.dataset_name):
         names.append("num_phantoms")
+    if args.pretrained:
+        names.append("pretrained")
     if args.streaming:  # whose order depends on them
         names += ["dataloader_num_workers", "shuffle_buffer_size"]
     return {name: getattr(args, name) for name in names}
