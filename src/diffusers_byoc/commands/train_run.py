@@ -60,7 +60,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def run(
-    args: argparse.Namespace, state: PartialState, vqvae: MultiCodebookVQModel, pretrained: BYOCPipeline | None
+    args: argparse.Namespace, state: PartialState, vqvae: MultiCodebookVQModel, pretrained: BYOCPipeline | None = None
 ) -> None:
     """The stages, the report and the upload."""
     started = time.perf_counter()
