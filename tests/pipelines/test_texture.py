@@ -1,9 +1,16 @@
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from torch import nn
 
 from diffusers_byoc import BYOCPipeline, DualChannelUNet3D, MultiCodebookVQModel, TextureUNet3D
+from diffusers_byoc.pipelines.schedulers import make_texture_scheduler
 from diffusers_byoc.pipelines.texture import add_texture
 
 
@@ -35,7 +42,16 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("scheduler", [FlowMatchEulerDiscreteScheduler(), FlowMatchHeunDiscreteScheduler()])
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+SCHEDULERS = [
+    FlowMatchEulerDiscreteScheduler(),
+    FlowMatchHeunDiscreteScheduler(),
+    UniPCMultistepScheduler(**FLOW),
+    make_texture_scheduler(),
+]
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("std", [0.5, 1.5])
 def test_the_flow_ends_in_the_texture_s_distribution(scheduler, std):
     volumes = cell(64, 40)
@@ -44,6 +60,13 @@ def test_the_flow_ends_in_the_texture_s_distribution(scheduler, std):
     assert texture.mean().item() == pytest.approx(0, abs=0.05)
     neighbours = (texture[..., 1:] * texture[..., :-1]).mean() / std**2
     assert neighbours.item() == pytest.approx(0, abs=0.05)
+
+
+@pytest.mark.parametrize("std", [0.3, 0.5, 1.0])
+def test_ten_steps_keep_the_variance_of_a_texture(std):
+    volumes = cell(64, 40)
+    textured = add_texture(GaussianTexture(std), make_texture_scheduler(), volumes, 10, seeded())
+    assert (textured - volumes)[..., 8:48, 8:48, 8:48].std().item() == pytest.approx(std, rel=0.04)
 
 
 def test_outside_of_the_cell_s_box_is_background():
@@ -125,6 +148,10 @@ def test_reconstruct_encodes_decodes_and_draws():
 @pytest.mark.parametrize(
     ("components", "message"),
     [
+        (
+            {"texture_scheduler": DPMSolverMultistepScheduler()},
+            "Expected a texture_scheduler with prediction_type='flow_prediction', use_flow_sigmas=True .* got DPMSol",
+        ),
         ({"texture_scheduler": None}, "Expected a texture_scheduler for flow matching .* got NoneType"),
         ({"texture_unet": TextureUNet3D(3, (8,), (1,))}, "Expected a texture_unet for .* num_channels 2, got 3"),
         ({"texture_unet": TextureUNet3D(2, (8,) * 5, (1,) * 5)}, "multiple of the texture_unet's 32, got 16"),

@@ -77,6 +77,8 @@ def _make_parser(description: str) -> argparse.ArgumentParser:
     add("--preset", default="demo", help="demo, phantom, paper, or the path of a JSON file of such overrides")
     add("--output_dir", default="outputs/demo", help="pipeline, checkpoints, logs and report go here")
     add("--stage", choices=["all", *STAGES], default="all")
+    help_text = "begin with the networks of this pipeline, a folder or a Hub repository, in place of the preset's"
+    add("--pretrained", help=help_text)
     add("--seed", type=int, default=0)
     add_source_arguments(parser)
     held_out = "share of the cells that is not trained on, without --num_folds; 0 trains on all"
@@ -113,6 +115,8 @@ def _make_parser(description: str) -> argparse.ArgumentParser:
     add("--latent_scaling", choices=scalings, help="how latents come to the noise's scale")
     add("--latent_range", help="whose codebook's: per_channel (default), absolute or a channel's name; for ablations")
     add("--class_conditional", **FLAG, help="give the labels to the U-Net")
+    help_text = "augmentations of a cell whose latents are kept (default: encode others in every epoch)"
+    add("--num_augmented_copies", type=positive, help=help_text)
     add("--prediction_type", choices=["epsilon", "v_prediction", "sample"], help="what the U-Net predicts")
     add("--loss_type", choices=["l1", "l2"], default="l1")
     add("--snr_gamma", type=float, help="min-SNR weighting of the timesteps (Hang et al. 2023 advise 5)")

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from ..models import DualChannelUNet3D, MultiCodebookVQModel, TextureUNet3D
 from ..models.fingerprint import fingerprint_weights
 from ..pipelines import BYOCPipeline
+from ..pipelines.schedulers import noise_schedule
 from ..training import Stage, StageSettings, fastest_precision, is_cpu_training
 from ..training.checkpoints import find_checkpoint, read_record
 from ..training.optimizers import optimizer_class
@@ -24,6 +25,7 @@ from ..training.stage import uses_deepspeed
 from ..training.stages.autoencoder import AutoencoderSettings, train_autoencoder
 from ..training.stages.diffusion import DiffusionSettings, train_diffusion
 from ..training.stages.texture import TextureSettings, train_texture
+from ..training.starting_weights import take_unet_weights
 from ..whole_files import lock_folder
 from .train_arguments import NETWORKS, STAGES, set_train_steps
 from .training_runs import (
@@ -48,15 +50,18 @@ def train(args: argparse.Namespace) -> None:
     """Train as `train_arguments.parse_args` understood the command line; mistakes end in one line."""
     state = start_processes()
     with one_line_errors(ValueError, OSError, ImportError):
-        vqvae = check_arguments(args, state.device)
-        check_stages_resumable(args, state.num_processes, dict.fromkeys(stages_of(args), data_inputs(args)))
+        pretrained = load_pretrained(args) if args.pretrained else None
+        vqvae = check_arguments(args, state.device, pretrained)
+        check_stages_resumable(args, state.num_processes, dict.fromkeys(stages_of(args), run_inputs(args)))
     with one_line_errors(OSError, SafetensorError):  # a full disk, a folder in use, a checkpoint of another run
         with lock_folder(args.output_dir) if state.is_main_process else nullcontext():
-            run(args, state, vqvae)
+            run(args, state, vqvae, pretrained)
     state.destroy_process_group()
 
 
-def run(args: argparse.Namespace, state: PartialState, vqvae: MultiCodebookVQModel) -> None:
+def run(
+    args: argparse.Namespace, state: PartialState, vqvae: MultiCodebookVQModel, pretrained: BYOCPipeline | None = None
+) -> None:
     """The stages, the report and the upload."""
     started = time.perf_counter()
     output_dir = Path(args.output_dir)
@@ -73,16 +78,25 @@ def run(args: argparse.Namespace, state: PartialState, vqvae: MultiCodebookVQMod
 
     if "autoencoder" in stages_of(args):
         with Stage(output_dir, "autoencoder", settings_of(args, "autoencoder"), inputs["autoencoder"]) as stage:
-            vqvae = train_autoencoder(stage, make_autoencoder(args), cells, held_out_cells)
+            vqvae = pretrained.vqvae if pretrained else make_autoencoder(args)
+            vqvae = train_autoencoder(stage, vqvae, cells, held_out_cells)
     if "texture" in stages_of(args):
         settings = settings_for_autoencoder(args, "texture", vqvae)
         with Stage(output_dir, "texture", settings, inputs["texture"]) as stage:
-            train_texture(stage, make_texture_unet(args, vqvae), vqvae, cells, held_out_cells)
+            texture_unet = (pretrained and pretrained.texture_unet) or make_texture_unet(args, vqvae)
+            train_texture(stage, texture_unet, vqvae, cells, held_out_cells)
     if "diffusion" in stages_of(args):
-        texture_unet = TextureUNet3D.from_pretrained(output_dir / "texture_unet") if args.with_texture else None
+        texture_unet = None
+        if args.with_texture:
+            trained_here = (output_dir / "texture_unet").is_dir()
+            texture_unet = (
+                TextureUNet3D.from_pretrained(output_dir / "texture_unet") if trained_here else pretrained.texture_unet
+            )
         settings = settings_for_autoencoder(args, "diffusion", vqvae)
         with Stage(output_dir, "diffusion", settings, inputs["diffusion"]) as stage:
             unet = make_unet(args, vqvae, num_classes=len(cells.class_names))
+            if pretrained:
+                take_unet_weights(unet, pretrained.unet, pretrained.config.label2id, cells.class_names)
             train_diffusion(stage, unet, make_noise_scheduler(args), vqvae, cells, held_out_cells, texture_unet)
         if state.is_main_process:
             pipeline = BYOCPipeline.from_pretrained(output_dir).to(state.device)  # what a user will load
@@ -112,6 +126,41 @@ def settings_for_autoencoder(args: argparse.Namespace, stage: str, vqvae: MultiC
     return settings
 
 
+def load_pretrained(args: argparse.Namespace) -> BYOCPipeline:
+    """The pipeline that the run begins with; its networks' configurations take the place of the preset's.
+
+    Raises:
+        ValueError: if its U-Net was trained to predict something else, or from other noise, or if it has a codebook
+            for each channel where one is asked for.
+    """
+    pipeline = BYOCPipeline.from_pretrained(args.pretrained)
+    scheduler = make_noise_scheduler(args)
+    ours = {"prediction_type": scheduler.config.prediction_type} | noise_schedule(scheduler)
+    theirs = {"prediction_type": pipeline.config.prediction_type} | pipeline.config.noise_schedule
+    if ours != theirs:
+        raise ValueError(
+            f"Expected a scheduler with {theirs}, as {args.pretrained} was trained with, got {ours}. Say so in the"
+            " preset's `scheduler`, or with --prediction_type."
+        )
+    made_here = {"num_channels", "latent_channels", "sample_size", "num_class_embeds"}
+    for name, ours in (("vqvae", {"sample_size"}), ("texture_unet", {"num_channels"}), ("unet", made_here)):
+        network = getattr(pipeline, name)
+        if network is not None:
+            config = {key: value for key, value in network.config.items() if key[0] != "_" and key not in ours}
+            setattr(args, name, config)
+    if args.share_codebook and not args.vqvae["share_codebook"]:
+        raise ValueError(
+            f"Expected a pipeline with one codebook for --share_codebook, got {args.pretrained} with one for each "
+            "channel. Leave one of the two out."
+        )
+    for name in ("latent_scaling", "latent_range"):
+        args.vqvae[name] = getattr(args, name) or args.vqvae[name]
+        pipeline.vqvae.register_to_config(**{name: args.vqvae[name]})
+    pipeline.vqvae.register_to_config(sample_size=args.sample_size)
+    args.with_texture |= pipeline.texture_unet is not None
+    return pipeline
+
+
 def make_autoencoder(args: argparse.Namespace) -> MultiCodebookVQModel:
     return MultiCodebookVQModel(sample_size=args.sample_size, **args.vqvae)
 
@@ -136,7 +185,9 @@ def make_noise_scheduler(args: argparse.Namespace) -> DDPMScheduler:
     return DDPMScheduler(**(schedule | args.scheduler))
 
 
-def check_arguments(args: argparse.Namespace, device: torch.device) -> MultiCodebookVQModel:
+def check_arguments(
+    args: argparse.Namespace, device: torch.device, pretrained: BYOCPipeline | None = None
+) -> MultiCodebookVQModel:
     """Find what cannot work before any training, not between the stages.
 
     Returns:
@@ -153,24 +204,28 @@ def check_arguments(args: argparse.Namespace, device: torch.device) -> MultiCode
             )
         if (fastest_precision() if args.mixed_precision == "auto" else args.mixed_precision) == "fp16":
             raise ValueError("Expected bf16 or float32 with DeepSpeed, got fp16. Say --mixed_precision bf16 or no.")
-    if args.stage == "diffusion" and args.with_texture and not (Path(args.output_dir) / "texture_unet").is_dir():
+    trained_here = (Path(args.output_dir) / "texture_unet").is_dir()
+    trained = trained_here or (pretrained is not None and pretrained.texture_unet is not None)
+    if args.stage == "diffusion" and args.with_texture and not trained:
         raise ValueError(
-            f"Expected a trained texture_unet in {args.output_dir}, got none. Run --stage texture first, or take a "
-            "preset without texture_unet."
+            f"Expected a trained texture_unet in {args.output_dir}, got none. Run --stage texture first, give a "
+            "--pretrained pipeline that has one, or take a preset without texture_unet."
         )
     if args.stage in ("texture", "diffusion"):
         path = Path(args.output_dir) / "vqvae"
-        if args.vqvae_path is None and not path.is_dir():
+        if args.vqvae_path is None and not path.is_dir() and not pretrained:
             raise ValueError(
                 f"Expected a trained autoencoder in {path}, got none. Run --stage autoencoder first, or give"
-                " --vqvae_path."
+                " --vqvae_path or --pretrained."
             )
-        vqvae = MultiCodebookVQModel.from_pretrained(args.vqvae_path or path)
+        from_pipeline = pretrained and args.vqvae_path is None and not path.is_dir()
+        vqvae = pretrained.vqvae if from_pipeline else MultiCodebookVQModel.from_pretrained(args.vqvae_path or path)
         check_sample_size(args, vqvae)
         vqvae.register_to_config(sample_size=args.sample_size)
         for name in ("latent_scaling", "latent_range"):
             if getattr(args, name):
                 vqvae.register_to_config(**{name: getattr(args, name)})
+        vqvae.check_latent_range()
         return vqvae
     check_sample_size(args)
     with torch.device("meta"):  # no memory, no random numbers
@@ -217,19 +272,24 @@ def check_crop_size(size: int, stage: str, sample_size: int, step: int) -> None:
 # ---------------------------------------------------------------------- what a run resumes with, and its record
 
 
+def run_inputs(args: argparse.Namespace) -> dict:
+    """What decides every stage: the cells, and the pipeline that the run begins with."""
+    return data_inputs(args) | ({"pretrained": args.pretrained} if args.pretrained else {})
+
+
 def stage_inputs(args: argparse.Namespace, stage: str, vqvae: MultiCodebookVQModel, num_classes: int) -> dict:
     """What decides a stage beside its settings: how cells are prepared, how its networks are configured."""
     if stage == "autoencoder":
-        return data_inputs(args) | configuration("vqvae", vqvae.config)
+        return run_inputs(args) | configuration("vqvae", vqvae.config)
     if stage == "texture":
         with torch.device("meta"):
             texture_unet = make_texture_unet(args, vqvae)
-        return data_inputs(args) | configuration("texture_unet", texture_unet.config)
+        return run_inputs(args) | configuration("texture_unet", texture_unet.config)
     with torch.device("meta"):
         unet = make_unet(args, vqvae, num_classes)
     networks = configuration("unet", unet.config) | configuration("scheduler", make_noise_scheduler(args).config)
     scaling = {f"vqvae.{name}": vqvae.config[name] for name in ("latent_scaling", "latent_range")}
-    return data_inputs(args) | networks | scaling
+    return run_inputs(args) | networks | scaling
 
 
 def check_stages_resumable(args: argparse.Namespace, num_processes: int, inputs: dict[str, dict]) -> None:
@@ -250,5 +310,7 @@ def describe_training(args: argparse.Namespace) -> str:
     parts = []
     for stage in stages_of(args):
         settings = settings_of(args, stage)
-        parts.append(f"{settings.max_train_steps} steps of the {stage} (learning rate {settings.learning_rate})")
+        time_limit = f" or {settings.max_train_minutes:g} minutes" if settings.max_train_minutes else ""
+        steps = f"{settings.max_train_steps} steps{time_limit}"
+        parts.append(f"{steps} of the {stage} (learning rate {settings.learning_rate})")
     return f"{', '.join(parts)}, seed {args.seed}"

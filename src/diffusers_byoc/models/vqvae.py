@@ -157,7 +157,7 @@ class MultiCodebookVQModel(CheckedModelMixin, AutoencoderMixin, ConfigMixin):
                 f"Expected latent_scaling 'codebook_range', 'standardize' or 'cell', got {latent_scaling!r}. "
                 "Choose one."
             )
-        self._check_latent_range()
+        self.check_latent_range()
 
         num_halvings = len(block_out_channels) - 1
         if isinstance(layers_per_block, int):
@@ -299,10 +299,23 @@ class MultiCodebookVQModel(CheckedModelMixin, AutoencoderMixin, ConfigMixin):
         shape = (1, self.config.num_channels, *(self.downsampling_factor * size for size in grid))
         return self.encode(torch.full(shape, -1.0, device=device or self.device)).latents
 
+    def check_latent_range(self) -> None:
+        """Raise `ValueError` for a `latent_range` that there is not, or that `latent_scaling` has no use for."""
+        known = ("per_channel", "absolute", *self.config.channel_names)
+        if self.config.latent_range not in known:
+            raise ValueError(
+                f"Expected latent_range among {', '.join(known)}, got {self.config.latent_range!r}. Choose one."
+            )
+        if self.config.latent_range != "per_channel" and self.config.latent_scaling != "codebook_range":
+            raise ValueError(
+                f"Expected latent_scaling 'codebook_range' for latent_range={self.config.latent_range!r}, got "
+                f"{self.config.latent_scaling!r}. The other scalings do not look at codebooks: leave the range out."
+            )
+
     def _latent_affine(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Shift and scale, float32, that broadcast to `latents`."""
         self._check_latents(latents)
-        self._check_latent_range()
+        self.check_latent_range()
         scaling, mean, std = self.config.latent_scaling, self.config.latents_mean, self.config.latents_std
         if scaling != "codebook_range" and (std is None or (mean is None and scaling == "standardize")):
             needed = "latents_std" if scaling == "cell" else "latents_mean and latents_std"
@@ -432,18 +445,6 @@ class MultiCodebookVQModel(CheckedModelMixin, AutoencoderMixin, ConfigMixin):
         return [
             list(self.codebooks)[channel :: self.config.num_channels] for channel in range(self.config.num_channels)
         ]
-
-    def _check_latent_range(self) -> None:
-        known = ("per_channel", "absolute", *self.config.channel_names)
-        if self.config.latent_range not in known:
-            raise ValueError(
-                f"Expected latent_range among {', '.join(known)}, got {self.config.latent_range!r}. Choose one."
-            )
-        if self.config.latent_range != "per_channel" and self.config.latent_scaling != "codebook_range":
-            raise ValueError(
-                f"Expected latent_scaling 'codebook_range' for latent_range={self.config.latent_range!r}, got "
-                f"{self.config.latent_scaling!r}. The other scalings do not look at codebooks: leave the range out."
-            )
 
     def _check_volumes(self, volumes: Tensor) -> None:
         if volumes.ndim != 5 or volumes.shape[1] != self.config.num_channels:

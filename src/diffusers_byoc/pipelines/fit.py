@@ -4,7 +4,7 @@ import inspect
 from pathlib import Path
 
 from ..data import VolumeProcessor
-from .schedulers import SCHEDULERS_FOR, SCHEDULERS_FOR_TEXTURE
+from .schedulers import SCHEDULERS_FOR, check_texture_scheduler
 
 
 def check_fit(pipeline) -> None:
@@ -65,7 +65,7 @@ def check_fit(pipeline) -> None:
 
 
 def _check_texture(pipeline, vqvae) -> None:
-    texture_unet, scheduler = pipeline.texture_unet, pipeline.texture_scheduler
+    texture_unet = pipeline.texture_unet
     if texture_unet is None:
         return
     files = f"({_file(vqvae, 'vqvae')}, {_file(texture_unet, 'texture_unet')})"
@@ -80,11 +80,7 @@ def _check_texture(pipeline, vqvae) -> None:
             f"Expected a sample_size that is a multiple of the texture_unet's {texture_unet.downsampling_factor}, got "
             f"{vqvae.config.sample_size} {files}. Use the files that were saved together."
         )
-    if type(scheduler).__name__ not in SCHEDULERS_FOR_TEXTURE:
-        raise ValueError(
-            f"Expected a texture_scheduler for flow matching ({', '.join(SCHEDULERS_FOR_TEXTURE)}), got "
-            f"{type(scheduler).__name__}. Make it with FlowMatchEulerDiscreteScheduler()."
-        )
+    check_texture_scheduler(pipeline.texture_scheduler)
 
 
 def _volume_processor(config: dict | None, index: str) -> VolumeProcessor | None:

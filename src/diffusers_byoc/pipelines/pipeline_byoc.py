@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -34,7 +34,8 @@ class BYOCPipeline(DiffusionPipeline):
         scheduler: any of `USABLE_SCHEDULERS`, with the prediction type that `unet` was trained for.
         texture_unet: draws what the codes cannot carry into decoded volumes; `None` leaves them as decoded, as in the
             paper.
-        texture_scheduler: of flow matching, for `texture_unet`.
+        texture_scheduler: of flow matching, for `texture_unet`; `make_texture_scheduler` makes the one that draws the
+            whole texture in ten steps.
         default_num_inference_steps: denoising steps where a call names none; saved with the pipeline.
         default_num_texture_steps: steps of the texture, likewise.
         prediction_type: what `unet` was trained to predict: "epsilon" (the noise), "v_prediction" or "sample"; `None`
@@ -61,7 +62,7 @@ class BYOCPipeline(DiffusionPipeline):
         unet: DualChannelUNet3D,
         scheduler: DDPMScheduler,
         texture_unet: TextureUNet3D | None = None,
-        texture_scheduler: FlowMatchEulerDiscreteScheduler | None = None,
+        texture_scheduler: DPMSolverMultistepScheduler | None = None,
         default_num_inference_steps: int = 1000,
         default_num_texture_steps: int = 10,
         prediction_type: str | None = None,

@@ -3,7 +3,7 @@
 from itertools import product
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -19,7 +19,7 @@ _PHASES = tuple(product((0, 1), repeat=3))
 @torch.no_grad()
 def add_texture(
     texture_unet: TextureUNet3D,
-    scheduler: FlowMatchEulerDiscreteScheduler,
+    scheduler: SchedulerMixin,
     reconstruction: Tensor,
     num_inference_steps: int,
     generator: torch.Generator | list[torch.Generator] | None = None,

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..data import Cells, augment_cells, draw_augmentation
+from ..data.sets.batches import StepBatches
 from ..models import MultiCodebookVQModel
 from ..randomness import process_share, step_generator
 from .interruptions import ignore_termination
@@ -46,22 +47,32 @@ def latent_batches(
         settings: of the stage.
         cells: to train on.
         vqvae: trained, on the device.
-        latents: those of all `cells`; None to encode the batches, augmented as the settings say.
+        latents: those of all `cells`, once or several times; None to encode augmented batches.
         first_step: steps made before.
 
     Yields:
         Normalised latents (B, M*n, d, h, w) and class labels (B,).
     """
-    loader = remaining_batches(cells, settings, first_step)
     if latents is None:
+        loader = remaining_batches(cells, settings, first_step)
         for micro_step, batch in enumerate(loader, first_step * settings.gradient_accumulation_steps):
             volumes = augment(batch["volumes"].to(accelerator.device), settings, micro_step)
             with torch.no_grad(), accelerator.autocast():
                 clean = vqvae.encode(volumes).latents.float()
             yield vqvae.normalize_latents(clean), batch["class_labels"].to(accelerator.device)
     else:
-        labels = torch.tensor(cells.labels)
-        for indices in loader.batch_sampler:
+        labels = torch.tensor(cells.labels).repeat(len(latents) // len(cells))
+        state, accumulation = PartialState(), settings.gradient_accumulation_steps
+        batches = StepBatches(
+            len(latents),
+            settings.train_batch_size,
+            first_step * accumulation,
+            (settings.max_train_steps - first_step) * accumulation,
+            settings.seed,
+            state.process_index,
+            state.num_processes,
+        )
+        for indices in batches:
             clean = latents[indices].to(accelerator.device)
             yield vqvae.normalize_latents(clean), labels[indices].to(accelerator.device)
 
@@ -79,6 +90,29 @@ def augment(volumes: Tensor, settings: StageSettings, micro_step: int) -> Tensor
         settings.intensity_jitter,
     )
     return augment_cells(volumes, *(process_share(x, state.process_index, state.num_processes) for x in drawn))
+
+
+class AugmentedCopies(Dataset):
+    """Every cell several times, each time turned and re-stained in a way of its own that does not change.
+
+    Args:
+        cells: that can be read in any order; copy `c` of cell `i` is item ``c * len(cells) + i``.
+        num_copies: of each.
+        settings: say how cells are augmented.
+    """
+
+    def __init__(self, cells: Cells, num_copies: int, settings: StageSettings):
+        self.cells, self.num_copies, self.settings = cells, num_copies, settings
+
+    def __len__(self) -> int:
+        return self.num_copies * len(self.cells)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        cell, settings = self.cells[index % len(self.cells)], self.settings
+        volumes = cell["volumes"][None]
+        generator = step_generator(settings.seed, index, "augmented copy")
+        drawn = draw_augmentation(1, volumes.shape[1], generator, settings.augmentation, settings.intensity_jitter)
+        return cell | {"volumes": augment_cells(volumes, *drawn)[0]}
 
 
 def sample_cells(cells: Cells, num_cells: int, seed: int) -> Dataset:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import diffusers
 import torch
 from accelerate.logging import get_logger
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
 from torch.utils.data import Subset
 
@@ -13,8 +13,9 @@ from ...data import Cells
 from ...models import DualChannelUNet3D, MultiCodebookVQModel, TextureUNet3D
 from ...models.fingerprint import fingerprint_weights
 from ...pipelines import BYOCPipeline
+from ...pipelines.schedulers import make_texture_scheduler
 from ...randomness import process_share
-from ..batches import latent_batches, sample_cells
+from ..batches import AugmentedCopies, latent_batches, sample_cells
 from ..latents import cache_latents, latent_statistics, measure_latents
 from ..losses import diffusion_loss
 from ..optimizers import make_optimizer
@@ -32,6 +33,8 @@ class DiffusionSettings(StageSettings):
 
     Args:
         class_conditional: give the labels to the U-Net.
+        num_augmented_copies: augmentations of every cell, whose latents are encoded once; None to draw another in
+            every epoch and to encode it on the way.
         loss_type, snr_gamma: see `diffusion_loss`.
         use_ema: the model is a moving average of the trained weights.
         ema_decay, use_ema_warmup, ema_inv_gamma, ema_power: see diffusers' `EMAModel`.
@@ -41,6 +44,7 @@ class DiffusionSettings(StageSettings):
     """
 
     class_conditional: bool = False
+    num_augmented_copies: int | None = None
     loss_type: str = "l1"
     snr_gamma: float | None = None
     use_ema: bool = True
@@ -94,11 +98,14 @@ def train_diffusion(
     if ema:
         ema.to(accelerator.device)  # a restored one lies on the CPU
 
-    # 2. data: latents encoded once and read from the disk; but batch by batch, and only some beforehand, where
-    # augmentation gives each epoch others, or a stream may outgrow the disk
+    # 2. data: latents encoded once, or once for each augmented copy, and read from the disk; but batch by batch, and
+    # only some beforehand, where augmentation gives each epoch others, or a stream may outgrow the disk
     vqvae.to(accelerator.device).requires_grad_(False).eval()
-    is_kept = cells.is_indexable and not settings.is_augmented
-    known = cells if is_kept else sample_cells(cells, 256, settings.seed)
+    is_kept = cells.is_indexable and (settings.num_augmented_copies is not None or not settings.is_augmented)
+    if is_kept and settings.is_augmented:
+        known = AugmentedCopies(cells, settings.num_augmented_copies, settings)
+    else:
+        known = cells if is_kept else sample_cells(cells, 256, settings.seed)
     folder, workers = stage.output_dir / "latents", settings.dataloader_num_workers
     latents = cache_latents(vqvae, known, folder / "train", accelerator, num_workers=workers)
     measure_latents(vqvae, latents)
@@ -191,7 +198,7 @@ def make_pipeline(
         unet,
         scheduler_class.from_config(noise_scheduler.config),
         texture_unet,
-        texture_unet and FlowMatchEulerDiscreteScheduler(),
+        texture_unet and make_texture_scheduler(),
         default_num_inference_steps=settings.num_inference_steps,
         default_num_texture_steps=settings.num_texture_steps,
         label2id=label2id,

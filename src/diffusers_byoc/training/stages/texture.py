@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import EMAModel
 
 from ...data import Cells
 from ...models import MultiCodebookVQModel, TextureUNet3D
 from ...models.fingerprint import fingerprint_weights
+from ...pipelines.schedulers import make_texture_scheduler
 from ...pipelines.texture import add_texture
 from ...randomness import process_share
 from ..batches import augment, remaining_batches
@@ -138,5 +138,5 @@ def show_texture(texture_unet: TextureUNet3D, vqvae: MultiCodebookVQModel, cells
     volumes = torch.stack([cells[index]["volumes"] for index in range(min(len(cells), 4))]).to(device)
     decoded = vqvae.decode(vqvae.encode(volumes).latents).sample
     generator = torch.Generator().manual_seed(0)
-    textured = add_texture(texture_unet, FlowMatchEulerDiscreteScheduler(), decoded, 10, generator)
+    textured = add_texture(texture_unet, make_texture_scheduler(), decoded, 10, generator)
     return {"cells": volumes, "decoded": decoded, "with texture": textured}

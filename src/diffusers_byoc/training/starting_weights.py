@@ -1,0 +1,34 @@
+"""A training that begins where another one ended, for other classes."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from ..models import DualChannelUNet3D
+
+
+@torch.no_grad()
+def take_unet_weights(
+    unet: DualChannelUNet3D, trained: DualChannelUNet3D, label2id: Mapping[str, int] | None, class_names: Sequence[str]
+) -> None:
+    """Give `unet` the weights of `trained`, which may know other classes or none.
+
+    A class that both know, by its name, keeps its embedding; a new one begins as the mean of all that are known. A
+    network without classes begins as the mean of those it will see: of one class, exactly as that class.
+
+    Args:
+        unet: of the same configuration, but for `num_class_embeds`.
+        trained: the weights.
+        label2id: the classes of `trained`, by name; None where it has none, or they have no names.
+        class_names: of the cells that `unet` will be trained on.
+    """
+    weights = trained.state_dict()
+    bias = weights["time_embedding.linear_2.bias"]
+    known = weights.pop("class_embedding.weight", torch.zeros_like(bias)[None])
+    rows = {name: known[index] for name, index in (label2id or {}).items()}
+    embeddings = torch.stack([rows.get(name, known.mean(0)) for name in class_names])
+    if unet.class_embedding is None:
+        weights["time_embedding.linear_2.bias"] = bias + embeddings.mean(0)  # where the embedding would be added
+    else:
+        weights["class_embedding.weight"] = embeddings
+    unet.load_state_dict(weights)

@@ -1,0 +1,35 @@
+import torch
+
+from diffusers_byoc import DualChannelUNet3D
+from diffusers_byoc.training.starting_weights import take_unet_weights
+
+
+def make_unet(num_classes):
+    return DualChannelUNet3D(2, 2, 4, (8, 8), 1, attention_head_dim=4, num_class_embeds=num_classes).eval()
+
+
+def predict(unet, label=None):
+    sample = torch.randn(1, 4, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    return unet(sample, 300, None if label is None else torch.tensor([label])).sample
+
+
+def test_a_network_for_one_class_begins_as_that_class():
+    trained, unet = make_unet(3), make_unet(None)
+    take_unet_weights(unet, trained, {"a": 0, "b": 1, "c": 2}, ["b"])
+    torch.testing.assert_close(predict(unet), predict(trained, 1))
+    assert (predict(unet) - predict(trained, 0)).abs().max() > 1e-3
+
+
+def test_known_classes_keep_their_embedding_and_new_ones_begin_between_them():
+    trained, unet = make_unet(2), make_unet(3)
+    take_unet_weights(unet, trained, {"a": 0, "c": 1}, ["a", "b", "c"])
+    torch.testing.assert_close(predict(unet, 0), predict(trained, 0))
+    torch.testing.assert_close(predict(unet, 2), predict(trained, 1))
+    torch.testing.assert_close(unet.class_embedding.weight[1], trained.class_embedding.weight.mean(0))
+
+
+def test_a_network_without_classes_is_where_classes_begin():
+    trained, unet = make_unet(None), make_unet(2)
+    take_unet_weights(unet, trained, None, ["a", "b"])
+    torch.testing.assert_close(predict(unet, 0), predict(trained))
+    torch.testing.assert_close(predict(unet, 1), predict(trained))
