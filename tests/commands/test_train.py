@@ -802,6 +802,13 @@ def test_a_pipeline_that_predicts_something_else_is_refused(unbroken, train):
         train("--pretrained", unbroken[0], "--prediction_type", "v_prediction")
 
 
+def test_the_codebooks_of_a_pipeline_are_not_made_one(unbroken, train):
+    with pytest.raises(SystemExit, match="Expected a pipeline with one codebook for --share_codebook, got .*each cha"):
+        train("--pretrained", unbroken[0], "--share_codebook")
+    with pytest.raises(SystemExit, match="Expected latent_range among per_channel, absolute, cell, nucleus, got 'er'"):
+        train("--pretrained", unbroken[0], "--stage", "diffusion", "--latent_range", "er")
+
+
 # ---------------------------------------------------------------------- arguments and their effects
 
 
