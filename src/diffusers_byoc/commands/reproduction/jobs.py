@@ -75,12 +75,15 @@ class Jobs:
         return None
 
     def check(self) -> None:
-        """Refuse to go on in a folder that holds results of other arguments.
+        """Refuse arguments that a command does not know, and a folder that holds results of other arguments.
 
         Raises:
-            ValueError: naming the first.
+            SystemExit: of the command.
+            ValueError: naming the first argument that differs.
         """
         for job in self.jobs:
+            for command in job.commands:
+                self._parse(job, command)
             if difference := self.difference(job):
                 raise ValueError(f"Expected {difference}. Delete that folder, or give another --output_dir.")
 
@@ -104,14 +107,18 @@ class Jobs:
         """What a job is made of: all arguments of its commands, and which runs of the jobs that it needs."""
         identity = {}
         for command in job.commands:
-            more = self._more(job, command)
-            key = (job.name, command.name, *map(str, more.values()))
-            if key not in self._parsed:
-                arguments = vars(command.parse(**more))
-                self._parsed[key] = {name: arguments[name] for name in sorted(arguments.keys() - NOT_DECISIVE)}
-            identity[command.name] = self._parsed[key]
+            identity[command.name] = self._parse(job, command)
         identity["needed"] = {name: self.result(self._by_name[name])["finished"] for name in job.needs}
         return json.loads(json.dumps(identity))  # as it is read again
+
+    def _parse(self, job: Job, command: Command) -> dict[str, Any]:
+        """All arguments that decide what a command computes, as far as they are known yet; read once."""
+        more = self._more(job, command)
+        key = (job.name, command.name, *map(str, more.values()))
+        if key not in self._parsed:
+            arguments = vars(command.parse(**more))
+            self._parsed[key] = {name: arguments[name] for name in sorted(arguments.keys() - NOT_DECISIVE)}
+        return self._parsed[key]
 
     def _more(self, job: Job, command: Command, **machine: Any) -> dict[str, Any]:
         """Arguments that depend on where things lie, and on what was found before."""
@@ -121,7 +128,7 @@ class Jobs:
                 "output_dir": self.folder / job.name / "evaluation",
                 "cache_dir": self.folder / "cache" / job.drug,
             }
-        best = self.best_rates(job) if job.rates else {}
+        best = self.best_rates(job) if job.rates and not self._missing(job) else {}
         return machine | best | {"output_dir": self.folder / job.name / "run", "resume_from_checkpoint": "latest"}
 
     def best_rates(self, job: Job) -> Mapping[str, float]:
