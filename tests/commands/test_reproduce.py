@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -138,6 +139,38 @@ def test_bad_input_is_one_line(preset):
     ]:
         code, error = run("reproduce_table1.py", preset, *arguments, check=False)
         assert code and message in error and len(error.splitlines()) == 1
+
+
+SBATCH = """#!/bin/bash
+echo "$*" >> sbatch.txt
+wc -l < sbatch.txt
+"""
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_the_clusters_script_submits_each_kind_after_the_one_before(preset):
+    (preset.parent / "sbatch").write_text(SBATCH)
+    (preset.parent / "sbatch").chmod(0o755)
+    (preset.parent / "examples").symlink_to(REPOSITORY / "examples")
+    path = f"{preset.parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "PYTHON": sys.executable, "PYTHONPATH": str(REPOSITORY / "src")}
+    script = [
+        "bash",
+        "examples/slurm/reproduce.sh",
+        "table1",
+        "--preset",
+        str(preset),
+        "--tune",
+        "--output_dir",
+        "a b",
+    ]
+    subprocess.run(script, cwd=preset.parent, env=environment, check=True, timeout=100)
+    tune, train, evaluate, table = (preset.parent / "sbatch.txt").read_text().splitlines()
+    for kind, line, numbers in (("tune", tune, "0,1,2,3"), ("train", train, "4,5"), ("evaluate", evaluate, "6,7")):
+        assert f"--job-name table1-{kind} --array {numbers} --signal B:TERM@120" in line
+        assert line.endswith(r"--output_dir a\ b  --job $SLURM_ARRAY_TASK_ID")
+    assert "afterany" not in tune and "--dependency afterany:1 " in train and "--dependency afterany:2 " in evaluate
+    assert "--dependency afterany:3 " in table and table.endswith("--write_only")
 
 
 # ---------------------------------------------------------------------- whole reproductions

@@ -30,6 +30,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output_dir", default="outputs/reproduction", help="all runs, what they found, table and figure")
     add("--list_jobs", action="store_true", help="show number, kind, state and name of each job, and run none")
     add("--job", type=int, help="run this one alone")
+    add("--write_only", action="store_true", help="write table or figure of what is done, and run none")
     add("--num_processes", type=positive, default=1, help="jobs at a time on this machine")
     add("--num_cpu_threads", type=positive, help="of each job (default: a fair share of all cores)")
     add("--models", nargs="+", choices=MODELS, help="of Table 1 (default: the preset's)")
@@ -69,18 +70,23 @@ def reproduce(args: argparse.Namespace, argv: list[str]) -> None:
     if args.job is not None:
         jobs.run(args.job, args.num_cpu_threads)
         return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the trainings are told to end
     jobs.check()
-    command = [sys.executable, "-m", "diffusers_byoc.commands.reproduce", *argv]
-    if args.num_cpu_threads is None and args.num_processes > 1:
-        num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        command += ["--num_cpu_threads", str(max(1, num_cores // args.num_processes))]
-    failed = jobs.run_all([*command, "--job"], args.num_processes)
+    failed = [] if args.write_only else run_all(args, argv, jobs)
     from .reproduction.results import write_results  # torch
 
     write_results(args.study, plan, jobs)
     if failed:
         raise SystemExit("\n".join(failed))
+
+
+def run_all(args: argparse.Namespace, argv: list[str], jobs: Jobs) -> list[str]:
+    """`Jobs.run_all` by processes that are told `argv`."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the trainings are told to end
+    command = [sys.executable, "-m", "diffusers_byoc.commands.reproduce", *argv]
+    if args.num_cpu_threads is None and args.num_processes > 1:
+        num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        command += ["--num_cpu_threads", str(max(1, num_cores // args.num_processes))]
+    return jobs.run_all([*command, "--job"], args.num_processes)
 
 
 def make_plan(args: argparse.Namespace) -> Plan:
