@@ -7,8 +7,8 @@ Writes quality_steps.json, .md and .png, after each point, few steps first, and 
 has. A function evaluation is one call of the U-Net; some schedulers take two a step. Every point starts from the same
 noise. Timesteps are spaced "trailing", or "leading" where the pipeline demands it.
 
-Steps change the latents alone, so decoded latents are compared with decoded phantoms, both without texture, which would
-take most of the time: 37 measurements of shape and brightness, in standard deviations of the decoded phantoms.
+Steps change the latents alone, so decoded latents are compared with decoded phantoms, both without texture, which
+would take most of the time: 37 measurements of shape and brightness, in standard deviations of the decoded phantoms.
 `--with_texture` compares whole cells with phantoms. The dotted line is the floor: other phantoms, treated alike.
 """
 
