@@ -14,10 +14,11 @@ import torch
 import zarr
 from diffusers import DiffusionPipeline
 
-from diffusers_byoc import BYOCPipeline
+from diffusers_byoc import BYOCPipeline, TextureUNet3D
 from diffusers_byoc.commands.generate import main
 from diffusers_byoc.data import read_volume
 from diffusers_byoc.pipelines.generation import cell_generator, generate_cells
+from diffusers_byoc.pipelines.schedulers import make_texture_scheduler
 from diffusers_byoc.whole_files import TEMPORARY_PREFIX
 
 
@@ -93,6 +94,22 @@ def test_a_folder_of_other_settings_is_refused(tmp_path, arguments, named):
     with pytest.raises(SystemExit, match=f"byoc-generate: error: Expected .* of the same {named}, got others"):
         generate(tmp_path, "--num_samples", 2, *arguments)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_texture_steps_reach_the_pipeline_and_the_record(tmp_path):
+    pipeline = load("plain")
+    pipeline.register_modules(texture_unet=TextureUNet3D(2, (8,), (1,)), texture_scheduler=make_texture_scheduler())
+    pipeline.save_pretrained(tmp_path / "textured")
+    generate(tmp_path / "cells", "--num_samples", 1, "--num_texture_steps", 2, pretrained=tmp_path / "textured")
+    arguments = {"num_inference_steps": 3, "generator": cell_generator(0, 0)}
+    (drawn,) = pipeline(num_texture_steps=2, **arguments).volumes
+    np.testing.assert_allclose(intensities(tmp_path / "cells" / "cell_000000.ome.tif"), drawn, atol=2 * STEP)
+    record = json.loads((tmp_path / "cells" / "generation.json").read_text())
+    assert record["num_texture_steps"] == 2 and record["texture_scheduler"]["flow_shift"] == 0.5
+    with pytest.raises(SystemExit, match="of the same num_texture_steps, got others"):
+        generate(tmp_path / "cells", "--num_texture_steps", 0, pretrained=tmp_path / "textured")
+    with pytest.raises(SystemExit, match="Expected a pipeline with a texture_unet for --num_texture_steps 2"):
+        generate(tmp_path / "none", "--num_texture_steps", 2)
 
 
 def test_a_folder_of_another_pipeline_is_refused(tmp_path):

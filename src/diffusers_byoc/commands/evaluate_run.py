@@ -173,8 +173,8 @@ def generated_cells(
         args.num_samples,
         class_names,
         args.num_inference_steps,
-        args.seed,
-        args.batch_size,
+        seed=args.seed,
+        batch_size=args.batch_size,
         voxel_size_um=settings.voxel_size_um,
         share=(state.process_index, state.num_processes),
     )

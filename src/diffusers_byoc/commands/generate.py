@@ -23,6 +23,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num_samples", type=positive, default=8, help="how many cells there shall be (default: 8)")
     add("--class_labels", nargs="+", metavar="CLASS", help="names or numbers, which the cells have in turn")
     add("--num_inference_steps", type=positive, help="denoising steps (default: the pipeline's)")
+    add("--num_texture_steps", type=int, help="steps of the texture, 0 for none (default: the pipeline's)")
     add("--seed", type=int, default=0, help="of all cells; each depends on it and its own number alone (default: 0)")
     add("--format", choices=FORMATS, default="ome.tif", help="of the files (default: ome.tif)")
     add("--batch_size", type=positive, default=8, help="cells at a time; changes none of them (default: 8)")
@@ -63,6 +64,16 @@ def generate(args: argparse.Namespace) -> None:
         labels = labels and [name if name in label2id else _number(name) for name in labels]
         indices = pipeline.prepare_class_labels(labels, len(labels or [None]), "cpu")
         labels = labels and indices.tolist()
+        if args.num_texture_steps and pipeline.texture_unet is None:
+            raise ValueError(
+                f"Expected a pipeline with a texture_unet for --num_texture_steps {args.num_texture_steps}, got"
+                f" {args.pretrained} without. Leave them out."
+            )
+    elif args.num_texture_steps is not None:
+        raise ValueError(
+            f"Expected no --num_texture_steps for {type(pipeline).__name__}, which draws no texture of its own, got"
+            f" {args.num_texture_steps}. Leave them out."
+        )
     elif labels:
         raise ValueError(
             f"Expected no --class_labels for {type(pipeline).__name__}, whose model has no classes, got"
@@ -72,7 +83,8 @@ def generate(args: argparse.Namespace) -> None:
     folder = Path(args.output_dir)
     with lock_folder(folder):
         remove_left_overs(folder)
-        settings = (labels, args.num_inference_steps, args.seed, args.batch_size, f".{args.format}")
+        steps = (args.num_inference_steps, args.num_texture_steps)
+        settings = (labels, *steps, args.seed, args.batch_size, f".{args.format}")
         paths = generate_cells(pipeline, folder, args.num_samples, *settings)
     print(f"{len(paths)} cells in {folder}.")
 

@@ -30,6 +30,7 @@ def generate_cells(
     num_samples: int,
     class_labels: Sequence[int | str] | None = None,
     num_inference_steps: int | None = None,
+    num_texture_steps: int | None = None,
     seed: int = 0,
     batch_size: int = 8,
     suffix: str = ".ome.tif",
@@ -49,6 +50,7 @@ def generate_cells(
         num_samples: how many cells there shall be; more than before adds to them.
         class_labels: the classes that the cells have in turn; None without classes.
         num_inference_steps: denoising steps; None for the pipeline's own.
+        num_texture_steps: steps of the texture, of a `BYOCPipeline` that draws it; None likewise, 0 for no texture.
         seed: of the series, at least 0.
         batch_size: cells at a time.
         suffix: of the files, one that `write_volume` knows.
@@ -62,16 +64,21 @@ def generate_cells(
         ValueError: if the folder holds cells that other weights or settings made, or the pipeline refuses these.
     """
     networks = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
-    scheduler = getattr(pipeline, "scheduler", None)
+    schedulers = {name: getattr(pipeline, name, None) for name in ("scheduler", "texture_scheduler")}
     vqvae = getattr(pipeline, "vqvae", None)
     latent_range = vqvae and vqvae.config.get("latent_range")
     labels = class_labels and [label if isinstance(label, str) else int(label) for label in class_labels]
     record = {
         "weights": {name: fingerprint_weights(network) for name, network in networks.items()},
         "latent_range": None if latent_range == "per_channel" else latent_range,  # which no weight tells
-        "scheduler": scheduler and {"name": type(scheduler).__name__} | _public(scheduler.config),
+        **{
+            name: scheduler and {"name": type(scheduler).__name__} | _public(scheduler.config)
+            for name, scheduler in schedulers.items()
+        },
         "num_inference_steps": num_inference_steps or pipeline.config.get("default_num_inference_steps"),
-        "num_texture_steps": pipeline.config.get("default_num_texture_steps"),
+        "num_texture_steps": (
+            pipeline.config.get("default_num_texture_steps") if num_texture_steps is None else num_texture_steps
+        ),
         "class_labels": labels,
         "seed": seed,
         "suffix": suffix,
@@ -88,6 +95,8 @@ def generate_cells(
         arguments = {"num_samples": len(batch), "generator": [cell_generator(seed, index) for index in batch]}
         if num_inference_steps is not None:
             arguments["num_inference_steps"] = num_inference_steps
+        if num_texture_steps is not None:
+            arguments["num_texture_steps"] = num_texture_steps
         if labels:
             arguments["class_labels"] = [labels[index % len(labels)] for index in batch]
         volumes = pipeline(**arguments).volumes
