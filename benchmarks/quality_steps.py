@@ -202,6 +202,8 @@ def main() -> None:
             figure = degradation_curves(levels, scores, "function evaluations", num_columns=2)
             for axes in figure.axes:
                 axes.set(xscale="log", yscale="log")
+                axes.set_xticks([1, 10, 100, 1000], ["1", "10", "100", "1000"])
+                axes.tick_params(axis="x", which="minor", labelbottom=False)
                 axes.axhline(floor, color="black", linewidth=1, linestyle=":")
             write_png(figure, path.with_suffix(".png"))
 

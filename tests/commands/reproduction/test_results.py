@@ -16,6 +16,7 @@ from diffusers_byoc.commands.reproduction.results import (
     Row,
     _metric,
     gather,
+    overview_of,
     page_of,
     scores_of,
     table_of,
@@ -49,6 +50,7 @@ def test_the_best_is_what_is_nearest_to_what_is_good():
         row("byoc", fold(11, 0.30, 0.8), fold(11, 0.30, 0.8)),
         row("ha_gan", fold(15, 0.50, 0.9), fold(15, 0.54, 0.9)),
     ]
+    rows[-1].folds.append(fold())  # a fold that has nothing changes nothing
     table = columns(table_of(rows, {"nocodazole": [fold(5, 0.5, 0.81)]}))
     assert table["nocodazole", "W-GAN"]["Fréchet, morphology ↓"] == "12 ± 2.8"
     assert table["nocodazole", "BYOC"]["Fréchet, morphology ↓"] == "**11** ± 0"
@@ -57,6 +59,30 @@ def test_the_best_is_what_is_nearest_to_what_is_good():
     assert table["nocodazole", "*real*"]["Fréchet, morphology ↓"] == "5"
     assert "Fréchet, texture ↓" not in table["nocodazole", "BYOC"]  # nan everywhere
     assert sum("**" in entry for entries in table.values() for entry in entries.values()) == 3
+
+
+def test_where_all_are_alike_none_is_best():
+    table = columns(table_of([row("w_gan", fold(10, 1.0)), row("byoc", fold(9, 1.0))], {}))
+    assert table["nocodazole", "BYOC"]["Fréchet, morphology ↓"] == "**9**"
+    assert table["nocodazole", "BYOC"]["trees, morphology → 0.5"] == "1"
+
+
+def test_the_overview_has_the_papers_form():
+    rows = [
+        row("w_gan", fold(3, mmd=2e-4), drug="a"),
+        row("byoc", fold(2, mmd=1e-4), drug="a"),
+        row("w_gan", fold(1, mmd=1e-4), drug="b"),
+        Row("b", "byoc"),
+    ]
+    lines = overview_of(rows, {"a": [fold(0.5)]})
+    assert (
+        lines[0] == "| model | a: MMD x 10⁴ ↓ | a: Fréchet, morphology ↓ | b: MMD x 10⁴ ↓ | b: Fréchet, morphology ↓ |"
+    )
+    assert lines[2:] == [
+        "| W-GAN | 2 | 3 | **1** | **1** |",
+        "| BYOC | **1** | **2** | – | – |",
+        "| *real* | – | 0.5 | – | – |",
+    ]
 
 
 def test_the_papers_numbers_stand_beside_and_the_costs():

@@ -188,6 +188,7 @@ def page_of(
     ]
     if not_done:
         lines += [f"> Not done, and missing here: {', '.join(not_done)}", ""]
+    lines += [*overview_of(rows, floors), "", "With all measurements, and what each model costs:", ""]
     lines += table_of(rows, floors, with_paper=study == TABLE)
     if study == TABLE:
         lines += ["", "*paper*: Table 1 of the paper, on other data (7,083 melanoma cells that are not public)."]
@@ -213,7 +214,7 @@ def table_of(
     rows: Sequence[Row], floors: Mapping[str, Sequence[Mapping[str, float]]], with_paper: bool = False
 ) -> list[str]:
     """A Markdown table: for each drug the models, then real cells."""
-    keys = [key for key in COLUMNS if any(_is_defined(fold.get(key)) for row in rows for fold in row.folds)]
+    keys = _defined(COLUMNS, rows, floors)
     metrics = {key: _metric(key) for key in keys}
     heads = [f"{COLUMNS[key]} {ARROWS[metrics[key].good]}" for key in keys]
     paper = ["FID, paper", "MMD x 10⁴, paper"] if with_paper else []
@@ -235,6 +236,29 @@ def table_of(
     return lines
 
 
+def overview_of(rows: Sequence[Row], floors: Mapping[str, Sequence[Mapping[str, float]]]) -> list[str]:
+    """A Markdown table in the paper's form: a row for each model, in it two distances for each drug.
+
+    FID and MMD, or without features of Med3D those on morphology.
+    """
+    keys = _defined(PANELS, rows, floors)[:2]
+    drugs = list(dict.fromkeys(row.drug for row in rows))
+    summaries = {(row.model, row.drug): summarize_folds(row.folds) if row.folds else {} for row in rows}
+    places = [(drug, key) for drug in drugs for key in keys]
+    lines = ["| model | " + " | ".join(f"{drug}: {PANELS[key]} ↓" for drug, key in places) + " |"]
+    lines += ["|" + " --- |" * (1 + len(places))]
+    models = list(dict.fromkeys(row.model for row in rows))
+    for model in models:
+        words = []
+        for drug, key in places:
+            here = {other: summaries.get((other, drug), {}) for other in models}
+            is_best = model in _best(_metric(key), key, here, {})
+            words.append(_in_words(here[model], key, _metric(key), is_best))
+        lines.append(f"| {TITLES[model]} | " + " | ".join(words) + " |")
+    words = [_in_words(summarize_folds(floors[d]) if d in floors else {}, key, _metric(key)) for d, key in places]
+    return [*lines, "| *real* | " + " | ".join(words) + " |"]
+
+
 def scores_of(rows: Iterable[Row]) -> dict[str, dict[str, dict[str, list[float]]]]:
     """Panel -> model -> drug -> a value a fold, for `metric_bars`; without what is not defined."""
     scores: dict[str, dict[str, dict[str, list[float]]]] = {}
@@ -246,6 +270,14 @@ def scores_of(rows: Iterable[Row]) -> dict[str, dict[str, dict[str, list[float]]
                 by_model = scores.setdefault(f"{title} ↓", {})
                 by_model.setdefault(TITLES[row.model], {})[row.drug] = values
     return scores
+
+
+def _defined(
+    keys: Iterable[str], rows: Sequence[Row], floors: Mapping[str, Sequence[Mapping[str, float]]]
+) -> list[str]:
+    """Those of the keys that some fold has a value for."""
+    folds = [fold for row in rows for fold in row.folds] + [fold for folds in floors.values() for fold in folds]
+    return [key for key in keys if any(_is_defined(fold.get(key)) for fold in folds)]
 
 
 def _metric(key: str) -> Metric:
@@ -266,7 +298,8 @@ def _best(metric: Metric, key: str, summaries: Mapping[str, Mapping], floor: Map
     else:
         wanted = floor.get(key, {"mean": math.nan})["mean"] if metric.good == "as real" else float(metric.good)
         distances = {model: abs(mean - wanted) for model, mean in means.items() if math.isfinite(wanted)}
-    return {model for model, distance in distances.items() if distance == min(distances.values())}
+    best = {model for model, distance in distances.items() if distance == min(distances.values())}
+    return set() if len(best) == len(means) > 1 else best  # where all are alike, none is
 
 
 def _in_words(summary: Mapping[str, Mapping[str, float]], key: str, metric: Metric, is_best: bool = False) -> str:

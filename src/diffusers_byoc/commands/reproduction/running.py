@@ -75,7 +75,7 @@ def measure_speed(command: Command, more: Mapping[str, Any]) -> dict[str, Any]:
         started = time.perf_counter()
         pipeline(batch_size, generator=torch.Generator().manual_seed(seed), **arguments)  # ends on the CPU
         seconds = min(seconds, time.perf_counter() - started)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads of a CPU"
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"a CPU, {torch.get_num_threads()} thread(s)"
     speed = {"parameters": count_parameters(pipeline), "seconds_per_cell": seconds / batch_size}
     return speed | {"batch_size": batch_size, "device": name}
 
