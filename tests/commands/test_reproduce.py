@@ -199,6 +199,7 @@ def test_table_1_is_made_after_interruptions_and_nothing_twice(preset):
     assert rows["w_gan"]["speed"]["parameters"] < rows["byoc"]["speed"]["parameters"]
     assert all(row["speed"]["seconds_per_cell"] > 0 for row in rows.values())
 
+    assert list((out / "cache" / "nocodazole").iterdir()) and not list(out.rglob("evaluation/cache"))
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name in ("done.json", "metrics.json")}
     text = run("reproduce_table1.py", preset)
     assert "Job" not in text and len(before) == 6
