@@ -117,6 +117,21 @@ def test_learning_rates_are_tried_where_none_is_settled():
     assert not of_kind(Plan(**entries).jobs(TABLE), "tune")
 
 
+def test_a_short_training_has_as_much_fewer_steps():
+    """Its cosine schedule ends, too."""
+    (job, *_) = (job for job in read_plan("cpu", tune=True).jobs(TABLE) if job.name == "tune/medical_diffusion/3")
+    args = parsed(job)
+    assert (args.autoencoder_max_train_steps, args.diffusion_max_train_steps) == (250, 800)  # 6 of 60 minutes
+    assert minutes(args) == pytest.approx(6)
+
+
+def test_figure_6_needs_byoc():
+    plan = read_plan("cpu")
+    plan = read_plan("cpu", models={"w_gan": plan.models["w_gan"]})
+    with pytest.raises(ValueError, match="Expected byoc in the preset, got w_gan"):
+        plan.jobs(FIGURE)
+
+
 def test_every_stage_of_a_model_has_its_rate_multiplied():
     plan = read_plan("cpu", tune=True)
     rates = {job.model: job.rates["tune/" + job.model + "/3"] for job in plan.jobs(TABLE) if job.kind == "train"}

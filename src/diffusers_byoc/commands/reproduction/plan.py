@@ -126,7 +126,9 @@ class Plan:
             raise ValueError(f"Expected num_folds of at least 2, got {self.num_folds}. Raise it.")
         for model, entry in self.models.items():
             if unknown := set(entry) - {"arguments", "shares", "rate_factor"}:
-                raise ValueError(f"Expected arguments, shares, rate_factor of {model}, got {sorted(unknown)}.")
+                raise ValueError(
+                    f"Expected arguments, shares, rate_factor of {model}, got {sorted(unknown)}. Correct it."
+                )
             total = sum(entry.get("shares", {"": 1}).values())
             if abs(total - 1) > 1e-6:
                 raise ValueError(f"Expected shares of {model} that add up to 1, got {total:g}. Correct them.")
@@ -150,6 +152,8 @@ class Plan:
     def jobs(self, study: str) -> list[Job]:
         """All jobs of a study, each after those that it needs."""
         if study == FIGURE:
+            if "byoc" not in self.models:
+                raise ValueError(f"Expected byoc in the preset, got {', '.join(self.models)}. Add it for Figure 6.")
             trainings = {"byoc_ablation" if self.ablation else "byoc": dict(self.ablation)}
             trainings["unimodal"] = self.ablation | {"share_codebook": True}
             found = [("byoc", name, extra) for name, extra in trainings.items()]
@@ -180,7 +184,8 @@ class Plan:
             return
         drug, fold, minutes = self.drugs[0], self.folds[0], self.tuning["minutes"]
         for factor in self.tuning["factors"]:
-            training = self._train(model, drug, fold, minutes, self._rates(model, factor))
+            extra = self._rates(model, factor) | self._fewer_steps(model, minutes)
+            training = self._train(model, drug, fold, minutes, extra)
             evaluation = self._evaluate(
                 drug, fold, TUNING_SEED, num_samples=self.tuning["num_samples"], volume_classifier=False
             )
@@ -232,6 +237,14 @@ class Plan:
         args = vars(self._train(model, self.drugs[0], self.folds[0], None).parse())
         rates = {name: value for name, value in args.items() if name.endswith("learning_rate") and value is not None}
         return {name: float(f"{value * factor:.6g}") for name, value in rates.items()}
+
+    def _fewer_steps(self, model: str, minutes: float) -> dict[str, int]:
+        """Steps of a shorter training, so that its learning-rate schedules end as those of a whole one do."""
+        if self.train_minutes is None:
+            return {}
+        args = vars(self._train(model, self.drugs[0], self.folds[0], None).parse())
+        steps = {name: value for name, value in args.items() if name.endswith("max_train_steps") and value is not None}
+        return {name: max(1, round(value * minutes / self.train_minutes)) for name, value in steps.items()}
 
     def _all_rates(self, model: str) -> list[dict[str, float]]:
         return [self._rates(model, factor) for factor in self.tuning["factors"]]
