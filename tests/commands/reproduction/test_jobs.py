@@ -101,6 +101,25 @@ def test_what_only_the_machine_knows_may_change(make, ran):
     assert again.state(again.jobs[0]) == "done"
 
 
+def test_what_a_training_begins_with_may_not(make, ran):
+    byoc = plan_of(["byoc"]).models["byoc"]
+
+    def models(pipeline):
+        return {"byoc": byoc | {"arguments": byoc["arguments"] | {"pretrained": pipeline}}}
+
+    jobs = [Jobs(read_plan("cpu", drugs=["a"], models=models(name)).jobs(TABLE), make().folder) for name in "xy"]
+    jobs[0].run(0)
+    with pytest.raises(ValueError, match="Expected byoc-train pretrained 'x' in .*, got 'y'"):
+        jobs[1].check()
+
+
+def test_a_result_of_unknown_arguments_is_none(make, ran, tmp_path):
+    jobs = make()
+    jobs.run(0)
+    (tmp_path / jobs.jobs[0].name / "job.json").unlink()
+    assert jobs.state(jobs.jobs[0]) == "open"
+
+
 def test_a_mistake_in_a_preset_is_found_before_any_job_runs(make, ran, capsys):
     with pytest.raises(SystemExit):
         make(evaluation={"num_celz": 3}).check()

@@ -20,7 +20,7 @@ HELD = 75  # exit status of a job that another process is at: EX_TEMPFAIL of sys
 PAUSE = 5  # seconds between looks at what other processes do
 # where a command finds and leaves things, and how fast; all else decides what it computes
 NOT_DECISIVE = {
-    *("output_dir", "pretrained", "cache_dir", "cache_gb", "resume_from_checkpoint"),
+    *("output_dir", "cache_dir", "cache_gb", "resume_from_checkpoint"),
     *("num_cpu_threads", "dataloader_num_workers", "report_to", "checkpointing_steps", "checkpoints_total_limit"),
 }
 
@@ -45,15 +45,16 @@ class Jobs:
 
     def result(self, job: Job) -> dict[str, Any] | None:
         """What a job found; None until it is done, by the same arguments, with all that it leaves."""
-        path = self.folder / job.name / RESULT_NAME
-        if not path.is_file() or not all(output.is_file() for output in self._outputs(job)):
+        folder = self.folder / job.name
+        path = folder / RESULT_NAME
+        if not all(file.is_file() for file in (path, folder / IDENTITY_NAME, *self._outputs(job))):
             return None
         if self._missing(job) or self.difference(job):
             return None
         return json.loads(path.read_text(encoding="utf-8"))
 
     def state(self, job: Job) -> str:
-        """ "done", "waiting" for others, "changed" since it was begun, "begun" or "open"."""
+        """One of "done", "waiting" (for others), "changed" (since it was begun), "begun" and "open"."""
         if self.result(job) is not None:
             return "done"
         if self._missing(job):
@@ -117,7 +118,9 @@ class Jobs:
         key = (job.name, command.name, *map(str, more.values()))
         if key not in self._parsed:
             arguments = vars(command.parse(**more))
-            self._parsed[key] = {name: arguments[name] for name in sorted(arguments.keys() - NOT_DECISIVE)}
+            # the pipeline that is judged is known by the job that trained it; one that a training begins with is not
+            left_out = NOT_DECISIVE | ({"pretrained"} if command.name == "byoc-evaluate" else set())
+            self._parsed[key] = {name: arguments[name] for name in sorted(arguments.keys() - left_out)}
         return self._parsed[key]
 
     def _more(self, job: Job, command: Command, **machine: Any) -> dict[str, Any]:
@@ -227,7 +230,7 @@ class Jobs:
     def _note_end(self, number: int, status: int, failed: dict[int, str], held: dict[int, float]) -> None:
         job = self.jobs[number]
         if status == HELD:
-            held[number] = time.monotonic() + PAUSE
+            held[number] = time.monotonic() + 6 * PAUSE
         elif status:
             path = self.folder / job.name / LOG_NAME
             last = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
