@@ -77,6 +77,7 @@ setup(
             "byoc-evaluate = diffusers_byoc.commands.evaluate:main",
             "byoc-generate = diffusers_byoc.commands.generate:main",
             "byoc-prepare = diffusers_byoc.commands.prepare:main",
+            "byoc-reproduce = diffusers_byoc.commands.reproduce:main",
             "byoc-train = diffusers_byoc.commands.train:main",
             "byoc-train-baseline = diffusers_byoc.commands.train_baseline:main",
         ]

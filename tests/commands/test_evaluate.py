@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from diffusers_byoc import BYOCPipeline, DualChannelUNet3D, MultiCodebookVQModel
+from diffusers_byoc import WGAN, BaselinePipeline, BYOCPipeline, DualChannelUNet3D, MultiCodebookVQModel
 from diffusers_byoc.commands.evaluate import parse_args
 from diffusers_byoc.commands.evaluate_run import generated_cells, load_pipeline
 from diffusers_byoc.data import PhantomCells, VolumeProcessor, read_volume, write_ome_tiff
@@ -194,3 +194,20 @@ def test_a_generator_that_nobody_knows_is_judged_by_the_name_of_its_class(tmp_pa
     args.pipeline_class = "blurred_noise:Sharp"
     with pytest.raises(ValueError, match="MODULE:CLASS that can be imported, got blurred_noise:Sharp"):
         load_pipeline(args, torch.device("cpu"))
+
+
+def test_a_range_of_latents_is_the_autoencoders(tmp_path):
+    saved = REPOSITORY / "tests" / "pipelines" / "saved" / "plain"
+    command = ["--pretrained", str(saved), "--latent_range"]
+    pipeline = load_pipeline(parse_args([*command, "nucleus"]), torch.device("cpu"))
+    assert pipeline.vqvae.config.latent_range == "nucleus"
+    assert load_pipeline(parse_args(command[:2]), torch.device("cpu")).vqvae.config.latent_range == "per_channel"
+    with pytest.raises(
+        ValueError, match="Expected latent_range among per_channel, absolute, cell, nucleus, got 'all'"
+    ):
+        load_pipeline(parse_args([*command, "all"]), torch.device("cpu"))
+    BaselinePipeline(WGAN(sample_size=32, latent_dim=8, base_channels=4)).save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match="Expected a pipeline with codebooks for --latent_range, got BaselinePipeline"
+    ):
+        load_pipeline(parse_args(["--pretrained", str(tmp_path), "--latent_range", "cell"]), torch.device("cpu"))

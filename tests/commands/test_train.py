@@ -812,6 +812,17 @@ def test_the_codebooks_of_a_pipeline_are_not_made_one(unbroken, train):
 # ---------------------------------------------------------------------- arguments and their effects
 
 
+def test_minutes_are_those_of_a_stage_or_of_all():
+    def minutes(*arguments):
+        args = parse(*arguments)
+        return [train_run.settings_of(args, stage).max_train_minutes for stage in train_run.stages_of(args)]
+
+    assert minutes() == [None, None, None]
+    assert minutes("--max_train_minutes", 3) == [3, 3, 3]
+    assert minutes("--max_train_minutes", 3, "--texture_max_train_minutes", 1) == [3, 1, 3]
+    assert minutes("--diffusion_max_train_minutes", 1) == [None, None, 1]
+
+
 def test_common_arguments_reach_both_stages_and_a_stages_own_wins(preset):
     common = ["--max_train_steps", 7, "--learning_rate", 0.5, "--train_batch_size", 3, "--lr_scheduler", "linear"]
     args = parse("--preset", preset, *common, "--diffusion_learning_rate", 0.25)

@@ -25,7 +25,7 @@ from diffusers_byoc import (
 )
 from diffusers_byoc.commands import generate
 from diffusers_byoc.commands.train_baseline import main
-from diffusers_byoc.commands.train_baseline_arguments import parse_args
+from diffusers_byoc.commands.train_baseline_arguments import BASELINES, parse_args
 from diffusers_byoc.commands.train_baseline_run import GANS, STAGES, make_model, make_unet, settings_of
 from diffusers_byoc.commands.training_arguments import PRESETS
 from diffusers_byoc.data import read_volume
@@ -120,7 +120,11 @@ def test_the_papers_preset_is_the_papers_settings_and_model(baseline):
     assert configs[0] == configs[1]
 
 
-@pytest.mark.parametrize("path", sorted(PRESETS.glob("*/*.json")), ids=lambda path: f"{path.parent.name}/{path.stem}")
+@pytest.mark.parametrize(
+    "path",
+    [path for name in BASELINES for path in sorted((PRESETS / name).glob("*.json"))],
+    ids=lambda path: f"{path.parent.name}/{path.stem}",
+)
 def test_every_preset_can_be_trained(path):
     args = parse("--baseline", path.parent.name, "--preset", path.stem)
     assert all(isinstance(settings, StageSettings) for settings in settings_of(args).values())

@@ -82,6 +82,11 @@ def test_curves_are_means_over_repeats_in_a_band():
     assert legend_texts(figure) == ["blur", "noise"]
 
 
+def test_no_two_of_fifteen_curves_look_alike():
+    figure = degradation_curves([0, 1], {"FID": {str(index): [0, 1] for index in range(15)}})
+    assert len({(line.get_color(), line.get_marker()) for line in figure.axes[0].lines}) == 15
+
+
 @pytest.mark.parametrize(("num_panels", "expected"), [(1, 1), (3, 3), (4, 2), (5, 3), (9, 3)])
 def test_panels_stand_in_even_rows(num_panels, expected):
     figure = degradation_curves([0, 1], {str(index): {"blur": [0, 1]} for index in range(num_panels)})

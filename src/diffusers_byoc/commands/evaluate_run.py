@@ -67,6 +67,7 @@ def run(args: argparse.Namespace, state: PartialState) -> None:
     channel_names = tuple(args.channel_names or (pipeline and channel_names_of(pipeline)) or ("cell", "nucleus"))
     cells = read_cells(args, channel_names)
     folder = Path(args.output_dir)
+    cache = Path(args.cache_dir or folder / "cache")
     folds = make_folds(
         cells,
         folder if state.is_main_process else None,
@@ -100,9 +101,9 @@ def run(args: argparse.Namespace, state: PartialState) -> None:
     real = real_cells(cells, autoencoder, pipeline if getattr(pipeline, "texture_unet", None) else None)
     sets, features = (generated, real), {}
     for cell_set in sets:
-        features |= extract_features(cell_set, extractors, folder / "cache")
+        features |= extract_features(cell_set, extractors, cache)
         lap(f"measuring {cell_set.name} cells")
-    found = compare_rows(sets, features, extractors, folds, settings, folder / "cache")
+    found = compare_rows(sets, features, extractors, folds, settings, cache)
     lap("metrics")
 
     # 3. the report
@@ -140,6 +141,14 @@ def load_pipeline(args: argparse.Namespace, device: torch.device) -> DiffusionPi
             ) from error
     pipeline = pipeline_class.from_pretrained(args.pretrained, dtype=getattr(torch, args.dtype)).to(device)
     pipeline.set_progress_bar_config(disable=True)  # the series of cells has one
+    if args.latent_range is not None:
+        autoencoder = autoencoder_of(pipeline)
+        if autoencoder is None:
+            raise ValueError(
+                f"Expected a pipeline with codebooks for --latent_range, got {type(pipeline).__name__}. Leave it out."
+            )
+        autoencoder.register_to_config(latent_range=args.latent_range)
+        autoencoder.check_latent_range()
     return pipeline
 
 

@@ -39,7 +39,7 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
         for stage in STAGES:
             if "num_train_epochs" in given and not {f"{stage}_max_train_steps", "max_train_steps"} & set(given):
                 setattr(args, f"{stage}_max_train_steps", None)
-        spread_over_stages(args, given, STAGES, COMMON)
+        spread_over_stages(args, given, STAGES, [*COMMON, "max_train_minutes"])
     if args.stage == "all" and args.resume_from_checkpoint not in (None, "latest"):
         parser.error(
             f"Expected --resume_from_checkpoint latest for all stages, got {args.resume_from_checkpoint}, which is of"
@@ -95,6 +95,7 @@ def _make_parser(description: str) -> argparse.ArgumentParser:
     for stage, learning_rate in STAGES.items():
         for name, (kind, _) in COMMON.items():
             add(f"--{stage}_{name}", type=kind, default=(defaults | {"learning_rate": learning_rate})[name])
+        add(f"--{stage}_max_train_minutes", type=float, help="wins over --max_train_minutes")
 
     add = parser.add_argument_group("autoencoder").add_argument
     add("--discriminator_start", type=int, default=10_000, help="step at which the discriminator joins")

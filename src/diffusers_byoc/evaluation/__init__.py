@@ -9,7 +9,7 @@ from .features import FEATURES, Extractor, extract_features
 from .folds import MIN_CELLS, make_folds
 from .metric_table import METRICS, Comparison, Metric
 from .reconstruction import judge_reconstruction
-from .report import Results, write_report
+from .report import Results, summarize_folds, write_report
 from .sets import CellSet, Variant, folder_cells, real_cells
 from .settings import EvaluationSettings
 from .suspicions import suspicions
@@ -35,6 +35,7 @@ __all__ = [
     "judge_reconstruction",
     "make_folds",
     "real_cells",
+    "summarize_folds",
     "suspicions",
     "write_report",
 ]

@@ -62,7 +62,7 @@ class Results:
 
 def write_report(output_dir: Path, results: Results) -> None:
     """Write metrics.json, metrics.md and the figures into a folder."""
-    summary = {row: _over_folds([fold[row] for fold in results.folds]) for row in results.folds[0]}
+    summary = {row: summarize_folds([fold[row] for fold in results.folds]) for row in results.folds[0]}
     features = results.features
     comparisons = {
         kind: compare_features(features[REAL][kind], features[GENERATED][kind], names)
@@ -79,7 +79,7 @@ def write_report(output_dir: Path, results: Results) -> None:
         "notes": results.notes,
     }
     figures = _write_figures(output_dir, results, comparisons)
-    text = json.dumps(_without_nan(record), indent=2, ensure_ascii=False, allow_nan=False, default=float)
+    text = json.dumps(without_nan(record), indent=2, ensure_ascii=False, allow_nan=False, default=float)
     with whole_or_absent(output_dir / "metrics.json") as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
     with whole_or_absent(output_dir / "metrics.md") as temporary:
@@ -89,8 +89,8 @@ def write_report(output_dir: Path, results: Results) -> None:
     print(f"Wrote {output_dir / 'metrics.md'}, metrics.json and {len(figures)} figures.")
 
 
-def _over_folds(values: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """Metric -> mean and standard deviation (n - 1) over the folds where it is defined."""
+def summarize_folds(values: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Metric -> "mean" and "std" (n - 1) over the folds where it is defined; nan where there is none."""
     summary = {}
     for metric in values[0]:
         numbers = np.array([value[metric] for value in values], dtype=float)
@@ -171,7 +171,7 @@ def _write_figures(output_dir: Path, results: Results, comparisons: Mapping) -> 
     figure = compare_volumes(shown, results.channel_names, results.voxel_size_um)
     write("The first cells of each column", "cells.png", figure)
     bars = {}
-    for metric, kind, key in _shown({row: _over_folds([fold[row] for fold in results.folds]) for row in shown}):
+    for metric, kind, key in _shown({row: summarize_folds([fold[row] for fold in results.folds]) for row in shown}):
         values = {row: {"": [fold[row][key] for fold in results.folds]} for row in shown}
         if metric.is_drawn and all(np.isfinite(value[""]).all() for value in values.values()):
             bars[f"{metric.title_of(kind)} ({metric.good})"] = values
@@ -243,10 +243,10 @@ def _in_words(row: Mapping[str, Mapping[str, float]], key: str, factor: float) -
     return f"{value['mean'] * factor:.4g}{spread}"
 
 
-def _without_nan(value):
+def without_nan(value):
     """JSON has no nan: null takes its place."""
     if isinstance(value, Mapping):
-        return {key: _without_nan(item) for key, item in value.items()}
+        return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_without_nan(item) for item in value]
+        return [without_nan(item) for item in value]
     return None if isinstance(value, (float, np.floating)) and not math.isfinite(value) else value

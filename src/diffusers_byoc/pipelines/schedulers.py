@@ -44,7 +44,7 @@ _FLOW_MATCHING_IF_CONFIGURED = ("DPMSolverMultistepScheduler", "UniPCMultistepSc
 _FOR_FLOW_MATCHING = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 
 # With any other spacing these give wrong samples (Heun) or diverge (PNDM), without a word.
-_NEEDS_LEADING_SPACING = ("HeunDiscreteScheduler", "PNDMScheduler")
+NEEDS_LEADING_SPACING = ("HeunDiscreteScheduler", "PNDMScheduler")
 
 
 def make_texture_scheduler() -> DPMSolverMultistepScheduler:
@@ -123,7 +123,7 @@ def check_scheduler(scheduler, prediction_type: str, trained_noise_schedule: dic
             f"{name}.from_config(pipe.scheduler.config, {_listed(trained_noise_schedule)})."
         )
     spacing = scheduler.config.get("timestep_spacing")
-    if name in _NEEDS_LEADING_SPACING and spacing != "leading":
+    if name in NEEDS_LEADING_SPACING and spacing != "leading":
         raise ValueError(
             f"Expected {name} with timestep_spacing='leading', got {spacing!r}, with which it samples wrongly. "
             f"Make it with {name}.from_config(pipe.scheduler.config, timestep_spacing='leading')."

@@ -218,7 +218,7 @@ def degradation_curves(
     lines = dict.fromkeys(kinds)
     for axes, (metric, by_kind) in zip(panels, curves.items(), strict=True):
         for kind, values in by_kind.items():
-            color, marker = _series_color(kinds.index(kind)), _MARKERS[kinds.index(kind) % len(_MARKERS)]
+            color, marker = _series_color(kinds.index(kind)), _marker(kinds.index(kind))
             repeats = values.reshape(len(values), -1)
             mean = repeats.mean(axis=1)
             (lines[kind],) = axes.plot(steps[kind], mean, color=color, marker=marker, markersize=4, linewidth=1.5)
@@ -285,6 +285,11 @@ def _common_bins(values: np.ndarray) -> np.ndarray:
 
 def _series_color(index: int) -> str:
     return SERIES_COLORS[index % len(SERIES_COLORS)]
+
+
+def _marker(index: int) -> str:
+    """Another one when the colours begin again, so that no two of 49 series look alike."""
+    return _MARKERS[(index + index // len(SERIES_COLORS)) % len(_MARKERS)]
 
 
 def _panels(
