@@ -143,10 +143,10 @@ def load_pretrained(args: argparse.Namespace) -> BYOCPipeline:
             " preset's `scheduler`, or with --prediction_type."
         )
     made_here = {"num_channels", "latent_channels", "sample_size", "num_class_embeds"}
-    for name, ours in (("vqvae", {"sample_size"}), ("texture_unet", {"num_channels"}), ("unet", made_here)):
+    for name, not_taken in (("vqvae", {"sample_size"}), ("texture_unet", {"num_channels"}), ("unet", made_here)):
         network = getattr(pipeline, name)
         if network is not None:
-            config = {key: value for key, value in network.config.items() if key[0] != "_" and key not in ours}
+            config = {key: value for key, value in network.config.items() if key[0] != "_" and key not in not_taken}
             setattr(args, name, config)
     if args.share_codebook and not args.vqvae["share_codebook"]:
         raise ValueError(

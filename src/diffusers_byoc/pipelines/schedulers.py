@@ -67,7 +67,7 @@ def check_texture_scheduler(scheduler) -> None:
         raise ValueError(
             "Expected a texture_scheduler for flow matching "
             f"({', '.join(_FLOW_MATCHING + _FLOW_MATCHING_IF_CONFIGURED)}), got {name}. "
-            "Make it with FlowMatchEulerDiscreteScheduler()."
+            "Make it with diffusers_byoc.pipelines.schedulers.make_texture_scheduler()."
         )
     if any(config.get(key) != value for key, value in wanted.items()):
         raise ValueError(
