@@ -1,6 +1,7 @@
 """A Hub for tests: the part of the Hugging Face Hub's HTTP interface that pushing and pulling needs, in memory.
 
-Models and data sets, regular and LFS files, revisions, Range requests. No accounts, no branches but ``main``, no Xet.
+Models and data sets, regular and LFS files, revisions, Range requests, private repositories, and downloads that
+go wrong. One account, no branches but ``main``, no Xet.
 
 Clients read HF_ENDPOINT when they import huggingface_hub, so they must run in a process of their own:
 
@@ -23,6 +24,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 
+TOKEN = "hf_test"  # of the one account, which may do everything
 LFS_SUFFIXES = (".safetensors", ".bin", ".parquet", ".tif", ".tiff", ".npy", ".npz", ".png")
 NO_COMMIT = "0" * 40
 
@@ -41,6 +43,9 @@ class HubServer:
         self.repos: dict[str, dict] = {}  # "models/org/name" -> {"head": sha, "commits": {sha: {path: bytes}}}
         self.lfs_objects: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []  # (method, path) in the order they came
+        self.ranges: list[str] = []  # the Range headers, in their order
+        self.cut: dict[str, list[int]] = {}  # file -> bytes after which its next downloads break off, one by one
+        self.spoiled: dict[str, bytes] = {}  # file -> what is sent in place of its content
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -50,11 +55,12 @@ class HubServer:
         self._server.shutdown()
         self._server.server_close()
 
-    def run(self, code: str, timeout: float = 120) -> str:
+    def run(self, code: str, timeout: float = 120, token: str | None = TOKEN) -> str:
         """Run Python code in a process whose Hub is this one and whose cache is `home`; returns what it printed."""
         source = Path(__file__).parents[1] / "src"
         env = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-        env |= {"HF_ENDPOINT": self.url, "HF_HOME": str(self.home), "HF_TOKEN": "hf_test", "NO_PROXY": "127.0.0.1"}
+        env |= {"HF_ENDPOINT": self.url, "HF_HOME": str(self.home), "NO_PROXY": "127.0.0.1"}
+        env |= {"HF_TOKEN": token} if token else {}
         env |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(source), env.get("PYTHONPATH")]))
         done = subprocess.run(
@@ -67,6 +73,26 @@ class HubServer:
     def files(self, repo_id: str, repo_type: str = "model", revision: str = "main") -> dict[str, bytes]:
         """path -> content of a revision."""
         return self.snapshot(f"{repo_type}s/{repo_id}", revision)[1]
+
+    def put(self, repo_id: str, files: dict[str, bytes], private: bool = False) -> str:
+        """Make a model's repository hold these files, path -> content, by a commit; returns its sha."""
+        organization, name = repo_id.split("/")
+        key = f"models/{repo_id}"
+        if key not in self.repos:
+            self.create({"name": name, "organization": organization, "private": private})
+        lines = [{"key": "deletedFolder", "value": {"path": ""}}]
+        for path, data in files.items():
+            lines.append({"key": "file", "value": {"path": path, "content": base64.b64encode(data)}})
+        return self.commit(key, "main", lines)["commitOid"]
+
+    def check_access(self, method: str, path: str, authorization: str) -> None:
+        """Refuse those without the account's token what is private, and whatever writes."""
+        is_private = any(
+            repo.get("private") and f"/{key.removeprefix('models/')}/" in f"{path}/" for key, repo in self.repos.items()
+        )
+        writes = method == "POST" and "/paths-info/" not in path
+        if authorization != f"Bearer {TOKEN}" and (is_private or writes):
+            raise HubError(401, "", "Invalid username or password.")
 
     def snapshot(self, key: str, revision: str) -> tuple[str, dict[str, bytes]]:
         if key not in self.repos:
@@ -192,6 +218,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.requests.append((self.command, path))
         body = self.read_body()
         try:
+            self.hub.check_access(self.command, path, self.headers.get("Authorization", ""))
             if match := re.fullmatch(r"/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
                 repo, revision, file = match.groups()
                 return self.answer_file(repo if repo.startswith("datasets/") else f"models/{repo}", revision, file)
@@ -238,6 +265,9 @@ class _Handler(BaseHTTPRequestHandler):
         data = files[path]
         etag = hashlib.sha256(data).hexdigest() if path.endswith(LFS_SUFFIXES) else _blob_id(data)
         headers = {"ETag": f'"{etag}"', "X-Repo-Commit": sha, "Accept-Ranges": "bytes"}
+        if self.command == "GET":
+            data = self.hub.spoiled.get(path, data)
+            self.hub.ranges += filter(None, [self.headers.get("Range")])
         if match := re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", "")):
             first, last = match.groups()
             start = int(first) if first else max(len(data) - int(last), 0)
@@ -245,17 +275,25 @@ class _Handler(BaseHTTPRequestHandler):
             if start >= stop:
                 return self.answer(416, b"", {"Content-Range": f"bytes */{len(data)}"})
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
-            return self.answer(206, data[start:stop], headers)
-        self.answer(200, data, headers)
+            return self.answer(206, data[start:stop], headers, self.next_cut(path))
+        self.answer(200, data, headers, self.next_cut(path))
 
-    def answer(self, status: int, content: bytes, headers: dict[str, str] | None = None):
+    def next_cut(self, path: str) -> int | None:
+        cuts = self.hub.cut.get(path)
+        return cuts.pop(0) if cuts and self.command == "GET" else None
+
+    def answer(
+        self, status: int, content: bytes, headers: dict[str, str] | None = None, stop_after: int | None = None
+    ):
         self.send_response(status)
         for name, value in {"Content-Type": "application/json", **(headers or {})}.items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(content)
+            self.wfile.write(content[:stop_after])
+        if stop_after is not None:
+            self.close_connection = True
 
     def read_body(self) -> bytes:
         if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
