@@ -19,6 +19,7 @@ ALLOWED = {
     "training": {"training", "models", "data", "metrics", "pipelines", "baselines", "visualization"},
 }
 ALLOWED["evaluation"] = {"evaluation", "__version__", *ALLOWED} - {"baselines"}
+ALLOWED["publishing"] = {"publishing", "models", "pipelines", "baselines", "evaluation"}
 ALLOWED["commands"] = {"commands", "__version__", *ALLOWED}
 
 

@@ -1,3 +1,5 @@
+import hashlib
+
 import pytest
 import torch
 from peft import LoraConfig
@@ -73,3 +75,28 @@ def test_an_empty_folder_is_an_error_of_the_system(tmp_path):
     (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(OSError, match="no file named diffusion_pytorch_model"):
         DualChannelUNet3D.from_pretrained(tmp_path)
+
+
+def test_a_truncated_file_is_called_damaged(tmp_path):
+    make_unet().save_pretrained(tmp_path)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(ValueError, match=f"Expected whole safetensors weights in {path}, got a damaged file"):
+        DualChannelUNet3D.from_pretrained(tmp_path)
+    path.write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(OSError, match="git lfs pull"):
+        DualChannelUNet3D.from_pretrained(tmp_path)
+
+
+def test_a_downloaded_file_is_the_one_that_the_hub_has(tmp_path):
+    """The Hub's cache keeps a file under its SHA-256, and links to it."""
+    make_unet().save_pretrained(tmp_path / "snapshot")
+    path = tmp_path / "snapshot" / "diffusion_pytorch_model.safetensors"
+    whole = path.read_bytes()
+    blob = tmp_path / hashlib.sha256(whole).hexdigest()
+    path.rename(blob)
+    path.symlink_to(blob)
+    DualChannelUNet3D.from_pretrained(tmp_path / "snapshot")
+    blob.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))  # a weight that is finite still
+    with pytest.raises(ValueError, match=f"Expected the SHA-256 {blob.name[:12]}… .* Delete {blob}, and load it"):
+        DualChannelUNet3D.from_pretrained(tmp_path / "snapshot")

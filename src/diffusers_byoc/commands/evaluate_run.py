@@ -31,6 +31,7 @@ from ..evaluation import (
     write_report,
 )
 from ..pipelines.generation import generate_cells
+from ..pipelines.loading import hub_errors
 from ..training import fair_num_threads, is_cpu_training, keep_freed_memory
 from .cells import read_cells
 
@@ -139,7 +140,8 @@ def load_pipeline(args: argparse.Namespace, device: torch.device) -> DiffusionPi
                 f"Expected --pipeline_class MODULE:CLASS that can be imported, got {args.pipeline_class} ({error})."
                 " Add its folder to PYTHONPATH, or correct the name."
             ) from error
-    pipeline = pipeline_class.from_pretrained(args.pretrained, dtype=getattr(torch, args.dtype)).to(device)
+    with hub_errors(args.pretrained):
+        pipeline = pipeline_class.from_pretrained(args.pretrained, dtype=getattr(torch, args.dtype)).to(device)
     pipeline.set_progress_bar_config(disable=True)  # the series of cells has one
     if args.latent_range is not None:
         autoencoder = autoencoder_of(pipeline)

@@ -51,11 +51,13 @@ def generate(args: argparse.Namespace) -> None:
 
     from ..optional import optional
     from ..pipelines.generation import generate_cells
+    from ..pipelines.loading import hub_errors
     from ..whole_files import lock_folder, remove_left_overs
 
     optional(FORMATS[args.format], "zarr" if args.format == "ome.zarr" else "data")  # before hours of generating
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    pipeline = DiffusionPipeline.from_pretrained(args.pretrained, dtype=getattr(torch, args.dtype))
+    with hub_errors(args.pretrained):
+        pipeline = DiffusionPipeline.from_pretrained(args.pretrained, dtype=getattr(torch, args.dtype))
     pipeline.to(args.device or accelerator or "cpu")
     pipeline.set_progress_bar_config(desc="Denoising", leave=False)
     labels = args.class_labels

@@ -90,7 +90,7 @@ def run(args: argparse.Namespace, state: PartialState, inputs: dict[str, dict]) 
     check_stages_resumable(args, state.num_processes, inputs)
     prepare_upload(args, state)
     if state.is_main_process:
-        write_record(args, list(settings), networks_of(args.baseline), data, state.num_processes)
+        write_record(args, list(settings), networks_of(args.baseline), data, cells, state.num_processes)
 
     steps = {}
     if args.baseline == "medical_diffusion":
@@ -108,7 +108,7 @@ def run(args: argparse.Namespace, state: PartialState, inputs: dict[str, dict]) 
     if state.is_main_process:
         pipeline = BaselinePipeline.from_pretrained(output_dir).to(state.device)  # what a user will load
         parts = [f"{steps[name]} steps of {name} (learning rate {settings[name].learning_rate})" for name in steps]
-        finish_run(args, pipeline, cells, held_out_cells, f"{', '.join(parts)}, seed {args.seed}", started)
+        finish_run(args, pipeline, cells, f"{', '.join(parts)}, seed {args.seed}", started)
 
 
 # ---------------------------------------------------------------------- networks and settings from arguments

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from ..models import DualChannelUNet3D, MultiCodebookVQModel, TextureUNet3D
 from ..models.fingerprint import fingerprint_weights
 from ..pipelines import BYOCPipeline
+from ..pipelines.loading import hub_errors
 from ..pipelines.schedulers import noise_schedule
 from ..training import Stage, StageSettings, fastest_precision, is_cpu_training
 from ..training.checkpoints import find_checkpoint, read_record
@@ -74,7 +75,7 @@ def run(
     check_stages_resumable(args, state.num_processes, inputs)
     prepare_upload(args, state)
     if state.is_main_process:
-        write_record(args, stages_of(args), NETWORKS, data, state.num_processes)
+        write_record(args, stages_of(args), NETWORKS, data, cells, state.num_processes)
 
     if "autoencoder" in stages_of(args):
         with Stage(output_dir, "autoencoder", settings_of(args, "autoencoder"), inputs["autoencoder"]) as stage:
@@ -100,7 +101,7 @@ def run(
             train_diffusion(stage, unet, make_noise_scheduler(args), vqvae, cells, held_out_cells, texture_unet)
         if state.is_main_process:
             pipeline = BYOCPipeline.from_pretrained(output_dir).to(state.device)  # what a user will load
-            finish_run(args, pipeline, cells, held_out_cells, describe_training(args), started)
+            finish_run(args, pipeline, cells, describe_training(args), started)
 
 
 # ---------------------------------------------------------------------- networks and settings from arguments
@@ -133,7 +134,8 @@ def load_pretrained(args: argparse.Namespace) -> BYOCPipeline:
         ValueError: if its U-Net was trained to predict something else, or from other noise, or if it has a codebook
             for each channel where one is asked for.
     """
-    pipeline = BYOCPipeline.from_pretrained(args.pretrained)
+    with hub_errors(args.pretrained):
+        pipeline = BYOCPipeline.from_pretrained(args.pretrained)
     scheduler = make_noise_scheduler(args)
     ours = {"prediction_type": scheduler.config.prediction_type} | noise_schedule(scheduler)
     theirs = {"prediction_type": pipeline.config.prediction_type} | pipeline.config.noise_schedule

@@ -87,6 +87,12 @@ def add_optimization_arguments(parser: argparse.ArgumentParser, title: str):
     return group
 
 
+def add_license_arguments(add, name: str) -> None:
+    """What a card says of rights, by the `add_argument` of a parser or group; `name` is that of the weights' own."""
+    add(name, help="of the weights, as the Hub names it: cc-by-4.0 (default: apache-2.0 if trained on phantoms)")
+    add("--data_license", help="of the cells, in words")
+
+
 def add_output_arguments(parser: argparse.ArgumentParser):
     """What a run leaves, in which rhythm, and where to. Returns the group of checkpoints, logs and samples."""
     group = parser.add_argument_group("checkpoints, logs, samples")
@@ -104,4 +110,5 @@ def add_output_arguments(parser: argparse.ArgumentParser):
     add("--push_to_hub", **FLAG, help="upload the pipeline, its card and its report")
     add("--hub_model_id", help="NAME or ORGANISATION/NAME (default: the name of --output_dir)")
     add("--hub_private_repo", **FLAG)
+    add_license_arguments(add, "--hub_license")
     return group

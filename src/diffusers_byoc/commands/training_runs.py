@@ -6,6 +6,7 @@ import logging
 import os
 import platform
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,9 +22,10 @@ from diffusers import DiffusionPipeline
 
 from .. import __version__
 from ..data import Cells
+from ..publishing import create_repository, prepare_folder, upload_pipeline
 from ..training import StageSettings, follow_launcher, is_cpu_training
 from ..training.checkpoints import check_record, find_checkpoint
-from ..training.publishing import create_repository, push_pipeline
+from ..training.hardware import machine_name
 from ..training.report import write_report
 from ..whole_files import remove_left_overs, whole_or_absent
 from .cells import read_cells, split_for_training
@@ -122,7 +124,12 @@ def prepare_upload(args: argparse.Namespace, state: PartialState) -> None:
 
 
 def write_record(
-    args: argparse.Namespace, stages: Sequence[str], networks: Sequence[str], data: dict, num_processes: int
+    args: argparse.Namespace,
+    stages: Sequence[str],
+    networks: Sequence[str],
+    data: dict,
+    cells: Cells,
+    num_processes: int,
 ) -> None:
     """Note what the stages of this run are made with in OUTPUT_DIR/arguments.json, beside stages of earlier runs.
 
@@ -131,6 +138,7 @@ def write_record(
         stages: of this run.
         networks: names of those arguments that are overrides of the models' configurations.
         data: of `read_training_cells`.
+        cells: that are trained on.
         num_processes: of the run.
     """
     path = Path(args.output_dir) / RECORD_NAME
@@ -141,6 +149,12 @@ def write_record(
         "versions": {"python": platform.python_version(), "diffusers_byoc": __version__}
         | {name: version(name) for name in PACKAGES},
         "data": data,
+        "cells": {
+            "class_names": sorted({cells.class_names[label] for label in cells.labels}),
+            "voxel_size_um": cells.voxel_size_um or cells.processor.voxel_size_um,
+            "is_phantom": cells.is_phantom,
+        },
+        "hardware": machine_name(),
         "num_processes": num_processes,
     }
     known |= dict.fromkeys(stages, record)
@@ -152,7 +166,6 @@ def finish_run(
     args: argparse.Namespace,
     pipeline: DiffusionPipeline,
     cells: Cells,
-    held_out_cells: Cells | None,
     training: str,
     started: float,
 ) -> None:
@@ -162,8 +175,7 @@ def finish_run(
         args: `output_dir`, and of the report and the upload.
         pipeline: as a user will load it, on the device to generate on.
         cells: that it was trained on.
-        held_out_cells: that it was not trained on; None for none.
-        training: what was done, for the report and the card.
+        training: what was done, for the report.
         started: `time.perf_counter()` when the run began.
     """
     origin = "phantoms" if cells.is_phantom else "cells"
@@ -174,7 +186,10 @@ def finish_run(
         pipeline, cells, args.output_dir, f"Trained on {what}: {training}, in {minutes:.1f} minutes.", **options
     )
     if args.push_to_hub:
-        push_pipeline(pipeline, args.output_dir, args.hub_model_id, cells, held_out_cells, training)
+        with tempfile.TemporaryDirectory() as folder:
+            licenses = {"license": args.hub_license, "data_license": args.data_license}
+            prepare_folder(args.output_dir, folder, args.hub_model_id, **licenses)
+            upload_pipeline(folder, args.hub_model_id)
 
 
 @contextmanager

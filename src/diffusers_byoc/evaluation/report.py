@@ -20,7 +20,7 @@ from ..visualization import (
 )
 from ..whole_files import whole_or_absent
 from .features import VOXEL_GRID
-from .metric_table import KINDS, METRICS
+from .metric_table import KINDS, METRICS, Metric
 from .sets import GENERATED, REAL, CellSet
 
 
@@ -117,8 +117,8 @@ def _page(results: Results, summary: Mapping, comparisons: Mapping, figures: Map
         "| metric | good is | " + " | ".join(summary) + " |",
         "| --- | --- |" + " --- |" * len(summary),
     ]
-    for metric, kind, key in _shown(summary):
-        cells = (_in_words(row, key, metric.factor) for row in summary.values())
+    for metric, kind, key in shown_metrics(summary):
+        cells = (in_words(row, key, metric.factor) for row in summary.values())
         lines.append(f"| {metric.title_of(kind)} | {metric.good} | " + " | ".join(cells) + " |")
     if results.reconstruction:
         lines += ["", "## Reconstruction by the autoencoder, of held-out cells of the first fold", ""]
@@ -139,7 +139,7 @@ def _page(results: Results, summary: Mapping, comparisons: Mapping, figures: Map
     return lines
 
 
-def _shown(summary: Mapping[str, Mapping]) -> list[tuple]:
+def shown_metrics(summary: Mapping[str, Mapping]) -> list[tuple[Metric, str, str]]:
     """(metric, kind, key) of all metrics that are defined for some row, in the order of kinds and of the table."""
     found = [(metric, kind, f"{kind}/{metric.name}") for kind in KINDS for metric in METRICS if kind in metric.kinds]
     return [
@@ -171,7 +171,7 @@ def _write_figures(output_dir: Path, results: Results, comparisons: Mapping) -> 
     figure = compare_volumes(shown, results.channel_names, results.voxel_size_um)
     write("The first cells of each column", "cells.png", figure)
     bars = {}
-    for metric, kind, key in _shown({row: summarize_folds([fold[row] for fold in results.folds]) for row in shown}):
+    for metric, kind, key in shown_metrics({row: summarize_folds([fold[row] for fold in results.folds]) for row in shown}):
         values = {row: {"": [fold[row][key] for fold in results.folds]} for row in shown}
         if metric.is_drawn and all(np.isfinite(value[""]).all() for value in values.values()):
             bars[f"{metric.title_of(kind)} ({metric.good})"] = values
@@ -230,7 +230,7 @@ def _title(name: str) -> str:
     return name.replace("_", " ").replace("num ", "number of ")
 
 
-def _in_words(row: Mapping[str, Mapping[str, float]], key: str, factor: float) -> str:
+def in_words(row: Mapping[str, Mapping[str, float]], key: str, factor: float) -> str:
     """Mean and standard deviation over folds; of one fold the 95 % interval, where the metric has one."""
     value, spread = row[key], ""
     if not np.isfinite(value["mean"]):

@@ -1,18 +1,22 @@
 """Loading that refuses weights which would sample wrongly without a word."""
 
 import os
+import re
 from pathlib import Path
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from diffusers.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.utils.sha import sha_fileobj
+from safetensors import SafetensorError
 
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 class CheckedModelMixin(ModelMixin):
-    """A `ModelMixin` whose weights come from safetensors, all of them, and are finite."""
+    """A `ModelMixin` whose weights come from safetensors, all of them, are finite, and are those that the Hub has."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
@@ -26,7 +30,8 @@ class CheckedModelMixin(ModelMixin):
                 another size in the file are left to be trained, as there.
 
         Raises:
-            ValueError: if there are pickled weights only, if a tensor is missing, or one is not finite.
+            ValueError: if there are pickled weights only, if the file is damaged or, downloaded, not the one that the
+                Hub has by its SHA-256, if a tensor is missing, or one is not finite.
             OSError: if there are no weights.
         """
         place = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
@@ -34,7 +39,24 @@ class CheckedModelMixin(ModelMixin):
         if pickles or not place.is_dir():  # diffusers would fall back on them
             kwargs["use_safetensors"] = True
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, **kwargs, output_loading_info=True)
+        if place.is_dir():
+            _check_downloaded(place)
+        try:
+            model, info = super().from_pretrained(pretrained_model_name_or_path, **kwargs, output_loading_info=True)
+        except OSError as error:
+            reason = getattr(error.__context__, "__context__", None)  # diffusers tries to read it as text after that
+            if not isinstance(reason, SafetensorError):
+                raise
+            raise ValueError(
+                f"Expected whole safetensors weights in {_weights_path(place, kwargs.get('variant'))}, got a damaged"
+                f" file ({reason}). Save the model again, or load another copy."
+            ) from error
+        if not place.is_dir():  # downloaded now
+            config = (Path(kwargs.get("subfolder") or "") / CONFIG_NAME).as_posix()
+            options = {name: kwargs.get(name) for name in ("cache_dir", "revision")}
+            downloaded = try_to_load_from_cache(str(pretrained_model_name_or_path), config, **options)
+            if isinstance(downloaded, str):
+                _check_downloaded(Path(downloaded).parent)
 
         path = _weights_path(place, kwargs.get("variant"))
         missing = sorted(info.get("missing_keys", []))
@@ -79,6 +101,24 @@ def _refuse_pickles(folder: Path, use_safetensors: bool | None) -> list[str]:
             f" {str(folder / SAFETENSORS_WEIGHTS_NAME)!r})."
         )
     return pickles
+
+
+def _check_downloaded(folder: Path) -> None:
+    """Refuse weights in the Hub's cache whose SHA-256 is not the one that they are kept under.
+
+    The client compares sizes only. Where the cache has no links (Windows), nothing is known and nothing checked.
+    """
+    for path in folder.glob("*.safetensors"):
+        expected = path.resolve().name
+        if not (path.is_symlink() and re.fullmatch("[0-9a-f]{64}", expected)):
+            continue
+        with path.open("rb") as file:
+            found = sha_fileobj(file).hex()
+        if found != expected:
+            raise ValueError(
+                f"Expected the SHA-256 {expected[:12]}… of the Hub for {path}, got {found[:12]}…: it was changed on"
+                f" its way or here. Delete {path.resolve()}, and load it again."
+            )
 
 
 def _weights_path(folder: Path, variant: str | None) -> Path:

@@ -3,6 +3,8 @@
 import ctypes
 import os
 import platform
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -32,6 +34,19 @@ def fair_num_threads() -> int:
     """Threads for this process if those of this machine share its cores; launchers leave every process just one."""
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, num_cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def machine_name() -> str:
+    """What a process of this run computes with, in words: the GPU's name, or the CPU's and the number of threads."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    if torch.accelerator.is_available():
+        return str(torch.accelerator.current_accelerator())
+    name = platform.processor() or platform.machine()
+    with suppress(OSError):  # of Linux
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def keep_freed_memory() -> None:

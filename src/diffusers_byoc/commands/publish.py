@@ -1,0 +1,73 @@
+"""Put a saved pipeline on the Hub: weights in float32 and fp16, scheduler, a card filled from its run, its evaluation.
+
+byoc-publish --pretrained outputs/my_cells --hub_model_id org/my-cells --license cc-by-4.0
+byoc-publish --pretrained outputs/my_cells --hub_model_id org/my-cells --output_dir look_first
+
+With --output_dir nothing is uploaded: look, correct README.md, and publish that folder.
+"""
+
+import argparse
+from pathlib import Path
+
+from .training_arguments import FLAG, add_license_arguments
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="byoc-publish", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--pretrained", required=True, help="folder of a saved pipeline; of a training, its record fills the card")
+    add("--hub_model_id", help="NAME or ORGANISATION/NAME (default: the name of --pretrained)")
+    add("--private", **FLAG, help="make the repository a private one, if it is new")
+    add("--output_dir", help="write the folder here, and upload nothing")
+    add("--evaluation_dir", help="results of byoc-evaluate for this pipeline, for the card and its metadata")
+    add("--fp16", **(FLAG | {"default": True}), help='weights of variant="fp16", too')
+    add("--card", help="a card of your own (default: README.md in --pretrained, or else the template, filled)")
+    add_license_arguments(add, "--license")
+    add("--data_description", help="which cells, from which microscope, in place of what the run's record says")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    try:
+        publish(args)
+    except (ImportError, OSError, ValueError) as error:  # the message says what to mend
+        raise SystemExit(f"byoc-publish: error: {' '.join(str(error).split())}") from error
+
+
+def publish(args: argparse.Namespace) -> None:
+    """What the command does, as `parse_args` understood it."""
+    import tempfile
+
+    from ..publishing import create_repository, prepare_folder, upload_pipeline  # after `--help` and mistakes
+
+    pretrained = Path(args.pretrained)
+    name = args.hub_model_id or pretrained.resolve().name
+    own_card = args.card or (pretrained / "README.md" if (pretrained / "README.md").is_file() else None)
+    options = {"card_path": own_card, "evaluation_dir": args.evaluation_dir, "with_fp16": args.fp16}
+    options |= {name: getattr(args, name) for name in ("license", "data_description", "data_license")}
+    filled = "data_description", "data_license"
+    given = [f"--{name}" for name in filled if own_card and options[name]]
+    if given:
+        raise ValueError(
+            f"Expected no {' '.join(given)} with a card of its own ({own_card}), got both. Write it there, or move that"
+            " card away."
+        )
+    if args.output_dir:
+        folder = Path(args.output_dir)
+        if folder.exists() and any(folder.iterdir()):
+            raise FileExistsError(f"Expected an empty folder, got {folder}, which is not. Choose another.")
+        prepare_folder(pretrained, folder, name, **options)
+        print(f"Wrote {folder}; the card is {folder / 'README.md'}. Nothing was uploaded.")
+        return
+    name = create_repository(name, args.private)  # first, to learn of a wrong token before the work
+    with tempfile.TemporaryDirectory() as folder:
+        prepare_folder(pretrained, folder, name, **options)
+        commit = upload_pipeline(folder, name)
+    print(f'Published {name}: {commit.commit_url}. This very one is loaded by revision="{commit.oid}".')
+
+
+if __name__ == "__main__":
+    main()

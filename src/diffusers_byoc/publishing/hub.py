@@ -1,0 +1,140 @@
+"""A folder as the Hub shall have it, and its way there."""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub import CommitInfo, HfApi, ModelCard
+
+from ..baselines import BaselinePipeline
+from ..pipelines import BYOCPipeline
+from .card import make_card, read_run_record
+from .evaluation_results import read_evaluation
+
+
+CARD_NAME = "README.md"
+PAGES = ("report.md", "cells.png", "surfaces.png")  # of a run, which are published with it
+# what a repository may hold of an earlier version; files of others there are left alone
+OURS = ["model_index.json", "*/*.json", "*/diffusion_pytorch_model*", *PAGES, "evaluation/*"]
+
+
+def create_repository(name: str, private: bool = False) -> str:
+    """The full name of the repository `name` (NAME or ORGANISATION/NAME); made if missing.
+
+    Raises:
+        OSError: if the Hub refuses, for want of a token for example.
+    """
+    try:
+        private = private or None  # None leaves it to the organisation's settings
+        return HfApi().create_repo(name, private=private, exist_ok=True).repo_id
+    except OSError as error:  # huggingface_hub's errors are
+        raise OSError(
+            f"Expected to be able to push to {name}, got {error}. Log in with `hf auth login`, or set HF_TOKEN to a"
+            " token that may write."
+        ) from error
+
+
+def prepare_folder(
+    pretrained: str | os.PathLike,
+    folder: str | os.PathLike,
+    repo_id: str,
+    card_path: str | os.PathLike | None = None,
+    evaluation_dir: str | os.PathLike | None = None,
+    with_fp16: bool = True,
+    license: str | None = None,
+    data_description: str | None = None,
+    data_license: str | None = None,
+) -> ModelCard:
+    """Write all that is published of a pipeline: weights, in float32 and fp16, scheduler, card, report, evaluation.
+
+    No checkpoint, no log, no cell, no split.
+
+    Args:
+        pretrained: folder of the saved pipeline, of a training run for example.
+        folder: to write into.
+        repo_id: ORGANISATION/NAME, for the card.
+        card_path: a card of the author's own, which gets the metrics in its metadata, and `repo_id` in its first
+            ``from_pretrained("...")``; None fills the template.
+        evaluation_dir: output folder of `byoc-evaluate` for this pipeline.
+        with_fp16: write weights of ``variant="fp16"``, too.
+        license, data_description, data_license: as for `make_card`.
+
+    Returns:
+        The card.
+
+    Raises:
+        ValueError: if the pipeline is refused as it is when it is loaded, if its weights are too large for fp16, or
+            if the evaluation is another pipeline's.
+        OSError: if something of it is missing.
+    """
+    pretrained, folder = Path(pretrained), Path(folder)
+    if not (pretrained / DiffusionPipeline.config_name).is_file():
+        raise FileNotFoundError(
+            f"Expected the folder of a saved pipeline, got {pretrained} without {DiffusionPipeline.config_name}. Save"
+            " it there, by save_pretrained for example."
+        )
+    own_card = ModelCard.load(card_path, ignore_metadata_errors=False) if card_path else None
+    evaluation = read_evaluation(evaluation_dir, pretrained) if evaluation_dir else None
+    pipeline = DiffusionPipeline.from_pretrained(pretrained)
+    if not isinstance(pipeline, (BYOCPipeline, BaselinePipeline)):
+        raise ValueError(
+            f"Expected a BYOCPipeline or BaselinePipeline in {pretrained}, got {type(pipeline).__name__}. Push it by"
+            " its own push_to_hub."
+        )
+    pipeline.save_pretrained(folder)
+    if with_fp16:
+        try:
+            half = DiffusionPipeline.from_pretrained(pretrained, dtype=torch.float16)
+        except ValueError as error:  # the others have been loaded
+            raise ValueError(
+                f"Expected weights that fp16 can hold in {pretrained}, got others ({error}). Publish float32 alone"
+                " (--no-fp16)."
+            ) from error
+        half.save_pretrained(folder, variant="fp16")
+
+    pages = [name for name in PAGES if (pretrained / name).is_file()]
+    for name in pages:
+        shutil.copy(pretrained / name, folder / name)
+    if evaluation:
+        (folder / "evaluation").mkdir(exist_ok=True)
+        for path in [evaluation.folder / "metrics.md", *evaluation.folder.glob("*.png")]:
+            shutil.copy(path, folder / "evaluation" / path.name)
+
+    if own_card is None:
+        card = make_card(
+            pipeline,
+            repo_id,
+            read_run_record(pretrained),
+            evaluation,
+            license,
+            data_description,
+            data_license,
+            frozenset([*pages, *(["fp16"] if with_fp16 else [])]),
+        )
+    else:
+        card = own_card
+        card.text = re.sub(r'(from_pretrained\(")[^"]*', lambda match: match[1] + repo_id, card.text, count=1)
+        card.data.license = license or card.data.license
+        if evaluation:
+            card.data.model_name, card.data.eval_results = repo_id.split("/")[-1], evaluation.model_index()
+        beside = Path(card_path).parent
+        for name in ("cells.png", "surfaces.png"):  # as they are shown by cards of their own
+            if name not in pages and f"({name})" in card.text and (beside / name).is_file():
+                shutil.copy(beside / name, folder / name)
+    card.save(folder / CARD_NAME)
+    return card
+
+
+def upload_pipeline(folder: str | os.PathLike, repo_id: str) -> CommitInfo:
+    """Upload what `prepare_folder` wrote, in one commit, in place of what an earlier one brought.
+
+    Args:
+        folder: with nothing else in it.
+        repo_id: of an existing repository.
+    """
+    return HfApi().upload_folder(
+        repo_id=repo_id, folder_path=folder, delete_patterns=OURS, commit_message="Add the pipeline"
+    )
