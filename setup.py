@@ -1,11 +1,13 @@
 """Packaging of diffusers_byoc. The exact versions the tests run with stand in constraints.txt."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 
 readme = Path(__file__).parent / "README.md"
+package = Path(__file__).parent / "src" / "diffusers_byoc" / "__init__.py"
 
 extras = {
     # volumes and stacks from TIFF (imagecodecs: LZW and zstd, as microscopes write), .npy and Hugging Face data sets;
@@ -60,7 +62,7 @@ extras["perceptual"] = ["lpips>=0.1.4"]
 
 setup(
     name="diffusers_byoc",
-    version="0.1.0",
+    version=re.search(r'^__version__ = "(.+)"$', package.read_text(encoding="utf-8"), re.M)[1],
     description="Generate two-channel 3D microscopy volumes of single cells with diffusers",
     long_description=readme.read_text(encoding="utf-8") if readme.exists() else "",
     long_description_content_type="text/markdown",
@@ -70,13 +72,14 @@ setup(
     package_dir={"": "src"},
     packages=find_packages("src"),
     package_data={
-        "diffusers_byoc": ["commands/presets/*.json", "commands/presets/*/*.json", "training/model_card.md"],
+        "diffusers_byoc": ["commands/presets/*.json", "commands/presets/*/*.json", "publishing/template.md"],
     },
     entry_points={
         "console_scripts": [
             "byoc-evaluate = diffusers_byoc.commands.evaluate:main",
             "byoc-generate = diffusers_byoc.commands.generate:main",
             "byoc-prepare = diffusers_byoc.commands.prepare:main",
+            "byoc-publish = diffusers_byoc.commands.publish:main",
             "byoc-reproduce = diffusers_byoc.commands.reproduce:main",
             "byoc-train = diffusers_byoc.commands.train:main",
             "byoc-train-baseline = diffusers_byoc.commands.train_baseline:main",

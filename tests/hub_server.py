@@ -88,7 +88,8 @@ class HubServer:
     def check_access(self, method: str, path: str, authorization: str) -> None:
         """Refuse those without the account's token what is private, and whatever writes."""
         is_private = any(
-            repo.get("private") and f"/{key.removeprefix('models/')}/" in f"{path}/" for key, repo in self.repos.items()
+            repo.get("private") and f"/{key.removeprefix('models/')}/" in f"{path}/"
+            for key, repo in self.repos.items()
         )
         writes = method == "POST" and "/paths-info/" not in path
         if authorization != f"Bearer {TOKEN}" and (is_private or writes):

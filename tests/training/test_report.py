@@ -5,8 +5,7 @@ import pytest
 from diffusers import DDIMScheduler
 
 from diffusers_byoc import WGAN, BaselinePipeline, BYOCPipeline, DualChannelUNet3D, MultiCodebookVQModel
-from diffusers_byoc.data import CellFolder, PhantomCells, VolumeProcessor
-from diffusers_byoc.training.publishing import make_card
+from diffusers_byoc.data import CellFolder, VolumeProcessor
 from diffusers_byoc.training.report import write_report
 
 
@@ -75,29 +74,9 @@ def test_without_a_nucleus_the_cell_alone_is_measured(pipeline_of, tmp_path, cha
     assert text.startswith("# BYOC report\n\n2 steps\n")
 
 
-@pytest.mark.parametrize("is_phantom", [True, False])
-def test_the_card_says_what_the_cells_were(pipeline_of, tmp_path, is_phantom):
-    cells = cells_of(tmp_path / "cells", ("cell", "nucleus"))
-    if is_phantom:
-        cells = PhantomCells(3, VolumeProcessor(32), ["nocodazole"]).subset(["phantom 0 of seed 0"])
-    card = make_card(pipeline_of(("cell", "nucleus")), "org/name", cells, cells, "7 steps of the diffusion")
-    assert ("They are not microscopy" in card) == is_phantom and ("of the author's own" in card) != is_phantom
-    assert "# name" in card and 'from_pretrained("org/name")' in card and "16x16x16" in card
-    assert "7 steps of the diffusion, predicting epsilon, by `byoc-train`." in card
-    assert f"{len(cells)} more were held out" in card
-    for placeholder in ("ORG", "NAME", "SIZE", "CHANNELS", "TREATMENT", "LICENCE"):
-        assert placeholder not in card
-
-
-def test_the_page_and_the_card_of_a_baseline_speak_of_what_it_has(tmp_path):
+def test_the_page_of_a_baseline_speaks_of_what_it_has(tmp_path):
     model = WGAN(sample_size=16, latent_dim=4, base_channels=4).eval()
     pipeline, cells = BaselinePipeline(model), cells_of(tmp_path / "cells", ("cell", "nucleus"))
     write_report(pipeline, cells, tmp_path, "2 steps", num_samples=1)
     text = (tmp_path / "report.md").read_text()
     assert "WGAN." in text and "autoencoder" not in text and "| generated (1) |" in text
-    card = make_card(pipeline, "org/name", cells, None, "7 steps of w_gan")
-    assert (
-        "from diffusers_byoc import BaselinePipeline" in card
-        and 'BaselinePipeline.from_pretrained("org/name")' in card
-    )
-    assert "7 steps of w_gan, by `byoc-train-baseline`." in card and "BYOCPipeline" not in card

@@ -48,11 +48,10 @@ def publish(args: argparse.Namespace) -> None:
     own_card = args.card or (pretrained / "README.md" if (pretrained / "README.md").is_file() else None)
     options = {"card_path": own_card, "evaluation_dir": args.evaluation_dir, "with_fp16": args.fp16}
     options |= {name: getattr(args, name) for name in ("license", "data_description", "data_license")}
-    filled = "data_description", "data_license"
-    given = [f"--{name}" for name in filled if own_card and options[name]]
-    if given:
+    given = [f"--{name}" for name in ("data_description", "data_license") if options[name]]
+    if own_card and given:
         raise ValueError(
-            f"Expected no {' '.join(given)} with a card of its own ({own_card}), got both. Write it there, or move that"
+            f"Expected no {' '.join(given)} beside the author's own card, got {own_card}. Write it there, or move that"
             " card away."
         )
     if args.output_dir:

@@ -171,7 +171,9 @@ def _write_figures(output_dir: Path, results: Results, comparisons: Mapping) -> 
     figure = compare_volumes(shown, results.channel_names, results.voxel_size_um)
     write("The first cells of each column", "cells.png", figure)
     bars = {}
-    for metric, kind, key in shown_metrics({row: summarize_folds([fold[row] for fold in results.folds]) for row in shown}):
+    for metric, kind, key in shown_metrics(
+        {row: summarize_folds([fold[row] for fold in results.folds]) for row in shown}
+    ):
         values = {row: {"": [fold[row][key] for fold in results.folds]} for row in shown}
         if metric.is_drawn and all(np.isfinite(value[""]).all() for value in values.values()):
             bars[f"{metric.title_of(kind)} ({metric.good})"] = values

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
@@ -31,7 +31,9 @@ def make_card(
     license: str | None = None,
     data_description: str | None = None,
     data_license: str | None = None,
-    files: frozenset[str] = frozenset(),
+    has_fp16: bool = True,
+    has_picture: bool = False,
+    has_report: bool = False,
 ) -> ModelCard:
     """The card; what nobody wrote down it says to be unknown.
 
@@ -44,7 +46,9 @@ def make_card(
             and otherwise unstated.
         data_description: of the cells: which, how many, from which microscope; None for what the record says.
         data_license: of the cells.
-        files: names of what lies beside the card: ``cells.png``, ``report.md``.
+        has_fp16: there are weights of that variant.
+        has_picture: ``cells.png`` lies beside the card.
+        has_report: so does ``report.md``.
     """
     processor, config = pipeline.volume_processor, pipeline.config
     labels = config.get("label2id") or {}
@@ -74,7 +78,7 @@ def make_card(
         pipeline_class=type(pipeline).__name__,
         is_phantom=is_phantom,
         size="x".join([str(size)] * 3),
-        voxel_size_um=processor.voxel_size_um and " x ".join(f"{length:g}" for length in processor.voxel_size_um),
+        voxel_size_um=processor.voxel_size_um and _sizes(processor.voxel_size_um),
         channel_names=names,
         class_names=sorted(labels, key=labels.get),
         shape=f"(8, {len(names)}, {size}, {size}, {size})",
@@ -91,9 +95,9 @@ def make_card(
         num_inference_steps=config.get("default_num_inference_steps"),
         metrics=evaluation.rows() if evaluation else None,
         comparison=evaluation and evaluation.comparison,
-        has_fp16="fp16" in files,
-        has_picture="cells.png" in files,
-        has_report="report.md" in files,
+        has_fp16=has_fp16,
+        has_picture=has_picture,
+        has_report=has_report,
     )
 
 
@@ -102,7 +106,9 @@ def _describe_data(last: Mapping, dataset_name: str | None) -> str:
     cells, counts = last.get("cells"), last.get("data", {})
     if not cells:
         return "The run left no record of its cells; ask the author."
-    what = f"{counts['num_cells']} {'phantoms' if cells['is_phantom'] else 'cells'} ({', '.join(cells['class_names'])})"
+    what = (
+        f"{counts['num_cells']} {'phantoms' if cells['is_phantom'] else 'cells'} ({', '.join(cells['class_names'])})"
+    )
     if cells["is_phantom"]:
         text = f"{what}, drawn by a formula."
     elif dataset_name:
@@ -112,7 +118,7 @@ def _describe_data(last: Mapping, dataset_name: str | None) -> str:
     if counts["num_held_out"]:
         text += f" {counts['num_held_out']} more were held out."
     size = cells["voxel_size_um"]
-    return text + (f" Voxel size: {' x '.join(f'{x:g}' for x in size)} µm." if size else " Voxel size: unknown, or not one.")
+    return f"{text} Voxel size: {_sizes(size)} µm." if size else f"{text} Voxel size: unknown, or not one."
 
 
 def _describe_stage(name: str, entry: Mapping) -> dict[str, str]:
@@ -126,10 +132,14 @@ def _describe_stage(name: str, entry: Mapping) -> dict[str, str]:
     minutes = of_stage("max_train_minutes")
     return {
         "name": name,
-        "steps": f"{of_stage('max_train_steps'):,}" + (f", or as many as {minutes:g} minutes allow" if minutes else ""),
-        "batch": of_stage("train_batch_size") * arguments.get("gradient_accumulation_steps", 1) * entry["num_processes"],
+        "steps": f"{of_stage('max_train_steps'):,}" + (f", at most {minutes:g} minutes" if minutes else ""),
+        "batch": of_stage("train_batch_size") * of_stage("gradient_accumulation_steps") * entry["num_processes"],
         "learning_rate": f"{of_stage('learning_rate'):g}",
     }
+
+
+def _sizes(lengths: Sequence[float]) -> str:
+    return " x ".join(f"{length:g}" for length in lengths)
 
 
 def _name_of(preset: str | None) -> str | None:

@@ -80,7 +80,7 @@ def read_evaluation(folder: str | os.PathLike, pretrained: str | os.PathLike) ->
     folder = Path(folder)
     found, cells = folder / "metrics.json", folder / "generated" / RECORD_NAME
     if not found.is_file():
-        raise FileNotFoundError(f"Expected the results of byoc-evaluate in {folder}, got no metrics.json. Run it first.")
+        raise FileNotFoundError(f"Expected what byoc-evaluate writes in {folder}, got no metrics.json. Run it first.")
     results = json.loads(found.read_text(encoding="utf-8"))
     arguments = results["arguments"]
     theirs = json.loads(cells.read_text(encoding="utf-8"))["weights"] if cells.is_file() else None
@@ -89,7 +89,7 @@ def read_evaluation(folder: str | os.PathLike, pretrained: str | os.PathLike) ->
     ours = {name: fingerprint_weights(part) for name, part in parts.items()}
     if theirs != ours:
         what = "those of another one" if theirs else f"none that say which one made them ({cells})"
-        raise ValueError(f"Expected cells of this pipeline in {folder}, got {what}. Evaluate the one that is published.")
+        raise ValueError(f"Expected cells of this pipeline in {folder}, got {what}. Evaluate this one.")
     summary = {
         row: {
             key: {name: math.nan if number is None else number for name, number in value.items()}

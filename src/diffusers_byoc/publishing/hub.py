@@ -16,9 +16,9 @@ from .evaluation_results import read_evaluation
 
 
 CARD_NAME = "README.md"
-PAGES = ("report.md", "cells.png", "surfaces.png")  # of a run, which are published with it
+NOT_YET = "No weights are published yet"  # in a card that waits for them
 # what a repository may hold of an earlier version; files of others there are left alone
-OURS = ["model_index.json", "*/*.json", "*/diffusion_pytorch_model*", *PAGES, "evaluation/*"]
+OURS = ["model_index.json", "*/*.json", "*/diffusion_pytorch_model*", "report.md", "*.png", "evaluation/*"]
 
 
 def create_repository(name: str, private: bool = False) -> str:
@@ -58,6 +58,7 @@ def prepare_folder(
         repo_id: ORGANISATION/NAME, for the card.
         card_path: a card of the author's own, which gets the metrics in its metadata, and `repo_id` in its first
             ``from_pretrained("...")``; None fills the template.
+            Pictures and pages that it links to, beside it or in `pretrained`, go along.
         evaluation_dir: output folder of `byoc-evaluate` for this pipeline.
         with_fp16: write weights of ``variant="fp16"``, too.
         license, data_description, data_license: as for `make_card`.
@@ -67,7 +68,7 @@ def prepare_folder(
 
     Raises:
         ValueError: if the pipeline is refused as it is when it is loaded, if its weights are too large for fp16, or
-            if the evaluation is another pipeline's.
+            if the evaluation is another pipeline's, or the card says that there are no weights.
         OSError: if something of it is missing.
     """
     pretrained, folder = Path(pretrained), Path(folder)
@@ -77,6 +78,8 @@ def prepare_folder(
             " it there, by save_pretrained for example."
         )
     own_card = ModelCard.load(card_path, ignore_metadata_errors=False) if card_path else None
+    if own_card and NOT_YET in own_card.text:
+        raise ValueError(f'Expected a card for weights that are there, got {card_path}, with "{NOT_YET}". Fill it in.')
     evaluation = read_evaluation(evaluation_dir, pretrained) if evaluation_dir else None
     pipeline = DiffusionPipeline.from_pretrained(pretrained)
     if not isinstance(pipeline, (BYOCPipeline, BaselinePipeline)):
@@ -95,14 +98,6 @@ def prepare_folder(
             ) from error
         half.save_pretrained(folder, variant="fp16")
 
-    pages = [name for name in PAGES if (pretrained / name).is_file()]
-    for name in pages:
-        shutil.copy(pretrained / name, folder / name)
-    if evaluation:
-        (folder / "evaluation").mkdir(exist_ok=True)
-        for path in [evaluation.folder / "metrics.md", *evaluation.folder.glob("*.png")]:
-            shutil.copy(path, folder / "evaluation" / path.name)
-
     if own_card is None:
         card = make_card(
             pipeline,
@@ -112,7 +107,9 @@ def prepare_folder(
             license,
             data_description,
             data_license,
-            frozenset([*pages, *(["fp16"] if with_fp16 else [])]),
+            has_fp16=with_fp16,
+            has_picture=(pretrained / "cells.png").is_file(),
+            has_report=(pretrained / "report.md").is_file(),
         )
     else:
         card = own_card
@@ -120,12 +117,23 @@ def prepare_folder(
         card.data.license = license or card.data.license
         if evaluation:
             card.data.model_name, card.data.eval_results = repo_id.split("/")[-1], evaluation.model_index()
-        beside = Path(card_path).parent
-        for name in ("cells.png", "surfaces.png"):  # as they are shown by cards of their own
-            if name not in pages and f"({name})" in card.text and (beside / name).is_file():
-                shutil.copy(beside / name, folder / name)
+    for source in filter(None, (card_path and Path(card_path).parent, pretrained)):
+        copy_linked(card.text, source, folder)
+    if evaluation:
+        copy_linked("[](metrics.md)", evaluation.folder, folder / "evaluation")
     card.save(folder / CARD_NAME)
     return card
+
+
+def copy_linked(page: str, source: Path, folder: Path) -> None:
+    """Copy the pictures and pages that a Markdown page links to by their place beside it, and what those link to."""
+    for name in re.findall(r"\]\(([^):]+\.(?:md|png))\)", page):
+        path = source / name
+        if path.is_file() and path.resolve().is_relative_to(source.resolve()) and not (folder / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, folder / name)
+            if path.suffix == ".md":
+                copy_linked(path.read_text(encoding="utf-8"), path.parent, (folder / name).parent)
 
 
 def upload_pipeline(folder: str | os.PathLike, repo_id: str) -> CommitInfo:
