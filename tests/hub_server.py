@@ -24,7 +24,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 
-TOKEN = "hf_test"  # of the one account, which may do everything
+ACCOUNT, TOKEN = "me", "hf_test"  # the one that there is, which may do everything
 LFS_SUFFIXES = (".safetensors", ".bin", ".parquet", ".tif", ".tiff", ".npy", ".npz", ".png")
 NO_COMMIT = "0" * 40
 
@@ -44,8 +44,9 @@ class HubServer:
         self.lfs_objects: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []  # (method, path) in the order they came
         self.ranges: list[str] = []  # the Range headers, in their order
-        self.cut: dict[str, list[int]] = {}  # file -> bytes after which its next downloads break off, one by one
-        self.spoiled: dict[str, bytes] = {}  # file -> what is sent in place of its content
+        # (repository, file) -> bytes after which its next downloads break off, one by one; what is sent in its place
+        self.cut: dict[tuple[str, str], list[int]] = {}
+        self.spoiled: dict[tuple[str, str], bytes] = {}
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -73,6 +74,11 @@ class HubServer:
     def files(self, repo_id: str, repo_type: str = "model", revision: str = "main") -> dict[str, bytes]:
         """path -> content of a revision."""
         return self.snapshot(f"{repo_type}s/{repo_id}", revision)[1]
+
+    @staticmethod
+    def sha256(data: bytes) -> str:
+        """What a LFS object is stored under."""
+        return hashlib.sha256(data).hexdigest()
 
     def put(self, repo_id: str, files: dict[str, bytes], private: bool = False) -> str:
         """Make a model's repository hold these files, path -> content, by a commit; returns its sha."""
@@ -107,7 +113,7 @@ class HubServer:
     # What the endpoints answer
 
     def create(self, body: dict) -> dict:
-        repo_id = "/".join(filter(None, [body.get("organization"), body["name"]]))
+        repo_id = "/".join([body.get("organization") or ACCOUNT, body["name"]])
         key = f"{body.get('type') or 'model'}s/{repo_id}"
         prefix = "" if key.startswith("models/") else key.split("/")[0] + "/"
         url = f"{self.url}/{prefix}{repo_id}"
@@ -267,7 +273,7 @@ class _Handler(BaseHTTPRequestHandler):
         etag = hashlib.sha256(data).hexdigest() if path.endswith(LFS_SUFFIXES) else _blob_id(data)
         headers = {"ETag": f'"{etag}"', "X-Repo-Commit": sha, "Accept-Ranges": "bytes"}
         if self.command == "GET":
-            data = self.hub.spoiled.get(path, data)
+            data = self.hub.spoiled.get((key.removeprefix("models/"), path), data)
             self.hub.ranges += filter(None, [self.headers.get("Range")])
         if match := re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", "")):
             first, last = match.groups()
@@ -276,11 +282,11 @@ class _Handler(BaseHTTPRequestHandler):
             if start >= stop:
                 return self.answer(416, b"", {"Content-Range": f"bytes */{len(data)}"})
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
-            return self.answer(206, data[start:stop], headers, self.next_cut(path))
-        self.answer(200, data, headers, self.next_cut(path))
+            return self.answer(206, data[start:stop], headers, self.next_cut(key, path))
+        self.answer(200, data, headers, self.next_cut(key, path))
 
-    def next_cut(self, path: str) -> int | None:
-        cuts = self.hub.cut.get(path)
+    def next_cut(self, key: str, path: str) -> int | None:
+        cuts = self.hub.cut.get((key.removeprefix("models/"), path))
         return cuts.pop(0) if cuts and self.command == "GET" else None
 
     def answer(
