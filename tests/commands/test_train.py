@@ -466,12 +466,13 @@ def test_bad_input_ends_the_process_without_a_traceback(preset, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--preset", "papre"], "Expected --preset demo, paper, phantom, phantom_drug or a JSON file, got papre."),
+        (["--preset", "papre"], "--preset cells, demo, paper, phantom, phantom_drug or a JSON file, got papre."),
         (["--num_samples", "0"], "--num_samples: expected at least 1, got 0"),
         (["--checkpoints_total_limit", "0"], "--checkpoints_total_limit: expected at least 1"),
         (["--stage", "both"], "invalid choice"),
         (["--resume_from_checkpoint", "checkpoint-3"], "got checkpoint-3, which is of one. Say its --stage"),
         (["--push_to_hub", "--stage", "autoencoder"], "Expected a run that ends with a pipeline"),
+        (["--num_augmented_copies", "3"], "for --num_augmented_copies 3, got none: the copies would be equal."),
         (["--lerning_rate", "1"], "unrecognized arguments"),
     ],
 )
