@@ -274,9 +274,7 @@ def test_every_arithmetic_stays_near_float64(dtype, use_autocast, tolerance):
 
 
 def conditional(**changes):
-    unet = model(
-        num_class_embeds=3, class_embed_type="projection", projection_class_embeddings_input_dim=2, **changes
-    )
+    unet = model(num_class_embeds=3, class_embed_type="projection", projection_class_embeddings_input_dim=2, **changes)
     torch.nn.init.normal_(unet.condition_embedding.linear_2.weight)  # as if it were trained
     return unet
 
