@@ -60,7 +60,9 @@ def test_columns_of_a_table_are_conditions_also_lists(tmp_path):
         assert cells.conditions["dose_um"].tolist() == [[0.5], [2.0], [10.0]]
         assert cells.conditions["smiles"].tolist() == [[0.5, 1.0], [2.0, 1.0], [10.0, 1.0]]
     batch = next(iter(stream.loader(3, 0, 1, seed=0)))
-    doses = dict(zip(batch["volumes"].sum((1, 2, 3, 4)).tolist(), batch["conditions"]["dose_um"][:, 0].tolist()))
+    doses = dict(
+        zip(batch["volumes"].sum((1, 2, 3, 4)).tolist(), batch["conditions"]["dose_um"][:, 0].tolist(), strict=True)
+    )
     for index, item in enumerate(stream):
         assert torch.equal(item["conditions"]["smiles"], torch.tensor([item["conditions"]["dose_um"][0], 1.0]))
         assert doses[item["volumes"].sum().item()] == pytest.approx([0.5, 2.0, 10.0][index])
