@@ -38,7 +38,7 @@ def test_batches_of_copies_have_the_latents_and_labels_of_their_cells(accelerato
     latents = cache_latents(vqvae, copies, tmp_path, accelerator)
     expected = vqvae.normalize_latents(latents[list(range(12))])
     seen = []
-    for clean, labels in latent_batches(accelerator, SETTINGS, cells, vqvae, latents, first_step=0):
+    for clean, labels, _ in latent_batches(accelerator, SETTINGS, cells, vqvae, latents, first_step=0):
         for latent, label in zip(clean, labels, strict=True):
             index = (expected - latent).abs().flatten(1).amax(1).argmin().item()
             torch.testing.assert_close(expected[index], latent)

@@ -49,12 +49,22 @@ def read_cells(args: argparse.Namespace, channel_names: tuple[str, ...], streami
             "Expected a table of cells for --streaming, got none. Give --dataset_name, or shards in --train_data_dir."
         )
     columns = {"label_column": args.label_column, "group_column": args.group_column}
+    columns["condition_columns"] = args.condition_columns
+    if args.phantom_doses and (table or args.train_data_dir):
+        raise ValueError("Expected phantoms for --phantom_doses, got other cells. Leave one out.")
     if table:
         table_class = StreamedCells if streaming else CellTable
         return table_class(table, processor, args.label, args.dataset_config_name, args.image_column, **columns)
     if args.train_data_dir:
         return CellFolder(args.train_data_dir, processor, args.label, args.cache_gb, **columns)
-    return PhantomCells(args.num_phantoms, processor, args.label or ["nocodazole"], args.seed, args.cache_gb)
+    known = ["dose_um"] if args.phantom_doses else []
+    if set(args.condition_columns) - set(known):
+        raise ValueError(
+            f"Expected --condition_columns among those of the phantoms, {known}, got {args.condition_columns}. Give"
+            " --phantom_doses with dose_um."
+        )
+    phenotypes = args.label or ["nocodazole"]
+    return PhantomCells(args.num_phantoms, processor, phenotypes, args.seed, args.cache_gb, args.phantom_doses)
 
 
 def split_for_training(

@@ -67,8 +67,9 @@ def check_machine(args: argparse.Namespace, device: torch.device) -> None:
 def data_inputs(args: argparse.Namespace) -> dict:
     """The arguments that make other cells of the same files, by name; split and files are checked elsewhere."""
     names = ["sample_size", "voxel_size_um", "oversize", "label", "image_column", "label_column", "streaming"]
+    names.append("condition_columns")
     if not (args.train_data_dir or args.dataset_name):
-        names.append("num_phantoms")
+        names += ["num_phantoms", "phantom_doses"]
     if args.streaming:  # whose order depends on them
         names += ["dataloader_num_workers", "shuffle_buffer_size"]
     return {name: getattr(args, name) for name in names}
