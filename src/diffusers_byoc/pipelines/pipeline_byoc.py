@@ -18,6 +18,7 @@ from . import schedulers
 from .conditions import find_extrapolated, read_conditions, standardize_conditions
 from .fit import check_fit
 from .guidance import check_guider, guide
+from .interpolation import draw_ends, spherical_path
 from .texture import add_texture
 
 
@@ -306,6 +307,95 @@ class BYOCPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return volumes
 
+    @torch.no_grad()
+    def interpolate(
+        self,
+        num_frames: int = 16,
+        class_labels: int | str | list[int | str] | None = None,
+        conditions: Mapping[str, Any] | None = None,
+        num_inference_steps: int | None = None,
+        num_texture_steps: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        guidance_scale: float | None = None,
+        output_type: str = "np",
+        return_dict: bool = True,
+        batch_size: int = 8,
+    ) -> BYOCPipelineOutput | tuple:
+        """Walk from one cell, drug or dose to another: spherical through the noise, linear through the conditions.
+
+        Whatever else is drawn (texture, the noise of ancestral schedulers) is the same for all frames.
+
+        Args:
+            num_frames: at least 2, both ends included.
+            class_labels: the class of all frames, or those of both ends.
+            conditions: name -> value for all frames, or ``[start, end]``; `None` for none.
+            num_inference_steps, num_texture_steps, output_type, return_dict: as in a call.
+            generator: a list of two, one for the noise of each end, between two cells; one, whose noise all frames
+                share: one cell under two drugs or doses. `None` draws another noise for each end.
+            latents: (2, M*n, d, h, w) noise of both ends, or (1, M*n, d, h, w) of all frames, instead.
+            guidance_scale: as in a call.
+            batch_size: frames at a time.
+
+        Returns:
+            `volumes` (num_frames, M, D, H, W) in [0, 1], in order; `extrapolated`.
+
+        Raises:
+            ValueError: for arguments that fit neither each other nor the model, or if both ends are the same.
+
+        Source: BYOC, Figure 1 (a continuous transformation between cells).
+        """
+        # 1. both ends
+        if _whole_number(num_frames) < 2 or _whole_number(batch_size) < 1:
+            raise ValueError(
+                f"Expected num_frames of at least 2 and batch_size of at least 1, got {num_frames!r} and"
+                f" {batch_size!r}. Raise them."
+            )
+        config = self.unet.config
+        shape = (config.num_channels * config.latent_channels, *(config.sample_size,) * 3)
+        noise, is_moving, seed = draw_ends(shape, generator, latents)
+        labels = self.prepare_class_labels(list(class_labels) if _is_list(class_labels) else class_labels, 2, "cpu")
+        values = (
+            read_conditions(self.config.conditions, conditions, 2) if conditions and self.config.conditions else {}
+        )
+        is_moving |= labels is not None and bool(labels[0] != labels[1])
+        is_moving |= any((value[0] != value[1]).any() for value in values.values())
+        if not is_moving:
+            raise ValueError(
+                "Expected two ends that differ, got the same noise, class and conditions at both. Give two generators,"
+                " two class_labels, or two values of a condition."
+            )
+
+        # 2. the way between them
+        shares = torch.linspace(0, 1, num_frames)
+        path = {"latents": spherical_path(*noise, shares)}
+        if labels is not None:
+            ends = torch.nn.functional.one_hot(labels, config.num_class_embeds).float()
+            path["class_labels"] = torch.lerp(ends[0], ends[1], shares[:, None])
+        steps = shares.double().numpy()[:, None]
+        frames_of = {name: (1 - steps) * value[0] + steps * value[1] for name, value in values.items()}
+
+        # 3. frames
+        volumes, extrapolated = [], {name: [] for name in values}
+        for first in range(0, num_frames, batch_size):
+            batch = slice(first, min(first + batch_size, num_frames))
+            output = self(
+                **{name: way[batch] for name, way in path.items()},
+                num_samples=batch.stop - batch.start,
+                conditions={name: way[batch] for name, way in frames_of.items()} if values else conditions,
+                num_inference_steps=num_inference_steps,
+                num_texture_steps=num_texture_steps,
+                generator=[torch.Generator().manual_seed(seed) for _ in range(batch.start, batch.stop)],
+                guidance_scale=guidance_scale,
+                output_type=output_type,
+            )
+            volumes.append(output.volumes)
+            for name in values:
+                extrapolated[name] += output.extrapolated[name]
+        volumes = np.concatenate(volumes) if output_type == "np" else torch.cat(volumes)
+        extrapolated = extrapolated or None
+        return BYOCPipelineOutput(volumes=volumes, extrapolated=extrapolated) if return_dict else (volumes,)
+
     def _add_texture(self, decoded, num_texture_steps, generator) -> torch.Tensor:
         """Decoded volumes (B, M, D, H, W) with texture, if there is a network for it, in [-1, 1]."""
         if self.texture_unet is None or num_texture_steps == 0:
@@ -442,6 +532,10 @@ def _is_weights(class_labels) -> bool:
     """Whether these are weights of the classes and no indices: a tensor or array of floats, a row a sample."""
     is_array = isinstance(class_labels, np.ndarray) and class_labels.dtype.kind == "f"
     return is_array or (torch.is_tensor(class_labels) and class_labels.is_floating_point())
+
+
+def _is_list(class_labels) -> bool:
+    return isinstance(class_labels, (list, tuple))
 
 
 def _flat(labels):
