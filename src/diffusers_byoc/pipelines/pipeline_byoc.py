@@ -328,7 +328,7 @@ class BYOCPipeline(DiffusionPipeline):
 
         Args:
             num_frames: at least 2, both ends included.
-            class_labels: the class of all frames, or those of both ends.
+            class_labels: the class of all frames, or those of both ends; or (2, number of classes) weights of them.
             conditions: name -> value for all frames, or ``[start, end]``; `None` for none.
             num_inference_steps, num_texture_steps, output_type, return_dict: as in a call.
             generator: a list of two, one for the noise of each end, between two cells; one, whose noise all frames
@@ -354,12 +354,18 @@ class BYOCPipeline(DiffusionPipeline):
         config = self.unet.config
         shape = (config.num_channels * config.latent_channels, *(config.sample_size,) * 3)
         noise, is_moving, seed = draw_ends(shape, generator, latents)
-        labels = self.prepare_class_labels(list(class_labels) if _is_list(class_labels) else class_labels, 2, "cpu")
-        values = (
-            read_conditions(self.config.conditions, conditions, 2) if conditions and self.config.conditions else {}
-        )
-        is_moving |= labels is not None and bool(labels[0] != labels[1])
-        is_moving |= any((value[0] != value[1]).any() for value in values.values())
+        if _is_weights(class_labels):
+            class_labels = torch.as_tensor(class_labels, dtype=torch.float32)
+        elif isinstance(class_labels, tuple):
+            class_labels = list(class_labels)
+        weights, values = self.prepare_class_labels(class_labels, 2, "cpu"), {}
+        if weights is not None:
+            if not weights.is_floating_point():
+                weights = torch.nn.functional.one_hot(weights, config.num_class_embeds).float()
+            is_moving |= bool((weights[0] != weights[1]).any())
+        if conditions is not None and self.config.conditions:
+            values = read_conditions(self.config.conditions, conditions, 2)
+            is_moving |= any((value[0] != value[1]).any() for value in values.values())
         if not is_moving:
             raise ValueError(
                 "Expected two ends that differ, got the same noise, class and conditions at both. Give two generators,"
@@ -369,9 +375,8 @@ class BYOCPipeline(DiffusionPipeline):
         # 2. the way between them
         shares = torch.linspace(0, 1, num_frames)
         path = {"latents": spherical_path(*noise, shares)}
-        if labels is not None:
-            ends = torch.nn.functional.one_hot(labels, config.num_class_embeds).float()
-            path["class_labels"] = torch.lerp(ends[0], ends[1], shares[:, None])
+        if weights is not None:
+            path["class_labels"] = torch.lerp(weights[0], weights[1], shares[:, None])
         steps = shares.double().numpy()[:, None]
         frames_of = {name: (1 - steps) * value[0] + steps * value[1] for name, value in values.items()}
 
@@ -532,10 +537,6 @@ def _is_weights(class_labels) -> bool:
     """Whether these are weights of the classes and no indices: a tensor or array of floats, a row a sample."""
     is_array = isinstance(class_labels, np.ndarray) and class_labels.dtype.kind == "f"
     return is_array or (torch.is_tensor(class_labels) and class_labels.is_floating_point())
-
-
-def _is_list(class_labels) -> bool:
-    return isinstance(class_labels, (list, tuple))
 
 
 def _flat(labels):
