@@ -90,6 +90,10 @@ def generate_cells(
     arguments_of_all = {"conditions": conditions and dict(conditions), "guidance_scale": guidance_scale}
     arguments_of_all = {name: value for name, value in arguments_of_all.items() if value is not None}
     record |= arguments_of_all
+    if guidance_scale is None and pipeline.config.get("default_guidance_scale", 1.0) != 1.0:
+        record["guidance_scale"] = pipeline.config["default_guidance_scale"]
+    if guider := getattr(pipeline, "guider", None):
+        record["guider"] = {"name": type(guider).__name__} | _public(guider.config)
     record = json.loads(json.dumps(record, default=str))  # as it is read again
     _check(record, folder / RECORD_NAME)
     processor = getattr(pipeline, "volume_processor", None)
