@@ -26,8 +26,6 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     add("--image_column", default="volume", help="column of a table that holds the volumes")
     add("--label_column", help="column of the classes (default: label, if there is one)")
     add("--group_column", help="cells of one value are never separated (default: source, if there is one)")
-    help_text = "columns of numbers (a dose, a time, an embedding) that each cell has beside its label"
-    add("--condition_columns", nargs="+", default=[], metavar="COLUMN", help=help_text)
     add("--label", nargs="+", help="the cells of these labels only (phantoms: nocodazole if left out)")
     add("--num_phantoms", type=positive, default=400, help="phantoms to make, without other cells")
     help_text = "doses of the phantoms in µM, in turn, as the column dose_um (default: full effect)"

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import ClassifierFreeGuidance, DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
+from diffusers import BaseGuidance, DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
 from diffusers.utils import BaseOutput, logging
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -89,7 +89,7 @@ class BYOCPipeline(DiffusionPipeline):
         noise_schedule: dict | None = None,
         label2id: dict[str, int] | None = None,
         volume_processor_config: dict | None = None,
-        guider: ClassifierFreeGuidance | None = None,
+        guider: BaseGuidance | None = None,
         default_guidance_scale: float = 1.0,
         conditions: list[dict] | None = None,
     ):
@@ -378,7 +378,10 @@ class BYOCPipeline(DiffusionPipeline):
         if weights is not None:
             path["class_labels"] = torch.lerp(weights[0], weights[1], shares[:, None])
         steps = shares.double().numpy()[:, None]
-        frames_of = {name: (1 - steps) * value[0] + steps * value[1] for name, value in values.items()}
+        frames_of = {  # a rounding error may not lie beyond the ends
+            name: (start + steps * (end - start)).clip(np.minimum(start, end), np.maximum(start, end))
+            for name, (start, end) in values.items()
+        }
 
         # 3. frames
         volumes, extrapolated = [], {name: [] for name in values}
