@@ -326,7 +326,7 @@ def test_three_phenotypes_in_bfloat16(train):
     assert torch.equal(by_name, by_index) and not torch.equal(by_name, other)
 
 
-def test_drugs_and_doses_in_one_model(train):
+def test_drugs_and_doses_in_one_model(train, tmp_path):
     conditional = ("--class_conditional", "--condition_columns", "dose_um", "--conditioning_dropout_prob", 0.2)
     output_dir = train(
         *("--label", "nocodazole", "blebbistatin", "--phantom_doses", 0, 2, 8, "--num_phantoms", 12),
@@ -341,7 +341,8 @@ def test_drugs_and_doses_in_one_model(train):
     assert pipeline(**given, guidance_scale=2.0).extrapolated == {"dose_um": [True]}
     assert pipeline.interpolate(2, "nocodazole", {"dose_um": [0, 8]}).volumes.shape == (2, 2, 32, 32, 32)
     # a run that begins with it knows the doses by the same scale
-    again = train(*conditional, "--stage", "diffusion", "--pretrained", output_dir, "--phantom_doses", 1, 3)
+    arguments = ("--stage", "diffusion", "--pretrained", output_dir, "--phantom_doses", 1, 3)
+    again = train(*conditional, *arguments, output_dir=tmp_path / "again")
     assert BYOCPipeline.from_pretrained(again).config.conditions == pipeline.config.conditions
 
 

@@ -32,7 +32,7 @@ def test_copies_are_the_cells_in_poses_that_do_not_change():
 
 
 def test_conditions_go_with_their_cells(accelerator, tmp_path):
-    cells = PhantomCells(4, VolumeProcessor(32, 2, ("cell", "nucleus")), doses=[0.0, 1.0, 2.0, 3.0])
+    cells = PhantomCells(4, VolumeProcessor(32, 2, ("cell", "nucleus")), ["nocodazole"], doses=[0.0, 1.0, 2.0, 3.0])
     vqvae = MultiCodebookVQModel(2, None, 2, 4, 1, (8, 8, 8, 8), 0, sample_size=32)
     vqvae.initialize_codebooks(torch.randn(1, 4, 4, 4, 4))
     copies = AugmentedCopies(cells, 2, SETTINGS)

@@ -13,9 +13,11 @@ from accelerate.logging import get_logger
 from diffusers import DDPMScheduler
 from safetensors import SafetensorError
 
+from ..data import Cells
 from ..models import DualChannelUNet3D, MultiCodebookVQModel, TextureUNet3D
 from ..models.fingerprint import fingerprint_weights
 from ..pipelines import BYOCPipeline
+from ..pipelines.conditions import measure_conditions, num_condition_features
 from ..pipelines.schedulers import noise_schedule
 from ..training import Stage, StageSettings, fastest_precision, is_cpu_training
 from ..training.checkpoints import find_checkpoint, read_record
@@ -68,8 +70,9 @@ def run(
     resumes = args.stage in ("texture", "diffusion") or args.resume_from_checkpoint is not None
     cells, held_out_cells, data = read_training_cells(args, state, vqvae.config.channel_names, resumes)
     set_train_steps(args, len(cells), state.num_processes)
-    num_features = sum(values.shape[1] for values in cells.conditions.values()) if args.condition_columns else 0
-    sizes = (len(cells.class_names), num_features)
+    with one_line_errors(ValueError):
+        conditions = measure_or_take_conditions(args, cells, pretrained)
+    sizes = (len(cells.class_names), num_condition_features(conditions or ()))
     inputs = {stage: stage_inputs(args, stage, vqvae, *sizes) | {"data": data} for stage in stages_of(args)}
     check_stages_resumable(args, state.num_processes, inputs)
     prepare_upload(args, state)
@@ -94,12 +97,9 @@ def run(
             )
         settings = settings_for_autoencoder(args, "diffusion", vqvae)
         with Stage(output_dir, "diffusion", settings, inputs["diffusion"]) as stage:
-            unet, conditions = make_unet(args, vqvae, *sizes), None
+            unet = make_unet(args, vqvae, *sizes)
             if pretrained:
                 take_unet_weights(unet, pretrained.unet, pretrained.config.label2id, cells.class_names)
-                known = [condition["name"] for condition in pretrained.config.conditions or ()]
-                if num_features and known == list(cells.conditions):
-                    conditions = pretrained.config.conditions
             noise_scheduler = make_noise_scheduler(args)
             train_diffusion(stage, unet, noise_scheduler, vqvae, cells, held_out_cells, texture_unet, conditions)
         if state.is_main_process:
@@ -187,6 +187,19 @@ def make_unet(
         conditioning_dropout_prob=args.conditioning_dropout_prob if args.class_conditional or num_features else 0.0,
         **args.unet,
     )
+
+
+def measure_or_take_conditions(
+    args: argparse.Namespace, cells: Cells, pretrained: BYOCPipeline | None
+) -> list[dict] | None:
+    """The numbers that the U-Net is told: by the scale that `pretrained` knows them, if it does; None for none."""
+    if not args.condition_columns:
+        return None
+    known = (pretrained and pretrained.config.conditions) or []
+    sizes = {condition["name"]: len(condition["mean"]) for condition in known}
+    if sizes == {name: values.shape[1] for name, values in cells.conditions.items()}:
+        return known
+    return measure_conditions(cells.conditions)
 
 
 def make_noise_scheduler(args: argparse.Namespace) -> DDPMScheduler:
