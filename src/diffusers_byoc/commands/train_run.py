@@ -72,8 +72,8 @@ def run(
     set_train_steps(args, len(cells), state.num_processes)
     with one_line_errors(ValueError):
         conditions = measure_or_take_conditions(args, cells, pretrained)
-    sizes = (len(cells.class_names), num_condition_features(conditions or ()))
-    inputs = {stage: stage_inputs(args, stage, vqvae, *sizes) | {"data": data} for stage in stages_of(args)}
+        sizes = (len(cells.class_names), num_condition_features(conditions or ()))
+        inputs = {stage: stage_inputs(args, stage, vqvae, *sizes) | {"data": data} for stage in stages_of(args)}
     check_stages_resumable(args, state.num_processes, inputs)
     prepare_upload(args, state)
     if state.is_main_process:
