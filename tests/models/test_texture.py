@@ -109,3 +109,14 @@ def test_shapes_that_do_not_fit_are_refused(sample, reconstruction, message):
 def test_layers_must_fit_the_resolutions():
     with pytest.raises(ValueError, match="Expected 2 layers_per_block"):
         TextureUNet3D(block_out_channels=(8, 16), layers_per_block=(1,))
+
+
+def test_the_velocity_is_the_sample_by_a_gain_plus_a_shift():
+    network = TextureUNet3D(2, (8,), (1,)).eval()
+    with torch.no_grad():
+        network.conv_out.bias[:16].fill_(0.25)  # 2 channels in cubes of 8 voxels: the shift
+        network.conv_out.bias[16:].fill_(-2.0)
+    sample, reconstruction = torch.randn(1, 2, 8, 8, 8), torch.zeros(1, 2, 8, 8, 8)
+    velocity = network(sample, 500, reconstruction).sample
+    torch.testing.assert_close(velocity, 0.25 - 2.0 * sample)
+    assert TextureUNet3D(2, (8,), (1,), voxel_gain=False).conv_out.out_channels == 16

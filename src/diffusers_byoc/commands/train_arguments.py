@@ -74,11 +74,7 @@ def set_train_steps(args: argparse.Namespace, num_cells: int, num_processes: int
 def _make_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add(
-        "--preset",
-        default="demo",
-        help="demo, phantom, phantom_drug, paper, or the path of a JSON file of such overrides",
-    )
+    add("--preset", default="demo", help="demo, phantom, phantom_drug, paper, or a JSON file of such overrides")
     add("--output_dir", default="outputs/demo", help="pipeline, checkpoints, logs and report go here")
     add("--stage", choices=["all", *STAGES], default="all")
     help_text = "begin with the networks of this pipeline, a folder or a Hub repository, in place of the preset's"

@@ -68,6 +68,9 @@ class TextureUNet3D(CheckedModelMixin, ConfigMixin):
             unit of texture.
         background_margin: background, exactly -1, is learnt as -1 - background_margin: clipped, it is -1 again, though
             the network errs.
+        voxel_gain: predict two numbers for every voxel, the velocity being ``shift + gain * sample``. Where texture is
+            noise, as strong as the place is bright, the best velocity is the sample itself times such a gain; the
+            trunk's norms lose the size of the sample, and with it some of the noise.
         act_fn: activation, by diffusers' names.
 
     Raises:
@@ -87,6 +90,7 @@ class TextureUNet3D(CheckedModelMixin, ConfigMixin):
         layers_per_block: tuple[int, ...] = (2, 3),
         texture_scale: float = 0.15,
         background_margin: float = 0.1,
+        voxel_gain: bool = True,
         act_fn: str = "silu",
     ):
         super().__init__()
@@ -124,7 +128,7 @@ class TextureUNet3D(CheckedModelMixin, ConfigMixin):
         # 6. out
         self.norm_out = VoxelNorm(widths[0])
         self.nonlinearity = get_activation(act_fn)
-        self.conv_out = Conv3d(widths[0], 8 * num_channels, 3, padding=1)
+        self.conv_out = Conv3d(widths[0], (2 if voxel_gain else 1) * 8 * num_channels, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)
 
@@ -177,6 +181,9 @@ class TextureUNet3D(CheckedModelMixin, ConfigMixin):
 
         # 6. out
         velocity = from_cubes(self.conv_out(self.nonlinearity(self.norm_out(hidden_states))))
+        if self.config.voxel_gain:
+            shift, gain = velocity.chunk(2, dim=1)
+            velocity = shift + gain * sample
         return TextureUNet3DOutput(sample=velocity) if return_dict else (velocity,)
 
     # ------------------------------------------------------------------ texture and volumes
