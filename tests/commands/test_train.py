@@ -326,6 +326,39 @@ def test_three_phenotypes_in_bfloat16(train):
     assert torch.equal(by_name, by_index) and not torch.equal(by_name, other)
 
 
+def test_drugs_and_doses_in_one_model(train, tmp_path):
+    conditional = ("--class_conditional", "--condition_columns", "dose_um", "--conditioning_dropout_prob", 0.2)
+    output_dir = train(
+        *("--label", "nocodazole", "blebbistatin", "--phantom_doses", 0, 2, 8, "--num_phantoms", 12),
+        *conditional,
+    )
+    pipeline = BYOCPipeline.from_pretrained(output_dir)
+    (dose,) = pipeline.config.conditions
+    assert (dose["name"], dose["min"], dose["max"]) == ("dose_um", [0.0], [8.0])
+    assert pipeline.unet.config.conditioning_dropout_prob == 0.2
+    assert pipeline.unet.condition_embedding.linear_2.weight.abs().sum() > 0  # it began at nothing
+    given = {"class_labels": "nocodazole", "conditions": {"dose_um": 20.0}}
+    assert pipeline(**given, guidance_scale=2.0).extrapolated == {"dose_um": [True]}
+    assert pipeline.interpolate(2, "nocodazole", {"dose_um": [0, 8]}).volumes.shape == (2, 2, 32, 32, 32)
+    # a run that begins with it knows the doses by the same scale
+    arguments = ("--stage", "diffusion", "--pretrained", output_dir, "--phantom_doses", 1, 3)
+    again = train(*conditional, *arguments, output_dir=tmp_path / "again")
+    assert BYOCPipeline.from_pretrained(again).config.conditions == pipeline.config.conditions
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--condition_columns", "dose_um"], "Give --phantom_doses with dose_um"),
+        (["--condition_columns", "dose_um", "--phantom_doses", 2], "different dose_um, got"),
+        (["--phantom_doses", 2, 4, "--train_data_dir", "cells"], "phantoms for --phantom_doses"),
+    ],
+)
+def test_conditions_that_no_cell_has_are_refused(train, arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        train(*arguments)
+
+
 def test_a_folder_of_arrays(train, tmp_path):
     folder = tmp_path / "cells"
     folder.mkdir()

@@ -116,6 +116,10 @@ def _make_parser(description: str) -> argparse.ArgumentParser:
     add("--latent_scaling", choices=scalings, help="how latents come to the noise's scale")
     add("--latent_range", help="whose codebook's: per_channel (default), absolute or a channel's name; for ablations")
     add("--class_conditional", **FLAG, help="give the labels to the U-Net")
+    help_text = "columns of numbers that the U-Net is told: a dose, a time, an embedding"
+    add("--condition_columns", nargs="+", default=[], metavar="COLUMN", help=help_text)
+    help_text = "share of the cells that is trained on without class and conditions, for guidance; 0: none"
+    add("--conditioning_dropout_prob", type=float, default=0.1, help=help_text)
     help_text = "augmentations of a cell whose latents are kept (default: encode others in every epoch)"
     add("--num_augmented_copies", type=positive, help=help_text)
     add("--prediction_type", choices=["epsilon", "v_prediction", "sample"], help="what the U-Net predicts")

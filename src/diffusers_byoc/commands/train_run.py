@@ -13,9 +13,11 @@ from accelerate.logging import get_logger
 from diffusers import DDPMScheduler
 from safetensors import SafetensorError
 
+from ..data import Cells
 from ..models import DualChannelUNet3D, MultiCodebookVQModel, TextureUNet3D
 from ..models.fingerprint import fingerprint_weights
 from ..pipelines import BYOCPipeline
+from ..pipelines.conditions import measure_conditions, num_condition_features
 from ..pipelines.schedulers import noise_schedule
 from ..training import Stage, StageSettings, fastest_precision, is_cpu_training
 from ..training.checkpoints import find_checkpoint, read_record
@@ -68,9 +70,10 @@ def run(
     resumes = args.stage in ("texture", "diffusion") or args.resume_from_checkpoint is not None
     cells, held_out_cells, data = read_training_cells(args, state, vqvae.config.channel_names, resumes)
     set_train_steps(args, len(cells), state.num_processes)
-    inputs = {
-        stage: stage_inputs(args, stage, vqvae, len(cells.class_names)) | {"data": data} for stage in stages_of(args)
-    }
+    with one_line_errors(ValueError):
+        conditions = measure_or_take_conditions(args, cells, pretrained)
+        sizes = (len(cells.class_names), num_condition_features(conditions or ()))
+        inputs = {stage: stage_inputs(args, stage, vqvae, *sizes) | {"data": data} for stage in stages_of(args)}
     check_stages_resumable(args, state.num_processes, inputs)
     prepare_upload(args, state)
     if state.is_main_process:
@@ -94,10 +97,11 @@ def run(
             )
         settings = settings_for_autoencoder(args, "diffusion", vqvae)
         with Stage(output_dir, "diffusion", settings, inputs["diffusion"]) as stage:
-            unet = make_unet(args, vqvae, num_classes=len(cells.class_names))
+            unet = make_unet(args, vqvae, *sizes)
             if pretrained:
                 take_unet_weights(unet, pretrained.unet, pretrained.config.label2id, cells.class_names)
-            train_diffusion(stage, unet, make_noise_scheduler(args), vqvae, cells, held_out_cells, texture_unet)
+            noise_scheduler = make_noise_scheduler(args)
+            train_diffusion(stage, unet, noise_scheduler, vqvae, cells, held_out_cells, texture_unet, conditions)
         if state.is_main_process:
             pipeline = BYOCPipeline.from_pretrained(output_dir).to(state.device)  # what a user will load
             finish_run(args, pipeline, cells, held_out_cells, describe_training(args), started)
@@ -143,6 +147,7 @@ def load_pretrained(args: argparse.Namespace) -> BYOCPipeline:
             " preset's `scheduler`, or with --prediction_type."
         )
     made_here = {"num_channels", "latent_channels", "sample_size", "num_class_embeds"}
+    made_here |= {"class_embed_type", "projection_class_embeddings_input_dim", "conditioning_dropout_prob"}
     for name, not_taken in (("vqvae", {"sample_size"}), ("texture_unet", {"num_channels"}), ("unet", made_here)):
         network = getattr(pipeline, name)
         if network is not None:
@@ -169,14 +174,32 @@ def make_texture_unet(args: argparse.Namespace, vqvae: MultiCodebookVQModel) -> 
     return TextureUNet3D(num_channels=vqvae.config.num_channels, **args.texture_unet)
 
 
-def make_unet(args: argparse.Namespace, vqvae: MultiCodebookVQModel, num_classes: int) -> DualChannelUNet3D:
+def make_unet(
+    args: argparse.Namespace, vqvae: MultiCodebookVQModel, num_classes: int, num_features: int = 0
+) -> DualChannelUNet3D:
     return DualChannelUNet3D(
         num_channels=vqvae.config.num_channels,
         latent_channels=vqvae.config.latent_channels,
         sample_size=args.sample_size // vqvae.downsampling_factor,
         num_class_embeds=num_classes if args.class_conditional else None,
+        class_embed_type="projection" if num_features else None,
+        projection_class_embeddings_input_dim=num_features or None,
+        conditioning_dropout_prob=args.conditioning_dropout_prob if args.class_conditional or num_features else 0.0,
         **args.unet,
     )
+
+
+def measure_or_take_conditions(
+    args: argparse.Namespace, cells: Cells, pretrained: BYOCPipeline | None
+) -> list[dict] | None:
+    """The numbers that the U-Net is told: by the scale that `pretrained` knows them, if it does; None for none."""
+    if not args.condition_columns:
+        return None
+    known = (pretrained and pretrained.config.conditions) or []
+    sizes = {condition["name"]: len(condition["mean"]) for condition in known}
+    if sizes == {name: values.shape[1] for name, values in cells.conditions.items()}:
+        return known
+    return measure_conditions(cells.conditions)
 
 
 def make_noise_scheduler(args: argparse.Namespace) -> DDPMScheduler:
@@ -277,7 +300,9 @@ def run_inputs(args: argparse.Namespace) -> dict:
     return data_inputs(args) | ({"pretrained": args.pretrained} if args.pretrained else {})
 
 
-def stage_inputs(args: argparse.Namespace, stage: str, vqvae: MultiCodebookVQModel, num_classes: int) -> dict:
+def stage_inputs(
+    args: argparse.Namespace, stage: str, vqvae: MultiCodebookVQModel, num_classes: int, num_features: int
+) -> dict:
     """What decides a stage beside its settings: how cells are prepared, how its networks are configured."""
     if stage == "autoencoder":
         return run_inputs(args) | configuration("vqvae", vqvae.config)
@@ -286,7 +311,7 @@ def stage_inputs(args: argparse.Namespace, stage: str, vqvae: MultiCodebookVQMod
             texture_unet = make_texture_unet(args, vqvae)
         return run_inputs(args) | configuration("texture_unet", texture_unet.config)
     with torch.device("meta"):
-        unet = make_unet(args, vqvae, num_classes)
+        unet = make_unet(args, vqvae, num_classes, num_features)
     networks = configuration("unet", unet.config) | configuration("scheduler", make_noise_scheduler(args).config)
     scaling = {f"vqvae.{name}": vqvae.config[name] for name in ("latent_scaling", "latent_range")}
     return run_inputs(args) | networks | scaling

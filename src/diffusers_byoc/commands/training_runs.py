@@ -68,9 +68,10 @@ def data_inputs(args: argparse.Namespace) -> dict:
     """The arguments that make other cells of the same files, by name; split and files are checked elsewhere."""
     names = ["sample_size", "voxel_size_um", "oversize", "label", "image_column", "label_column", "streaming"]
     if not (args.train_data_dir or args.dataset_name):
-        names.append("num_phantoms")
+        names += ["num_phantoms", "phantom_doses"]
     if args.streaming:  # whose order depends on them
         names += ["dataloader_num_workers", "shuffle_buffer_size"]
+    names += ["condition_columns"] if "condition_columns" in args else []  # which not every generator takes
     return {name: getattr(args, name) for name in names}
 
 
@@ -106,7 +107,7 @@ def read_training_cells(
     if state.is_main_process:
         remove_left_overs(Path(args.output_dir))
     with one_line_errors(ValueError, ImportError):
-        everything = read_cells(args, tuple(channel_names), args.streaming)
+        everything = read_cells(args, tuple(channel_names), args.streaming, vars(args).get("condition_columns", ()))
         cells, held_out_cells = split_for_training(args, everything, args.output_dir, resumes)
     num_held_out = len(held_out_cells) if held_out_cells else 0
     logger.info(f"{len(cells)} cells, {num_held_out} more held out: {', '.join(cells.class_names)}")

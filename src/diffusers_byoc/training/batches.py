@@ -39,7 +39,7 @@ def latent_batches(
     vqvae: MultiCodebookVQModel,
     latents: CachedLatents | None,
     first_step: int,
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
     """What this process has left to see of a stage that trains on latents.
 
     Args:
@@ -51,7 +51,8 @@ def latent_batches(
         first_step: steps made before.
 
     Yields:
-        Normalised latents (B, M*n, d, h, w) and class labels (B,).
+        Normalised latents (B, M*n, d, h, w), class labels (B,), and of cells with conditions name -> (B, length), in
+        their own units, on the CPU.
     """
     if latents is None:
         loader = remaining_batches(cells, settings, first_step)
@@ -59,9 +60,15 @@ def latent_batches(
             volumes = augment(batch["volumes"].to(accelerator.device), settings, micro_step)
             with torch.no_grad(), accelerator.autocast():
                 clean = vqvae.encode(volumes).latents.float()
-            yield vqvae.normalize_latents(clean), batch["class_labels"].to(accelerator.device)
+            yield (
+                vqvae.normalize_latents(clean),
+                batch["class_labels"].to(accelerator.device),
+                batch.get("conditions", {}),
+            )
     else:
-        labels = torch.tensor(cells.labels).repeat(len(latents) // len(cells))
+        labels, num_copies = torch.tensor(cells.labels), len(latents) // len(cells)
+        labels = labels.repeat(num_copies)
+        conditions = {name: torch.from_numpy(x).repeat(num_copies, 1) for name, x in cells.conditions.items()}
         state, accumulation = PartialState(), settings.gradient_accumulation_steps
         batches = StepBatches(
             len(latents),
@@ -74,7 +81,8 @@ def latent_batches(
         )
         for indices in batches:
             clean = latents[indices].to(accelerator.device)
-            yield vqvae.normalize_latents(clean), labels[indices].to(accelerator.device)
+            conditions_of_batch = {name: values[indices] for name, values in conditions.items()}
+            yield vqvae.normalize_latents(clean), labels[indices].to(accelerator.device), conditions_of_batch
 
 
 def augment(volumes: Tensor, settings: StageSettings, micro_step: int) -> Tensor:

@@ -13,11 +13,12 @@ from ...data import Cells
 from ...models import DualChannelUNet3D, MultiCodebookVQModel, TextureUNet3D
 from ...models.fingerprint import fingerprint_weights
 from ...pipelines import BYOCPipeline
+from ...pipelines.conditions import measure_conditions, standardize_conditions
 from ...pipelines.schedulers import make_texture_scheduler
 from ...randomness import process_share
 from ..batches import AugmentedCopies, latent_batches, sample_cells
 from ..latents import cache_latents, latent_statistics, measure_latents
-from ..losses import diffusion_loss
+from ..losses import diffusion_loss, drop_conditions
 from ..optimizers import make_optimizer
 from ..settings import StageSettings
 from ..stage import Stage
@@ -65,8 +66,11 @@ def train_diffusion(
     cells: Cells,
     held_out_cells: Cells | None = None,
     texture_unet: TextureUNet3D | None = None,
+    conditions: list[dict] | None = None,
 ) -> BYOCPipeline:
-    """Train `unet` on the latents of `cells`.
+    """Train `unet` on the latents of `cells`, and on their conditions where it takes some.
+
+    The `conditioning_dropout_prob` of `unet` is the share that sees none; see `drop_conditions`.
 
     Args:
         stage: entered, with `DiffusionSettings`.
@@ -76,11 +80,17 @@ def train_diffusion(
         cells: to train on.
         held_out_cells: for the validation losses; None for none.
         texture_unet: trained, or None; a part of the pipeline that has nothing to do here.
+        conditions: of the pipeline that `unet` comes from, whose scale it knows; None measures those of `cells`.
 
     Returns:
         The pipeline, also saved to OUTPUT_DIR.
     """
     settings, accelerator = stage.settings, stage.accelerator
+    num_classes, share = unet.config.num_class_embeds, unet.config.conditioning_dropout_prob
+    if unet.config.class_embed_type is None:
+        conditions = None
+    elif conditions is None:
+        conditions = measure_conditions(cells.conditions)
 
     # 1. optimizer, moving average
     if settings.gradient_checkpointing:
@@ -116,29 +126,39 @@ def train_diffusion(
         validation_cells = held_out_cells.indexable(settings.num_validation_cells, settings.seed)
         rows = range(min(len(validation_cells), settings.num_validation_cells))
         held_out_latents = cache_latents(vqvae, Subset(validation_cells, rows), folder / "held_out", accelerator)
-        held_out_labels = None
+        held_out_labels = held_out_vectors = None
         if settings.class_conditional:
             held_out_labels = [int(validation_cells[row]["class_labels"]) for row in rows]
+        if conditions:
+            held_out = [validation_cells[row]["conditions"] for row in rows]
+            stacked = {name: torch.stack([each[name] for each in held_out]).numpy() for name in held_out[0]}
+            held_out_vectors = standardize_conditions(conditions, stacked)
     batches = latent_batches(accelerator, settings, cells, vqvae, latents if is_kept else None, stage.first_step)
 
     # 3. train
     unet.train()
     global_batch_size = settings.train_batch_size * accelerator.num_processes
-    for step, (clean, class_labels) in stage.steps(batches):
+    for step, (clean, class_labels, values) in stage.steps(batches):
         class_labels = class_labels if settings.class_conditional else None
+        vectors = None
+        if conditions:
+            vectors = standardize_conditions(conditions, {name: x.numpy() for name, x in values.items()})
+            vectors = vectors.to(accelerator.device)
         # drawn for all processes, then shared out, so that their number does not change the run
         generator = stage.generator("diffusion")
         noise = torch.randn(global_batch_size, *clean.shape[1:], generator=generator)
         timesteps = torch.randint(len(noise_scheduler), (global_batch_size,), generator=generator)
-        noise, timesteps = (
+        chances = torch.rand(global_batch_size, generator=generator)
+        noise, timesteps, chances = (
             process_share(x, accelerator.process_index, accelerator.num_processes).to(accelerator.device)
-            for x in (noise, timesteps)
+            for x in (noise, timesteps, chances)
         )
+        if share:
+            class_labels, vectors = drop_conditions(class_labels, vectors, num_classes, chances, share)
 
         with accelerator.accumulate(unet):
-            loss = diffusion_loss(
-                unet, noise_scheduler, clean, noise, timesteps, class_labels, settings.loss_type, settings.snr_gamma
-            )
+            weighting = (settings.loss_type, settings.snr_gamma)
+            loss = diffusion_loss(unet, noise_scheduler, clean, noise, timesteps, class_labels, *weighting, vectors)
             stage.apply(loss, unet, optimizer, lr_scheduler)
         if stage.is_accumulating:
             continue
@@ -154,15 +174,16 @@ def train_diffusion(
                 ema.store(unet.parameters())
                 ema.copy_to(unet.parameters())
             if held_out_cells is not None:
-                options = (held_out_latents, held_out_labels, settings.seed, settings.loss_type, settings.snr_gamma)
+                options = (held_out_latents, held_out_labels, settings.seed, *weighting, held_out_vectors)
                 accelerator.log(validate_diffusion(accelerator, bare_unet, noise_scheduler, vqvae, *options), step)
             if accelerator.is_main_process:
-                pipeline = make_pipeline(settings, cells, vqvae, bare_unet, noise_scheduler, texture_unet)
+                pipeline = make_pipeline(settings, cells, vqvae, bare_unet, noise_scheduler, texture_unet, conditions)
                 pipeline.set_progress_bar_config(disable=True)
                 with accelerator.autocast():
                     samples = pipeline(
                         4,
                         class_labels=0 if settings.class_conditional else None,
+                        conditions={x["name"]: x["mean"] for x in conditions} if conditions else None,
                         output_type="pt",
                         num_inference_steps=min(20, len(noise_scheduler)),
                         generator=torch.Generator().manual_seed(settings.seed),
@@ -176,7 +197,7 @@ def train_diffusion(
     if ema:
         ema.copy_to(unet.parameters())
     unet = accelerator.unwrap_model(unet, keep_fp32_wrapper=False).eval()
-    pipeline = make_pipeline(settings, cells, vqvae, unet, noise_scheduler, texture_unet)
+    pipeline = make_pipeline(settings, cells, vqvae, unet, noise_scheduler, texture_unet, conditions)
     if accelerator.is_main_process:
         pipeline.save_pretrained(stage.output_dir)
     return pipeline
@@ -189,6 +210,7 @@ def make_pipeline(
     unet: DualChannelUNet3D,
     noise_scheduler: DDPMScheduler,
     texture_unet: TextureUNet3D | None = None,
+    conditions: list[dict] | None = None,
 ) -> BYOCPipeline:
     """The pipeline of these networks, with the defaults that the settings name."""
     scheduler_class = getattr(diffusers, settings.inference_scheduler)
@@ -202,5 +224,6 @@ def make_pipeline(
         default_num_inference_steps=settings.num_inference_steps,
         default_num_texture_steps=settings.num_texture_steps,
         label2id=label2id,
+        conditions=conditions,
         volume_processor_config=dict(cells.processor.config) | {"voxel_size_um": cells.voxel_size_um},
     )
