@@ -45,6 +45,7 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
             f"Expected --resume_from_checkpoint latest for all stages, got {args.resume_from_checkpoint}, which is of"
             " one. Say its --stage too."
         )
+    _check_lora(parser, args, given_arguments(parser, argv))
     if args.push_to_hub and args.stage not in ("all", "diffusion"):
         parser.error(
             f"Expected a run that ends with a pipeline for --push_to_hub, got --stage {args.stage}. Push with the"
@@ -63,6 +64,28 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     return args
 
 
+def _check_lora(parser: argparse.ArgumentParser, args: argparse.Namespace, given: dict) -> None:
+    if not args.train_lora:
+        for name in ("rank", "lora_class"):
+            if getattr(args, name) is not None:
+                parser.error(f"Expected --train_lora for --{name}, got none. Say both, or leave --{name} out.")
+        return
+    if args.pretrained is None:
+        parser.error("Expected a pipeline to adapt in --pretrained for --train_lora, got none. Name one.")
+    if args.stage != "diffusion":
+        parser.error(
+            f"Expected --stage diffusion for --train_lora, got --stage {args.stage}: the adapter is the U-Net's, all"
+            " else stays as it is. Say it."
+        )
+    names = ("vqvae_path", "share_codebook", "latent_scaling", "latent_range", "class_conditional", "push_to_hub")
+    for name in (*names, "num_inference_steps", "num_texture_steps", "inference_scheduler"):
+        if name in given:
+            parser.error(
+                f"Expected no --{name} with --train_lora, which saves an adapter alone, got one. Leave it out."
+            )
+    args.rank = args.rank or 8
+
+
 def set_train_steps(args: argparse.Namespace, num_cells: int, num_processes: int) -> None:
     """Replace `--num_train_epochs` by each stage's number of steps."""
     for stage in STAGES:
@@ -74,7 +97,11 @@ def set_train_steps(args: argparse.Namespace, num_cells: int, num_processes: int
 def _make_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--preset", default="demo", help="demo, phantom, phantom_drug, paper, or the path of a JSON file of such overrides")
+    add(
+        "--preset",
+        default="demo",
+        help="demo, phantom, phantom_drug, phantom_lora, paper, or the path of a JSON file of such overrides",
+    )
     add("--output_dir", default="outputs/demo", help="pipeline, checkpoints, logs and report go here")
     add("--stage", choices=["all", *STAGES], default="all")
     help_text = "begin with the networks of this pipeline, a folder or a Hub repository, in place of the preset's"
@@ -115,6 +142,11 @@ def _make_parser(description: str) -> argparse.ArgumentParser:
     add("--latent_scaling", choices=scalings, help="how latents come to the noise's scale")
     add("--latent_range", help="whose codebook's: per_channel (default), absolute or a channel's name; for ablations")
     add("--class_conditional", **FLAG, help="give the labels to the U-Net")
+    add(
+        "--train_lora", **FLAG, help="train an adapter of --pretrained's U-Net in its place: a new drug from few cells"
+    )
+    add("--rank", type=positive, help="of the adapter (default: 8)")
+    add("--lora_class", help="the class, of a --pretrained that has classes, that the adapter makes the new drug of")
     help_text = "augmentations of a cell whose latents are kept (default: encode others in every epoch)"
     add("--num_augmented_copies", type=positive, help=help_text)
     add("--prediction_type", choices=["epsilon", "v_prediction", "sample"], help="what the U-Net predicts")

@@ -13,8 +13,10 @@ from accelerate.logging import get_logger
 from diffusers import DDPMScheduler
 from safetensors import SafetensorError
 
+from ..data import Cells
 from ..models import DualChannelUNet3D, MultiCodebookVQModel, TextureUNet3D
 from ..models.fingerprint import fingerprint_weights
+from ..optional import optional
 from ..pipelines import BYOCPipeline
 from ..pipelines.schedulers import noise_schedule
 from ..training import Stage, StageSettings, fastest_precision, is_cpu_training
@@ -67,6 +69,8 @@ def run(
     output_dir = Path(args.output_dir)
     resumes = args.stage in ("texture", "diffusion") or args.resume_from_checkpoint is not None
     cells, held_out_cells, data = read_training_cells(args, state, vqvae.config.channel_names, resumes)
+    if args.train_lora and args.class_conditional:
+        cells, held_out_cells = (part and as_lora_class(args, pretrained, part) for part in (cells, held_out_cells))
     set_train_steps(args, len(cells), state.num_processes)
     inputs = {
         stage: stage_inputs(args, stage, vqvae, len(cells.class_names)) | {"data": data} for stage in stages_of(args)
@@ -95,11 +99,16 @@ def run(
         settings = settings_for_autoencoder(args, "diffusion", vqvae)
         with Stage(output_dir, "diffusion", settings, inputs["diffusion"]) as stage:
             unet = make_unet(args, vqvae, num_classes=len(cells.class_names))
-            if pretrained:
+            if args.train_lora:
+                unet = pretrained.unet
+            elif pretrained:
                 take_unet_weights(unet, pretrained.unet, pretrained.config.label2id, cells.class_names)
             train_diffusion(stage, unet, make_noise_scheduler(args), vqvae, cells, held_out_cells, texture_unet)
         if state.is_main_process:
-            pipeline = BYOCPipeline.from_pretrained(output_dir).to(state.device)  # what a user will load
+            pipeline = BYOCPipeline.from_pretrained(args.pretrained if args.train_lora else output_dir)
+            if args.train_lora:
+                pipeline.load_lora_weights(output_dir)
+            pipeline.to(state.device)  # what a user will load
             finish_run(args, pipeline, cells, held_out_cells, describe_training(args), started)
 
 
@@ -158,7 +167,50 @@ def load_pretrained(args: argparse.Namespace) -> BYOCPipeline:
         pipeline.vqvae.register_to_config(**{name: args.vqvae[name]})
     pipeline.vqvae.register_to_config(sample_size=args.sample_size)
     args.with_texture |= pipeline.texture_unet is not None
+    if args.train_lora:
+        check_lora(args, pipeline)
     return pipeline
+
+
+def check_lora(args: argparse.Namespace, pipeline: BYOCPipeline) -> None:
+    """Refuse what an adapter of `pipeline` cannot be trained with; `class_conditional` becomes the pipeline's."""
+    optional("peft", "lora")
+    if (Path(args.output_dir) / "vqvae").is_dir():
+        raise ValueError(
+            f"Expected an --output_dir of its own for the adapter, got {args.output_dir}, which holds a pipeline or"
+            " its autoencoder. Choose another."
+        )
+    sample_size = pipeline.unet.config.sample_size * pipeline.vqvae.downsampling_factor
+    if args.sample_size != sample_size:
+        raise ValueError(
+            f"Expected --sample_size {sample_size}, as {args.pretrained} has, got {args.sample_size}. Give the same."
+        )
+    args.class_conditional = pipeline.unet.config.num_class_embeds is not None
+    if args.class_conditional != (args.lora_class is not None):
+        wanted = f"among {', '.join(class_names(pipeline))}" if args.class_conditional else "left out"
+        raise ValueError(
+            f"Expected --lora_class {wanted} for the classes of {args.pretrained}, got {args.lora_class}. The adapter"
+            " begins as that class, which is the one to ask for with it."
+        )
+    if args.class_conditional and args.lora_class not in class_names(pipeline):
+        raise ValueError(
+            f"Expected --lora_class among {', '.join(class_names(pipeline))}, got {args.lora_class}. Choose the most"
+            " similar one."
+        )
+
+
+def class_names(pipeline: BYOCPipeline) -> list[str]:
+    """Names of a pipeline's classes in the order of their indices; the index where there is no name."""
+    names = {index: name for name, index in (pipeline.config.label2id or {}).items()}
+    return [names.get(index, str(index)) for index in range(pipeline.unet.config.num_class_embeds)]
+
+
+def as_lora_class(args: argparse.Namespace, pipeline: BYOCPipeline, cells: Cells) -> Cells:
+    """`cells` as the class that the adapter changes; it is called like the cells."""
+    names = class_names(pipeline)
+    label = names.index(args.lora_class)
+    names[label] = ", ".join(sorted({cells.class_names[label] for label in cells.labels}))
+    return cells.as_class(names, label)
 
 
 def make_autoencoder(args: argparse.Namespace) -> MultiCodebookVQModel:
@@ -274,7 +326,8 @@ def check_crop_size(size: int, stage: str, sample_size: int, step: int) -> None:
 
 def run_inputs(args: argparse.Namespace) -> dict:
     """What decides every stage: the cells, and the pipeline that the run begins with."""
-    return data_inputs(args) | ({"pretrained": args.pretrained} if args.pretrained else {})
+    given = {name: getattr(args, name) for name in ("pretrained", "lora_class") if getattr(args, name)}
+    return data_inputs(args) | given
 
 
 def stage_inputs(args: argparse.Namespace, stage: str, vqvae: MultiCodebookVQModel, num_classes: int) -> dict:
@@ -313,4 +366,6 @@ def describe_training(args: argparse.Namespace) -> str:
         time_limit = f" or {settings.max_train_minutes:g} minutes" if settings.max_train_minutes else ""
         steps = f"{settings.max_train_steps} steps{time_limit}"
         parts.append(f"{steps} of the {stage} (learning rate {settings.learning_rate})")
-    return f"{', '.join(parts)}, seed {args.seed}"
+    adapter = f"as an adapter of {args.pretrained}" if args.train_lora else ""
+    adapter += f" from its class {args.lora_class}" if args.lora_class else ""
+    return ", ".join(filter(None, [*parts, adapter, f"seed {args.seed}"]))

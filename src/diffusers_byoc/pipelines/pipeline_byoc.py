@@ -15,6 +15,7 @@ from ..data import VolumeProcessor
 from ..models import DualChannelUNet3D, MultiCodebookVQModel, TextureUNet3D
 from . import schedulers
 from .fit import check_fit
+from .lora import BYOCLoraLoaderMixin
 from .texture import add_texture
 
 
@@ -25,7 +26,7 @@ class BYOCPipelineOutput(BaseOutput):
     volumes: np.ndarray | torch.Tensor
 
 
-class BYOCPipeline(DiffusionPipeline):
+class BYOCPipeline(DiffusionPipeline, BYOCLoraLoaderMixin):
     """Generate multichannel volumes of single cells.
 
     Args:

@@ -47,6 +47,9 @@ class Cells(Protocol):
     def subset(self, ids: Iterable[str]) -> "Cells":
         """The cells among `ids`; classes are shared. Other ids are ignored."""
 
+    def as_class(self, class_names: Sequence[str], label: int) -> "Cells":
+        """The same cells, all of one class: `label`, among `class_names`."""
+
     def loader(
         self,
         batch_size: int,
@@ -125,6 +128,12 @@ class CellDataset(Dataset):
         subset._rows = [self._rows[index] for index in kept]
         subset.labels = [self.labels[index] for index in kept]
         return subset
+
+    def as_class(self, class_names: Sequence[str], label: int) -> "CellDataset":
+        """See `Cells.as_class`; memory is shared."""
+        same = copy.copy(self)
+        same.class_names, same.labels = list(class_names), [label] * len(self)
+        return same
 
     def loader(
         self,

@@ -74,6 +74,13 @@ class StreamedCells(IterableDataset):
         subset._class_of = np.where(is_wanted, self._class_of, -1).astype(np.int32)
         return subset
 
+    def as_class(self, class_names: Sequence[str], label: int) -> "StreamedCells":
+        """See `Cells.as_class`."""
+        same = copy.copy(self)
+        same.class_names = list(class_names)
+        same._class_of = np.where(self._class_of >= 0, label, -1).astype(np.int32)
+        return same
+
     def loader(
         self,
         batch_size: int,
