@@ -809,6 +809,76 @@ def test_the_codebooks_of_a_pipeline_are_not_made_one(unbroken, train):
         train("--pretrained", unbroken[0], "--stage", "diffusion", "--latent_range", "er")
 
 
+# ---------------------------------------------------------------------- an adapter of another pipeline's U-Net
+
+
+def test_an_adapter_is_trained_of_the_class_it_was_told(train, tmp_path):
+    """Of one class of two; the report is made with it, and its pipeline has everything else as it was."""
+    phenotypes = ("nocodazole", "blebbistatin")
+    base_dir = train("--class_conditional", "--label", *phenotypes, output_dir=tmp_path / "base")
+    lora = ("--train_lora", "--pretrained", base_dir, "--stage", "diffusion", "--rank", 2)
+    lora = (*lora, "--lora_class", "nocodazole", "--label", "binimetinib", "--no-use_ema")
+    output_dir = train(*lora, output_dir=tmp_path / "adapter")
+    assert not list(output_dir.glob("*/diffusion_pytorch_model.safetensors"))
+    report = (output_dir / "report.md").read_text()
+    assert "(binimetinib)" in report and "adapter of" in report and "class nocodazole" in report
+    assert (output_dir / "cells.png").is_file()
+
+    pipeline = BYOCPipeline.from_pretrained(base_dir)
+    arguments = {"class_labels": "nocodazole", "output_type": "latent"}
+    before = pipeline(1, generator=torch.manual_seed(0), **arguments).volumes
+    pipeline.load_lora_weights(output_dir)
+    assert (pipeline(1, generator=torch.manual_seed(0), **arguments).volumes - before).abs().max() > 1e-6
+    trained = load_file(output_dir / "diffusion/checkpoint-4/model.safetensors")
+    base = load_file(base_dir / "unet/diffusion_pytorch_model.safetensors")
+    kept = [name for name in trained if "lora_" not in name]
+    assert kept and all(torch.equal(trained[name], base[name.replace("base_layer.", "")]) for name in kept)
+    adapter = load_file(output_dir / "pytorch_lora_weights.safetensors")
+    changed = [name for name, tensor in adapter.items() if "lora_B" in name and tensor.abs().max() > 0]
+    assert len(changed) == len(adapter) / 2
+
+    with pytest.raises(SystemExit, match="Expected lora_class 'nocodazole', with which .*, got 'blebbistatin'"):
+        again = (*lora, "--lora_class", "blebbistatin", "--resume_from_checkpoint", "latest")
+        train(*again, output_dir=tmp_path / "adapter")
+
+
+def test_an_adapter_resumes_to_the_same_end(unbroken, train, no_report, tmp_path):
+    lora = ("--train_lora", "--pretrained", unbroken[0], "--stage", "diffusion", "--checkpoints_total_limit", 2)
+    train(*lora, output_dir=tmp_path / "unbroken")
+    shutil.copytree(tmp_path / "unbroken/diffusion/checkpoint-2", tmp_path / "broken/diffusion/checkpoint-2")
+    train(*lora, "--resume_from_checkpoint", "latest", output_dir=tmp_path / "broken")
+    assert_same_weights(tmp_path / "broken", tmp_path / "unbroken", ["pytorch_lora_weights.safetensors"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rank", 4], "Expected --train_lora for --rank, got none"),
+        (["--lora_class", "x"], "Expected --train_lora for --lora_class, got none"),
+        (["--train_lora", "--stage", "diffusion"], "Expected a pipeline to adapt in --pretrained for --train_lora"),
+        (["--train_lora", "--pretrained", "x"], "Expected --stage diffusion for --train_lora, got --stage all"),
+        (
+            ["--train_lora", "--pretrained", "x", "--stage", "diffusion", "--latent_scaling", "cell"],
+            "Expected no --latent_scaling with --train_lora",
+        ),
+    ],
+)
+def test_arguments_that_contradict_an_adapter_are_refused(preset, arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        parse("--preset", preset, *arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_an_adapter_that_does_not_fit_its_pipeline_is_refused(unbroken, train):
+    lora = ("--train_lora", "--pretrained", unbroken[0], "--stage", "diffusion")
+    with pytest.raises(SystemExit, match="Expected --lora_class left out for the classes of .*, got nocodazole"):
+        train(*lora, "--lora_class", "nocodazole")
+    with pytest.raises(SystemExit, match="Expected --sample_size 32, as .* has, got 40"):
+        train(*lora, "--sample_size", 40)
+    with pytest.raises(SystemExit, match="Expected an --output_dir of its own for the adapter, got .*holds a pipel"):
+        train(*lora, output_dir=unbroken[0])
+
+
 # ---------------------------------------------------------------------- arguments and their effects
 
 

@@ -16,9 +16,8 @@ def test_a_new_adapter_changes_nothing_and_is_all_that_is_trained(tmp_path):
     assert trained and all(".lora_" in name for name in trained)
     save_adapter(unet, tmp_path)
     tensors = load_file(tmp_path / "pytorch_lora_weights.safetensors")
-    assert len(tensors) == len(trained) and all(
-        tensor.shape[1 if "lora_B" in name else 0] == 2 for name, tensor in tensors.items()
-    )
+    assert len(tensors) == len(trained)
+    assert all(tensor.shape[1 if "lora_B" in name else 0] == 2 for name, tensor in tensors.items())
 
 
 def test_an_adapter_of_the_phantom_pipelines_is_under_a_megabyte(tmp_path):
