@@ -879,6 +879,63 @@ def test_an_adapter_that_does_not_fit_its_pipeline_is_refused(unbroken, train):
         train(*lora, output_dir=unbroken[0])
 
 
+# ---------------------------------------------------------------------- few steps
+
+
+def test_a_pipeline_is_distilled_and_distilled_again(train, no_report, tmp_path):
+    phenotypes = ("nocodazole", "blebbistatin")
+    v = ("--prediction_type", "v_prediction", "--train_batch_size", 1)
+    base = train("--class_conditional", "--label", *phenotypes, *v, output_dir=tmp_path / "base")
+    few = ("--stage", "distillation", *v, "--max_train_steps", 2, "--label", "nocodazole")
+    four = train(*few, "--pretrained", base, "--num_teacher_steps", 8, output_dir=tmp_path / "four")
+    pipeline = BYOCPipeline.from_pretrained(four)
+    assert (pipeline.config.num_distilled_steps, pipeline.config.default_num_inference_steps) == (4, 4)
+    assert pipeline.config.label2id == {"blebbistatin": 0, "nocodazole": 1}
+    assert type(pipeline.scheduler).__name__ == "DDIMScheduler"
+    assert pipeline.scheduler.config.timestep_spacing == "trailing"
+    assert pipeline(1, class_labels="nocodazole").volumes.shape == (1, 2, 32, 32, 32)
+    assert_same_weights(four, base, FINAL_WEIGHTS[:1])
+    unets = [load_file(folder / FINAL_WEIGHTS[1]) for folder in (base, four)]
+    assert any(not torch.equal(unets[0][name], unets[1][name]) for name in unets[0])
+    assert sorted(scalars(four, "distillation")["loss/distillation"]) == [1, 2]
+
+    with pytest.raises(SystemExit, match="Expected --num_teacher_steps 4, which .* was distilled to, got 8"):
+        train(*few, "--pretrained", four, "--num_distilled_steps", 2, "--num_teacher_steps", 8)
+    with pytest.raises(SystemExit, match="Expected a teacher of a multiple of --num_distilled_steps 4, got one of 4"):
+        train(*few, "--pretrained", four)
+    with pytest.raises(SystemExit, match="Expected --num_distilled_steps that divide the 1000 timesteps, got 3"):
+        train(*few, "--pretrained", base, "--num_distilled_steps", 3)
+    with pytest.raises(SystemExit, match="Expected cells of blebbistatin, nocodazole, which .*got binimetinib"):
+        train(*few, "--pretrained", base, "--label", "binimetinib", output_dir=tmp_path / "unknown")
+    with pytest.raises(SystemExit, match="Expected a pipeline that takes any number of steps for --train_lora"):
+        train("--train_lora", "--stage", "diffusion", *v[:2], "--pretrained", four, output_dir=tmp_path / "adapter")
+    one = train(*few, "--pretrained", four, "--num_distilled_steps", 1, output_dir=tmp_path / "one")
+    assert BYOCPipeline.from_pretrained(one).config.num_distilled_steps == 1
+    assert json.loads((one / "arguments.json").read_text())["distillation"]["arguments"]["num_teacher_steps"] == 4
+
+
+def test_noise_predictions_are_not_distilled(unbroken, train):
+    with pytest.raises(SystemExit, match="Expected a U-Net that predicts v or the sample for few steps, got .*noise"):
+        train("--stage", "distillation", "--pretrained", unbroken[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num_distilled_steps", 4], "Expected --stage distillation for --num_distilled_steps, got --stage all"),
+        (["--stage", "distillation"], "Expected a teacher in --pretrained for --stage distillation, got none"),
+        (
+            ["--stage", "distillation", "--pretrained", "x", "--num_inference_steps", 4],
+            "Expected no --num_inference_steps with --stage distillation",
+        ),
+    ],
+)
+def test_arguments_that_contradict_a_distillation_are_refused(preset, arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        parse("--preset", preset, *arguments)
+    assert message in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------- arguments and their effects
 
 

@@ -26,6 +26,7 @@ from ..training.settings import configuration
 from ..training.stage import uses_deepspeed
 from ..training.stages.autoencoder import AutoencoderSettings, train_autoencoder
 from ..training.stages.diffusion import DiffusionSettings, train_diffusion
+from ..training.stages.distillation import DistillationSettings, train_distillation
 from ..training.stages.texture import TextureSettings, train_texture
 from ..training.starting_weights import take_unet_weights
 from ..whole_files import lock_folder
@@ -44,7 +45,12 @@ from .training_runs import (
 )
 
 
-SETTINGS = {"autoencoder": AutoencoderSettings, "texture": TextureSettings, "diffusion": DiffusionSettings}
+SETTINGS = {
+    "autoencoder": AutoencoderSettings,
+    "texture": TextureSettings,
+    "diffusion": DiffusionSettings,
+    "distillation": DistillationSettings,
+}
 logger = get_logger(__name__, log_level="INFO")
 
 
@@ -110,6 +116,15 @@ def run(
                 pipeline.load_lora_weights(output_dir)
             pipeline.to(state.device)  # what a user will load
             finish_run(args, pipeline, cells, held_out_cells, describe_training(args), started)
+    if "distillation" in stages_of(args):
+        with one_line_errors(ValueError):
+            check_classes(args, pretrained, cells)
+        settings = settings_of(args, "distillation")
+        with Stage(output_dir, "distillation", settings, inputs["distillation"]) as stage:
+            train_distillation(stage, pretrained, make_noise_scheduler(args), cells)
+        if state.is_main_process:
+            pipeline = BYOCPipeline.from_pretrained(output_dir).to(state.device)
+            finish_run(args, pipeline, cells, held_out_cells, describe_training(args), started)
 
 
 # ---------------------------------------------------------------------- networks and settings from arguments
@@ -117,7 +132,7 @@ def run(
 
 def stages_of(args: argparse.Namespace) -> list[str]:
     """The stages to run, in their order."""
-    stages = [stage for stage in STAGES if args.stage in ("all", stage)]
+    stages = [stage for stage in STAGES if args.stage == stage or (args.stage == "all" and stage != "distillation")]
     return [stage for stage in stages if stage != "texture" or args.with_texture]
 
 
@@ -169,6 +184,8 @@ def load_pretrained(args: argparse.Namespace) -> BYOCPipeline:
     args.with_texture |= pipeline.texture_unet is not None
     if args.train_lora:
         check_lora(args, pipeline)
+    if args.stage == "distillation":
+        check_distillation(args, pipeline)
     return pipeline
 
 
@@ -180,10 +197,11 @@ def check_lora(args: argparse.Namespace, pipeline: BYOCPipeline) -> None:
             f"Expected an --output_dir of its own for the adapter, got {args.output_dir}, which holds a pipeline or"
             " its autoencoder. Choose another."
         )
-    sample_size = pipeline.unet.config.sample_size * pipeline.vqvae.downsampling_factor
-    if args.sample_size != sample_size:
+    check_same_size(args, pipeline)
+    if pipeline.config.num_distilled_steps is not None:
         raise ValueError(
-            f"Expected --sample_size {sample_size}, as {args.pretrained} has, got {args.sample_size}. Give the same."
+            f"Expected a pipeline that takes any number of steps for --train_lora, got {args.pretrained}, distilled to"
+            f" {pipeline.config.num_distilled_steps}. Adapt the one it was distilled from."
         )
     args.class_conditional = pipeline.unet.config.num_class_embeds is not None
     if args.class_conditional != (args.lora_class is not None):
@@ -196,6 +214,54 @@ def check_lora(args: argparse.Namespace, pipeline: BYOCPipeline) -> None:
         raise ValueError(
             f"Expected --lora_class among {', '.join(class_names(pipeline))}, got {args.lora_class}. Choose the most"
             " similar one."
+        )
+
+
+def check_distillation(args: argparse.Namespace, pipeline: BYOCPipeline) -> None:
+    """Refuse what `pipeline` cannot be the teacher of; `num_teacher_steps` becomes a number."""
+    check_same_size(args, pipeline)
+    num_steps, distilled = args.num_distilled_steps, pipeline.config.num_distilled_steps
+    args.num_teacher_steps = args.num_teacher_steps or distilled or 32
+    if pipeline.config.prediction_type == "epsilon":
+        raise ValueError(
+            f"Expected a U-Net that predicts v or the sample for few steps, got {args.pretrained}, which predicts the"
+            " noise: of pure noise it says nothing. Train the diffusion with --prediction_type v_prediction."
+        )
+    num_timesteps = pipeline.config.noise_schedule["num_train_timesteps"]
+    if num_timesteps % num_steps:
+        raise ValueError(
+            f"Expected --num_distilled_steps that divide the {num_timesteps} timesteps, got {num_steps}. Give 1, 2, 4"
+            " or 8."
+        )
+    if distilled not in (None, args.num_teacher_steps):
+        raise ValueError(
+            f"Expected --num_teacher_steps {distilled}, which {args.pretrained} was distilled to, got"
+            f" {args.num_teacher_steps}. Leave them out."
+        )
+    if args.num_teacher_steps <= num_steps or (distilled is not None and distilled % num_steps):
+        raise ValueError(
+            f"Expected a teacher of a multiple of --num_distilled_steps {num_steps}, got one of"
+            f" {args.num_teacher_steps}. Give fewer steps, or another teacher."
+        )
+
+
+def check_classes(args: argparse.Namespace, pipeline: BYOCPipeline, cells: Cells) -> None:
+    """Refuse cells of classes that a teacher with classes does not know."""
+    if pipeline.unet.config.num_class_embeds is None:
+        return
+    known = set(pipeline.config.label2id or {})
+    if unknown := sorted(set(cells.class_names) - known):
+        raise ValueError(
+            f"Expected cells of {', '.join(sorted(known)) or 'classes with names'}, which {args.pretrained} knows, got"
+            f" {', '.join(unknown)}. Choose among the cells with --label."
+        )
+
+
+def check_same_size(args: argparse.Namespace, pipeline: BYOCPipeline) -> None:
+    sample_size = pipeline.unet.config.sample_size * pipeline.vqvae.downsampling_factor
+    if args.sample_size != sample_size:
+        raise ValueError(
+            f"Expected --sample_size {sample_size}, as {args.pretrained} has, got {args.sample_size}. Give the same."
         )
 
 
@@ -256,6 +322,8 @@ def check_arguments(
             )
         if (fastest_precision() if args.mixed_precision == "auto" else args.mixed_precision) == "fp16":
             raise ValueError("Expected bf16 or float32 with DeepSpeed, got fp16. Say --mixed_precision bf16 or no.")
+    if args.stage == "distillation":
+        return pretrained.vqvae
     trained_here = (Path(args.output_dir) / "texture_unet").is_dir()
     trained = trained_here or (pretrained is not None and pretrained.texture_unet is not None)
     if args.stage == "diffusion" and args.with_texture and not trained:
@@ -334,6 +402,8 @@ def stage_inputs(args: argparse.Namespace, stage: str, vqvae: MultiCodebookVQMod
     """What decides a stage beside its settings: how cells are prepared, how its networks are configured."""
     if stage == "autoencoder":
         return run_inputs(args) | configuration("vqvae", vqvae.config)
+    if stage == "distillation":  # its checkpoints know the teacher's weights
+        return run_inputs(args)
     if stage == "texture":
         with torch.device("meta"):
             texture_unet = make_texture_unet(args, vqvae)
@@ -366,6 +436,8 @@ def describe_training(args: argparse.Namespace) -> str:
         time_limit = f" or {settings.max_train_minutes:g} minutes" if settings.max_train_minutes else ""
         steps = f"{settings.max_train_steps} steps{time_limit}"
         parts.append(f"{steps} of the {stage} (learning rate {settings.learning_rate})")
+    if args.stage == "distillation":
+        parts.append(f"from {args.num_teacher_steps} steps of {args.pretrained} to {args.num_distilled_steps}")
     adapter = f"as an adapter of {args.pretrained}" if args.train_lora else ""
     adapter += f" from its class {args.lora_class}" if args.lora_class else ""
     return ", ".join(filter(None, [*parts, adapter, f"seed {args.seed}"]))

@@ -46,6 +46,8 @@ class BYOCPipeline(DiffusionPipeline, BYOCLoraLoaderMixin):
         label2id: names of the classes (drugs), for `class_labels`; `None` for a model without names.
         volume_processor_config: configuration of the `VolumeProcessor` the training volumes went through, with the
             voxel size that they had; see `volume_processor`.
+        num_distilled_steps: denoising steps that `unet` was distilled to, the only ones that it is for; `None` for a
+            U-Net that takes any.
 
     Raises:
         ValueError: if the components, or what the configuration says of them, do not fit together.
@@ -70,6 +72,7 @@ class BYOCPipeline(DiffusionPipeline, BYOCLoraLoaderMixin):
         noise_schedule: dict | None = None,
         label2id: dict[str, int] | None = None,
         volume_processor_config: dict | None = None,
+        num_distilled_steps: int | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -90,6 +93,7 @@ class BYOCPipeline(DiffusionPipeline, BYOCLoraLoaderMixin):
             # without its private keys: "_use_default_values" makes `from_config` forget what was changed since
             volume_processor_config=volume_processor_config
             and {key: value for key, value in volume_processor_config.items() if not key.startswith("_")},
+            num_distilled_steps=num_distilled_steps,
         )
         check_fit(self)
 
@@ -179,6 +183,8 @@ class BYOCPipeline(DiffusionPipeline, BYOCLoraLoaderMixin):
         texture_steps = self.config.default_num_texture_steps if num_texture_steps is None else num_texture_steps
         self.check_inputs(num_samples, steps, output_type, callback_on_step_end_tensor_inputs, texture_steps)
         schedulers.check_scheduler(self.scheduler, self.config.prediction_type, self.config.noise_schedule, steps)
+        if self.config.num_distilled_steps is not None:
+            schedulers.check_distilled(self.scheduler, self.config.num_distilled_steps, steps)
         device = self._execution_device
         class_labels = self.prepare_class_labels(class_labels, num_samples, device)
 
