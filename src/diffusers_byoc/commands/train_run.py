@@ -75,8 +75,11 @@ def run(
     output_dir = Path(args.output_dir)
     resumes = args.stage in ("texture", "diffusion") or args.resume_from_checkpoint is not None
     cells, held_out_cells, data = read_training_cells(args, state, vqvae.config.channel_names, resumes)
-    if args.train_lora and args.class_conditional:
-        cells, held_out_cells = (part and as_lora_class(args, pretrained, part) for part in (cells, held_out_cells))
+    if args.train_lora or args.stage == "distillation":
+        with one_line_errors(ValueError):
+            cells, held_out_cells = (
+                part and in_known_classes(args, pretrained, part) for part in (cells, held_out_cells)
+            )
     set_train_steps(args, len(cells), state.num_processes)
     inputs = {
         stage: stage_inputs(args, stage, vqvae, len(cells.class_names)) | {"data": data} for stage in stages_of(args)
@@ -104,10 +107,11 @@ def run(
             )
         settings = settings_for_autoencoder(args, "diffusion", vqvae)
         with Stage(output_dir, "diffusion", settings, inputs["diffusion"]) as stage:
-            unet = make_unet(args, vqvae, num_classes=len(cells.class_names))
             if args.train_lora:
                 unet = pretrained.unet
-            elif pretrained:
+            else:
+                unet = make_unet(args, vqvae, num_classes=len(cells.class_names))
+            if pretrained and not args.train_lora:
                 take_unet_weights(unet, pretrained.unet, pretrained.config.label2id, cells.class_names)
             train_diffusion(stage, unet, make_noise_scheduler(args), vqvae, cells, held_out_cells, texture_unet)
         if state.is_main_process:
@@ -117,8 +121,6 @@ def run(
             pipeline.to(state.device)  # what a user will load
             finish_run(args, pipeline, cells, held_out_cells, describe_training(args), started)
     if "distillation" in stages_of(args):
-        with one_line_errors(ValueError):
-            check_classes(args, pretrained, cells)
         settings = settings_of(args, "distillation")
         with Stage(output_dir, "distillation", settings, inputs["distillation"]) as stage:
             train_distillation(stage, pretrained, make_noise_scheduler(args), cells)
@@ -245,16 +247,25 @@ def check_distillation(args: argparse.Namespace, pipeline: BYOCPipeline) -> None
         )
 
 
-def check_classes(args: argparse.Namespace, pipeline: BYOCPipeline, cells: Cells) -> None:
-    """Refuse cells of classes that a teacher with classes does not know."""
+def in_known_classes(args: argparse.Namespace, pipeline: BYOCPipeline, cells: Cells) -> Cells:
+    """`cells` in the classes of `pipeline`; for an adapter in the one that it changes, which is then called like them.
+
+    Raises:
+        ValueError: if `pipeline` does not know the class of a cell.
+    """
     if pipeline.unet.config.num_class_embeds is None:
-        return
-    known = set(pipeline.config.label2id or {})
-    if unknown := sorted(set(cells.class_names) - known):
+        return cells
+    names = class_names(pipeline)
+    if args.train_lora:
+        label = names.index(args.lora_class)
+        names[label] = ", ".join(sorted({cells.class_names[label] for label in cells.labels}))
+        return cells.with_classes(names, [label] * len(cells.class_names))
+    if unknown := sorted(set(cells.class_names) - set(names)):
         raise ValueError(
-            f"Expected cells of {', '.join(sorted(known)) or 'classes with names'}, which {args.pretrained} knows, got"
-            f" {', '.join(unknown)}. Choose among the cells with --label."
+            f"Expected cells of {', '.join(names)}, which {args.pretrained} knows, got {', '.join(unknown)}. Choose"
+            " among the cells with --label."
         )
+    return cells.with_classes(names, [names.index(name) for name in cells.class_names])
 
 
 def check_same_size(args: argparse.Namespace, pipeline: BYOCPipeline) -> None:
@@ -269,14 +280,6 @@ def class_names(pipeline: BYOCPipeline) -> list[str]:
     """Names of a pipeline's classes in the order of their indices; the index where there is no name."""
     names = {index: name for name, index in (pipeline.config.label2id or {}).items()}
     return [names.get(index, str(index)) for index in range(pipeline.unet.config.num_class_embeds)]
-
-
-def as_lora_class(args: argparse.Namespace, pipeline: BYOCPipeline, cells: Cells) -> Cells:
-    """`cells` as the class that the adapter changes; it is called like the cells."""
-    names = class_names(pipeline)
-    label = names.index(args.lora_class)
-    names[label] = ", ".join(sorted({cells.class_names[label] for label in cells.labels}))
-    return cells.as_class(names, label)
 
 
 def make_autoencoder(args: argparse.Namespace) -> MultiCodebookVQModel:

@@ -47,8 +47,8 @@ class Cells(Protocol):
     def subset(self, ids: Iterable[str]) -> "Cells":
         """The cells among `ids`; classes are shared. Other ids are ignored."""
 
-    def as_class(self, class_names: Sequence[str], label: int) -> "Cells":
-        """The same cells, all of one class: `label`, among `class_names`."""
+    def with_classes(self, class_names: Sequence[str], indices: Sequence[int]) -> "Cells":
+        """The same cells in other classes: those of class i, as it was, in class ``indices[i]`` of `class_names`."""
 
     def loader(
         self,
@@ -129,10 +129,10 @@ class CellDataset(Dataset):
         subset.labels = [self.labels[index] for index in kept]
         return subset
 
-    def as_class(self, class_names: Sequence[str], label: int) -> "CellDataset":
-        """See `Cells.as_class`; memory is shared."""
+    def with_classes(self, class_names: Sequence[str], indices: Sequence[int]) -> "CellDataset":
+        """See `Cells.with_classes`; memory is shared."""
         same = copy.copy(self)
-        same.class_names, same.labels = list(class_names), [label] * len(self)
+        same.class_names, same.labels = list(class_names), [indices[label] for label in self.labels]
         return same
 
     def loader(

@@ -74,11 +74,11 @@ class StreamedCells(IterableDataset):
         subset._class_of = np.where(is_wanted, self._class_of, -1).astype(np.int32)
         return subset
 
-    def as_class(self, class_names: Sequence[str], label: int) -> "StreamedCells":
-        """See `Cells.as_class`."""
+    def with_classes(self, class_names: Sequence[str], indices: Sequence[int]) -> "StreamedCells":
+        """See `Cells.with_classes`."""
         same = copy.copy(self)
         same.class_names = list(class_names)
-        same._class_of = np.where(self._class_of >= 0, label, -1).astype(np.int32)
+        same._class_of = np.array([*indices, -1], np.int32)[self._class_of]  # -1, of no class, is the last
         return same
 
     def loader(

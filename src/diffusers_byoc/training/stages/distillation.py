@@ -47,7 +47,7 @@ def train_distillation(
         stage: entered, with `DistillationSettings`.
         pretrained: trained; its networks stay as they are.
         noise_scheduler: of the noise that its U-Net was trained for.
-        cells: to train on, of classes that `pretrained` knows by these names, if it has classes.
+        cells: to train on, in the classes of `pretrained`, if it has classes.
 
     Returns:
         The pipeline, also saved to OUTPUT_DIR.
@@ -77,16 +77,14 @@ def train_distillation(
         folder = stage.output_dir / "latents" / "train"
         latents = cache_latents(vqvae, copies, folder, accelerator, num_workers=settings.dataloader_num_workers)
     batches = latent_batches(accelerator, settings, cells, vqvae, latents, stage.first_step)
-    classes = None  # the teacher's, of those of the cells
-    if pretrained.unet.config.num_class_embeds is not None:
-        classes = torch.tensor([pretrained.config.label2id[name] for name in cells.class_names])
+    has_classes = pretrained.unet.config.num_class_embeds is not None
 
     # 3. train
     unet.train()
     global_batch_size = settings.train_batch_size * accelerator.num_processes
     stride, num_substeps = len(noise_scheduler) // num_steps, -(-settings.num_teacher_steps // num_steps)
     for _, (clean, class_labels) in stage.steps(batches):
-        class_labels = None if classes is None else classes.to(clean.device)[class_labels]
+        class_labels = class_labels if has_classes else None
         # drawn for all processes, then shared out, so that their number does not change the run
         generator = stage.generator("distillation")
         noise = torch.randn(global_batch_size, *clean.shape[1:], generator=generator)
@@ -117,7 +115,7 @@ def train_distillation(
             with accelerator.autocast():
                 samples = pipeline(
                     4,
-                    class_labels=None if classes is None else int(classes[0]),
+                    class_labels=cells.labels[0] if has_classes else None,
                     output_type="pt",
                     generator=torch.Generator().manual_seed(settings.seed),
                 ).volumes
