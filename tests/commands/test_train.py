@@ -29,7 +29,7 @@ from diffusers_byoc.commands import train_arguments, train_run, training_runs
 from diffusers_byoc.commands.train import main
 from diffusers_byoc.data import read_volume
 from diffusers_byoc.training import Stage, list_checkpoints
-from diffusers_byoc.training.stages import autoencoder, diffusion
+from diffusers_byoc.training.stages import autoencoder, diffusion, distillation
 from diffusers_byoc.whole_files import lock_folder
 
 
@@ -911,9 +911,14 @@ def test_an_adapter_that_does_not_fit_its_pipeline_is_refused(continue_base, bas
 # ---------------------------------------------------------------------- few steps
 
 
-def test_a_pipeline_is_distilled_and_distilled_again(continue_base, base_dir, tmp_path):
+def test_a_pipeline_is_distilled_and_distilled_again(continue_base, base_dir, monkeypatch, tmp_path):
     few = ("--stage", "distillation", "--label", "nocodazole")
+    calls, loss = [], distillation.distillation_loss
+    monkeypatch.setattr(distillation, "distillation_loss", lambda *args: calls.append(args[5:]) or loss(*args))
     four = continue_base(*few, "--num_teacher_steps", 8, output_dir=tmp_path / "four")
+    for timesteps, stride, num_substeps, class_labels in calls:
+        assert (stride, num_substeps) == (250, 2) and set(timesteps.tolist()) <= {249, 499, 749, 999}
+        assert class_labels.tolist() == [1, 1]  # of the teacher's classes
     pipeline = BYOCPipeline.from_pretrained(four)
     assert (pipeline.config.num_distilled_steps, pipeline.config.default_num_inference_steps) == (4, 4)
     assert pipeline.config.label2id == {"blebbistatin": 0, "nocodazole": 1}
