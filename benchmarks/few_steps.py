@@ -1,10 +1,11 @@
-"""What few steps cost in quality and save in time: pipelines at their own number of steps, against new phantoms.
+"""What few steps cost in quality and save in time: pipelines, distilled and not, against new phantoms.
 
     python benchmarks/few_steps.py --pretrained pretrained/byoc-phantom outputs/four_steps outputs/one_step
 
 Quality is the Fréchet distance of the cells' shapes (37 measurements in units of the phantoms' standard deviation) to
-new phantoms of the same phenotypes. The first row is what phantoms reach among themselves. The time is that of the
-fastest batch of 8 cells, with texture and without.
+new phantoms of the same phenotypes. The first row is what phantoms reach among themselves. A pipeline that is not
+distilled is measured at the steps of those that are, too. The time is that of the fastest batch of 8 cells, with
+texture and without.
 """
 
 import argparse
@@ -33,12 +34,13 @@ def phantoms(processor: VolumeProcessor, labels: list[str], count: int, seed: in
     return np.stack([(cells[index]["volumes"].numpy() + 1) / 2 for index in range(count)])
 
 
-def generate(pipeline: BYOCPipeline, labels: list[str], count: int) -> tuple[np.ndarray, float, float]:
+def generate(pipeline: BYOCPipeline, labels: list[str], count: int, steps: int) -> tuple[np.ndarray, float, float]:
     """(count, M, D, H, W), the phenotypes in turn, and the seconds of the fastest batch with texture and without."""
     generator, batches, seconds, bare_seconds = torch.Generator().manual_seed(0), [], [], []
     for first in range(0, count, BATCH):
         names = [labels[index % len(labels)] for index in range(first, first + BATCH)]
-        arguments = {"class_labels": names if pipeline.config.label2id else None, "generator": generator}
+        arguments = {"class_labels": names if pipeline.config.label2id else None, "num_inference_steps": steps}
+        arguments["generator"] = generator
         start = time.perf_counter()
         batches.append(pipeline(BATCH, **arguments).volumes)
         seconds.append(time.perf_counter() - start)
@@ -72,12 +74,18 @@ def main() -> None:
         print(f"| {name} | {steps} | {times} | {distance:.1f} | {coverage:.2f} |", flush=True)
 
     row("new phantoms", "–", "– | –", others)
-    for folder in args.pretrained:
-        pipeline = BYOCPipeline.from_pretrained(folder, dtype=getattr(torch, args.dtype)).to(device)
-        pipeline.set_progress_bar_config(disable=True)
-        volumes, seconds, bare_seconds = generate(pipeline, args.label, args.num_cells)
-        features = morphology_features(measure_cells(volumes))
-        row(folder, pipeline.config.default_num_inference_steps, f"{seconds:.2f} | {bare_seconds:.2f}", features)
+    pipelines = {
+        folder: BYOCPipeline.from_pretrained(folder, dtype=getattr(torch, args.dtype)) for folder in args.pretrained
+    }
+    distilled = {pipeline.config.num_distilled_steps for pipeline in pipelines.values()} - {None}
+    for folder, pipeline in pipelines.items():
+        pipeline.to(device).set_progress_bar_config(disable=True)
+        own = pipeline.config.default_num_inference_steps
+        # what the others were distilled to, too, without distillation
+        for steps in [own] if pipeline.config.num_distilled_steps else [own, *sorted(distilled, reverse=True)]:
+            volumes, seconds, bare_seconds = generate(pipeline, args.label, args.num_cells, steps)
+            features = morphology_features(measure_cells(volumes))
+            row(folder, steps, f"{seconds:.2f} | {bare_seconds:.2f}", features)
 
 
 if __name__ == "__main__":
