@@ -75,17 +75,8 @@ def main() -> None:
 
     # 1. train; from nothing with the same networks' configurations
     steps = ("--max_train_steps", 100_000, "--diffusion_lr_scheduler", "constant", "--num_samples", 1)
-    size = ("--sample_size", processor.config.sample_size)
-    common = (
-        *size,
-        "--train_data_dir",
-        folder / "cells",
-        "--held_out",
-        0,
-        "--max_train_minutes",
-        args.minutes,
-        *steps,
-    )
+    steps = (*steps, "--max_train_minutes", args.minutes, "--sample_size", processor.config.sample_size)
+    common = (*steps, "--train_data_dir", folder / "cells", "--held_out", 0)
     preset = json.loads((PRESETS / "phantom_lora.json").read_text())
     preset["arguments"]["train_lora"] = False
     preset["unet"] = {key: value for key, value in base.unet.config.items() if key[0] != "_" and key not in MADE_HERE}
