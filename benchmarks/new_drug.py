@@ -20,7 +20,7 @@ from timing import machine
 from diffusers_byoc import BYOCPipeline
 from diffusers_byoc.commands.train import main as train
 from diffusers_byoc.commands.training_arguments import PRESETS
-from diffusers_byoc.data import PhantomCells, VolumeProcessor, write_volume
+from diffusers_byoc.data import VolumeProcessor, write_volume
 from diffusers_byoc.data.phantoms import phantom
 from diffusers_byoc.metrics import frechet_distance, measure_cells, morphology_features, standardize_features
 
@@ -41,8 +41,12 @@ BATCH = 8
 
 
 def cells_of(processor: VolumeProcessor, count: int, seed: int) -> np.ndarray:
-    cells = PhantomCells(count, processor, [PHENOTYPE], seed)
-    return np.stack([(cells[index]["volumes"].numpy() + 1) / 2 for index in range(count)])
+    edge = processor.voxel_size_um[0]
+    drawn = (
+        phantom.make_phantom(PHENOTYPE, 1000 * seed + i, max_size=processor.config.sample_size, voxel_size_um=edge)
+        for i in range(count)
+    )
+    return np.stack([(processor.preprocess(cell.volume, edge).numpy() + 1) / 2 for cell in drawn])
 
 
 def features_of(volumes: np.ndarray) -> np.ndarray:
