@@ -82,7 +82,7 @@ def main() -> None:
     steps = (*steps, "--max_train_minutes", args.minutes, "--sample_size", processor.config.sample_size)
     common = (*steps, "--train_data_dir", folder / "cells", "--held_out", 0)
     preset = json.loads((PRESETS / "phantom_lora.json").read_text())
-    preset["arguments"]["train_lora"] = False
+    preset["arguments"] |= {"train_lora": False, "num_inference_steps": base.config.default_num_inference_steps}
     preset["unet"] = {key: value for key, value in base.unet.config.items() if key[0] != "_" and key not in MADE_HERE}
     (folder / "nothing.json").write_text(json.dumps(preset))
     runs = {
