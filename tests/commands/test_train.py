@@ -19,7 +19,7 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from diffusers import DiffusionPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.directory_watcher import DirectoryDeletedError
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -29,7 +29,7 @@ from diffusers_byoc.commands import train_arguments, train_run, training_runs
 from diffusers_byoc.commands.train import main
 from diffusers_byoc.data import read_volume
 from diffusers_byoc.training import Stage, list_checkpoints
-from diffusers_byoc.training.stages import autoencoder, diffusion
+from diffusers_byoc.training.stages import autoencoder, diffusion, distillation
 from diffusers_byoc.whole_files import lock_folder
 
 
@@ -840,6 +840,155 @@ def test_the_codebooks_of_a_pipeline_are_not_made_one(unbroken, train):
         train("--pretrained", unbroken[0], "--share_codebook")
     with pytest.raises(SystemExit, match="Expected latent_range among per_channel, absolute, cell, nucleus, got 'er'"):
         train("--pretrained", unbroken[0], "--stage", "diffusion", "--latent_range", "er")
+
+
+# ---------------------------------------------------------------------- an adapter of another pipeline's U-Net
+
+
+@pytest.fixture(scope="module")
+def base_dir(tmp_path_factory):
+    """A pipeline of two classes that predicts v, as it might have been trained; its weights are random."""
+    torch.manual_seed(0)
+    vqvae = MultiCodebookVQModel(sample_size=32, **TINY["vqvae"])
+    vqvae.initialize_codebooks(torch.randn(4, 8, 8, 8, 8))
+    unet = DualChannelUNet3D(2, 4, 8, num_class_embeds=2, **TINY["unet"])
+    schedule = {"beta_schedule": "squaredcos_cap_v2", "clip_sample": False, "prediction_type": "v_prediction"}
+    label2id = {"blebbistatin": 0, "nocodazole": 1}
+    folder = tmp_path_factory.mktemp("base")
+    BYOCPipeline(vqvae, unet, DDPMScheduler(**schedule), label2id=label2id).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def continue_base(train, base_dir, no_report):
+    """Two steps of a stage on top of `base_dir`."""
+    short = ("--max_train_steps", 2, "--gradient_accumulation_steps", 1, "--checkpointing_steps", 1)
+    short = (*short, "--checkpoints_total_limit", 2, "--prediction_type", "v_prediction", "--held_out", 0)
+
+    def run(*arguments, pretrained=base_dir, **options):
+        return train("--num_phantoms", 4, *short, "--pretrained", pretrained, *arguments, **options)
+
+    return run
+
+
+LORA = ("--train_lora", "--stage", "diffusion", "--rank", 2, "--lora_class", "nocodazole", "--label", "binimetinib")
+
+
+def test_an_adapter_is_trained_of_the_class_it_was_told(continue_base, base_dir, monkeypatch, tmp_path):
+    """All but the adapter stays as it is; the report shows the pipeline with it, of that class."""
+    reports = []
+    monkeypatch.setattr(training_runs, "write_report", lambda *args, **options: reports.append(args))
+    labels = []
+    loss = diffusion.diffusion_loss
+    monkeypatch.setattr(diffusion, "diffusion_loss", lambda *args: labels.append(args[5]) or loss(*args))
+    output_dir = continue_base(*LORA, "--no-use_ema")
+    assert all(label.tolist() == [1, 1] for label in labels) and len(labels) == 2
+    (pipeline, cells, _, opening), *_ = reports
+    assert "(binimetinib)" in opening and f"adapter of {base_dir} from its class nocodazole" in opening
+    assert cells.class_names == ["blebbistatin", "binimetinib"] and set(cells.labels) == {1}
+    assert pipeline.get_active_adapters() == ["default_0"]
+    assert not list(output_dir.glob("*/diffusion_pytorch_model.safetensors"))
+
+    trained = load_file(output_dir / "diffusion/checkpoint-2/model.safetensors")
+    base = load_file(base_dir / "unet/diffusion_pytorch_model.safetensors")
+    kept = [name for name in trained if "lora_" not in name]
+    assert kept and all(torch.equal(trained[name], base[name.replace("base_layer.", "")]) for name in kept)
+    adapter = load_file(output_dir / "pytorch_lora_weights.safetensors")
+    changed = [name for name, tensor in adapter.items() if "lora_B" in name and tensor.abs().max() > 0]
+    assert len(changed) == len(adapter) / 2
+
+    shutil.copytree(output_dir / "diffusion/checkpoint-1", tmp_path / "broken/diffusion/checkpoint-1")
+    resumed = ("--no-use_ema", "--resume_from_checkpoint", "latest")
+    continue_base(*LORA, *resumed, output_dir=tmp_path / "broken")
+    assert_same_weights(tmp_path / "broken", output_dir, ["pytorch_lora_weights.safetensors"])
+    with pytest.raises(SystemExit, match="Expected lora_class 'nocodazole', with which .*, got 'blebbistatin'"):
+        continue_base(*LORA, *resumed, "--lora_class", "blebbistatin", output_dir=tmp_path / "broken")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rank", 4], "Expected --train_lora for --rank, got none"),
+        (["--lora_class", "x"], "Expected --train_lora for --lora_class, got none"),
+        (["--train_lora", "--stage", "diffusion"], "Expected a pipeline to adapt in --pretrained for --train_lora"),
+        (["--train_lora", "--pretrained", "x"], "Expected --stage diffusion for --train_lora, got --stage all"),
+        (
+            ["--train_lora", "--pretrained", "x", "--stage", "diffusion", "--latent_scaling", "cell"],
+            "Expected no --latent_scaling with --train_lora",
+        ),
+        (["--num_distilled_steps", 4], "Expected --stage distillation for --num_distilled_steps, got --stage all"),
+        (["--stage", "distillation"], "Expected a teacher in --pretrained for --stage distillation, got none"),
+        (
+            ["--stage", "distillation", "--pretrained", "x", "--num_inference_steps", 4],
+            "Expected no --num_inference_steps with --stage distillation",
+        ),
+    ],
+)
+def test_arguments_that_contradict_each_other_are_refused(preset, arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        parse("--preset", preset, *arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_an_adapter_that_does_not_fit_its_pipeline_is_refused(continue_base, base_dir):
+    with pytest.raises(SystemExit, match="Expected --lora_class among blebbistatin, nocodazole for .*, got None"):
+        continue_base(*LORA[:3])
+    with pytest.raises(SystemExit, match="Expected --lora_class among blebbistatin, nocodazole, got binimetinib"):
+        continue_base(*LORA, "--lora_class", "binimetinib")
+    with pytest.raises(SystemExit, match="Expected --sample_size 32, as .* has, got 40"):
+        continue_base(*LORA, "--sample_size", 40)
+    with pytest.raises(SystemExit, match="Expected an --output_dir of its own for the adapter, got .*holds a pipel"):
+        continue_base(*LORA, output_dir=base_dir)
+
+
+# ---------------------------------------------------------------------- few steps
+
+
+def test_a_pipeline_is_distilled_and_distilled_again(continue_base, base_dir, monkeypatch, tmp_path):
+    few = ("--stage", "distillation", "--label", "nocodazole")
+    calls, loss = [], distillation.distillation_loss
+    monkeypatch.setattr(distillation, "distillation_loss", lambda *args: calls.append(args[5:]) or loss(*args))
+    four = continue_base(*few, "--num_teacher_steps", 8, output_dir=tmp_path / "four")
+    for timesteps, stride, num_substeps, class_labels in calls:
+        assert (stride, num_substeps) == (250, 2) and set(timesteps.tolist()) <= {249, 499, 749, 999}
+        assert class_labels.tolist() == [1, 1]  # of the teacher's classes
+    pipeline = BYOCPipeline.from_pretrained(four)
+    assert (pipeline.config.num_distilled_steps, pipeline.config.default_num_inference_steps) == (4, 4)
+    assert pipeline.config.label2id == {"blebbistatin": 0, "nocodazole": 1}
+    assert type(pipeline.scheduler).__name__ == "DDIMScheduler"
+    assert pipeline.scheduler.config.timestep_spacing == "trailing"
+    assert pipeline(1, class_labels="nocodazole").volumes.shape == (1, 2, 32, 32, 32)
+    assert_same_weights(four, base_dir, FINAL_WEIGHTS[:1])
+    unets = [load_file(folder / FINAL_WEIGHTS[1]) for folder in (base_dir, four)]
+    assert any(not torch.equal(unets[0][name], unets[1][name]) for name in unets[0])
+    assert sorted(scalars(four, "distillation")["loss/distillation"]) == [1, 2]
+
+    shutil.copytree(four / "distillation/checkpoint-1", tmp_path / "broken/distillation/checkpoint-1")
+    resumed = ("--num_teacher_steps", 8, "--resume_from_checkpoint", "latest")
+    continue_base(*few, *resumed, output_dir=tmp_path / "broken")
+    assert_same_weights(tmp_path / "broken", four, FINAL_WEIGHTS[1:2])
+
+    with pytest.raises(SystemExit, match="Expected --num_teacher_steps 4, which .* was distilled to, got 8"):
+        continue_base(*few, "--num_distilled_steps", 2, "--num_teacher_steps", 8, pretrained=four)
+    with pytest.raises(SystemExit, match="Expected a teacher of a multiple of --num_distilled_steps 4, got one of 4"):
+        continue_base(*few, pretrained=four)
+    with pytest.raises(SystemExit, match="Expected --num_distilled_steps that divide the 1000 timesteps, got 3"):
+        continue_base(*few, "--num_distilled_steps", 3)
+    with pytest.raises(SystemExit, match="Expected cells of blebbistatin, nocodazole, which .*got binimetinib"):
+        continue_base(*few[:2], "--label", "binimetinib", output_dir=tmp_path / "unknown")
+    with pytest.raises(SystemExit, match="Expected a pipeline that takes any number of steps for --train_lora"):
+        continue_base(*LORA, pretrained=four, output_dir=tmp_path / "adapter")
+    one = continue_base(*few, "--num_distilled_steps", 1, pretrained=four, output_dir=tmp_path / "one")
+    assert BYOCPipeline.from_pretrained(one).config.num_distilled_steps == 1
+    assert json.loads((one / "arguments.json").read_text())["distillation"]["arguments"]["num_teacher_steps"] == 4
+
+
+def test_noise_predictions_are_not_distilled(train, base_dir, tmp_path):
+    pipeline = BYOCPipeline.from_pretrained(base_dir)
+    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, prediction_type="epsilon")
+    BYOCPipeline(pipeline.vqvae, pipeline.unet, scheduler).save_pretrained(tmp_path / "epsilon")
+    with pytest.raises(SystemExit, match="Expected a U-Net that predicts v or the sample for few steps, got .*noise"):
+        train("--stage", "distillation", "--pretrained", tmp_path / "epsilon")
 
 
 # ---------------------------------------------------------------------- arguments and their effects

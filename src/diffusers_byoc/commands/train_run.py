@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from ..data import Cells
 from ..models import DualChannelUNet3D, MultiCodebookVQModel, TextureUNet3D
 from ..models.fingerprint import fingerprint_weights
+from ..optional import optional
 from ..pipelines import BYOCPipeline
 from ..pipelines.conditions import measure_conditions, num_condition_features
 from ..pipelines.schedulers import noise_schedule
@@ -26,6 +27,7 @@ from ..training.settings import configuration
 from ..training.stage import uses_deepspeed
 from ..training.stages.autoencoder import AutoencoderSettings, train_autoencoder
 from ..training.stages.diffusion import DiffusionSettings, train_diffusion
+from ..training.stages.distillation import DistillationSettings, train_distillation
 from ..training.stages.texture import TextureSettings, train_texture
 from ..training.starting_weights import take_unet_weights
 from ..whole_files import lock_folder
@@ -44,7 +46,12 @@ from .training_runs import (
 )
 
 
-SETTINGS = {"autoencoder": AutoencoderSettings, "texture": TextureSettings, "diffusion": DiffusionSettings}
+SETTINGS = {
+    "autoencoder": AutoencoderSettings,
+    "texture": TextureSettings,
+    "diffusion": DiffusionSettings,
+    "distillation": DistillationSettings,
+}
 logger = get_logger(__name__, log_level="INFO")
 
 
@@ -69,6 +76,11 @@ def run(
     output_dir = Path(args.output_dir)
     resumes = args.stage in ("texture", "diffusion") or args.resume_from_checkpoint is not None
     cells, held_out_cells, data = read_training_cells(args, state, vqvae.config.channel_names, resumes)
+    if args.train_lora or args.stage == "distillation":
+        with one_line_errors(ValueError):
+            cells, held_out_cells = (
+                part and in_known_classes(args, pretrained, part) for part in (cells, held_out_cells)
+            )
     set_train_steps(args, len(cells), state.num_processes)
     with one_line_errors(ValueError):
         conditions = measure_or_take_conditions(args, cells, pretrained)
@@ -97,13 +109,26 @@ def run(
             )
         settings = settings_for_autoencoder(args, "diffusion", vqvae)
         with Stage(output_dir, "diffusion", settings, inputs["diffusion"]) as stage:
-            unet = make_unet(args, vqvae, *sizes)
-            if pretrained:
+            if args.train_lora:
+                unet = pretrained.unet
+            else:
+                unet = make_unet(args, vqvae, *sizes)
+            if pretrained and not args.train_lora:
                 take_unet_weights(unet, pretrained.unet, pretrained.config.label2id, cells.class_names)
             noise_scheduler = make_noise_scheduler(args)
             train_diffusion(stage, unet, noise_scheduler, vqvae, cells, held_out_cells, texture_unet, conditions)
         if state.is_main_process:
-            pipeline = BYOCPipeline.from_pretrained(output_dir).to(state.device)  # what a user will load
+            pipeline = BYOCPipeline.from_pretrained(args.pretrained if args.train_lora else output_dir)
+            if args.train_lora:
+                pipeline.load_lora_weights(output_dir)
+            pipeline.to(state.device)  # what a user will load
+            finish_run(args, pipeline, cells, held_out_cells, describe_training(args), started)
+    if "distillation" in stages_of(args):
+        settings = settings_of(args, "distillation")
+        with Stage(output_dir, "distillation", settings, inputs["distillation"]) as stage:
+            train_distillation(stage, pretrained, make_noise_scheduler(args), cells)
+        if state.is_main_process:
+            pipeline = BYOCPipeline.from_pretrained(output_dir).to(state.device)
             finish_run(args, pipeline, cells, held_out_cells, describe_training(args), started)
 
 
@@ -112,7 +137,7 @@ def run(
 
 def stages_of(args: argparse.Namespace) -> list[str]:
     """The stages to run, in their order."""
-    stages = [stage for stage in STAGES if args.stage in ("all", stage)]
+    stages = [stage for stage in STAGES if args.stage == stage or (args.stage == "all" and stage != "distillation")]
     return [stage for stage in stages if stage != "texture" or args.with_texture]
 
 
@@ -163,7 +188,102 @@ def load_pretrained(args: argparse.Namespace) -> BYOCPipeline:
         pipeline.vqvae.register_to_config(**{name: args.vqvae[name]})
     pipeline.vqvae.register_to_config(sample_size=args.sample_size)
     args.with_texture |= pipeline.texture_unet is not None
+    if args.train_lora:
+        check_lora(args, pipeline)
+    if args.stage == "distillation":
+        check_distillation(args, pipeline)
     return pipeline
+
+
+def check_lora(args: argparse.Namespace, pipeline: BYOCPipeline) -> None:
+    """Refuse what an adapter of `pipeline` cannot be trained with; `class_conditional` becomes the pipeline's."""
+    optional("peft", "lora")
+    if (Path(args.output_dir) / "vqvae").is_dir():
+        raise ValueError(
+            f"Expected an --output_dir of its own for the adapter, got {args.output_dir}, which holds a pipeline or"
+            " its autoencoder. Choose another."
+        )
+    check_same_size(args, pipeline)
+    if pipeline.config.num_distilled_steps is not None:
+        raise ValueError(
+            f"Expected a pipeline that takes any number of steps for --train_lora, got {args.pretrained}, distilled to"
+            f" {pipeline.config.num_distilled_steps}. Adapt the one it was distilled from."
+        )
+    args.class_conditional = pipeline.unet.config.num_class_embeds is not None
+    if args.class_conditional != (args.lora_class is not None):
+        wanted = f"among {', '.join(class_names(pipeline))}" if args.class_conditional else "left out"
+        raise ValueError(
+            f"Expected --lora_class {wanted} for the classes of {args.pretrained}, got {args.lora_class}. The adapter"
+            " begins as that class, which is the one to ask for with it."
+        )
+    if args.class_conditional and args.lora_class not in class_names(pipeline):
+        raise ValueError(
+            f"Expected --lora_class among {', '.join(class_names(pipeline))}, got {args.lora_class}. Choose the most"
+            " similar one."
+        )
+
+
+def check_distillation(args: argparse.Namespace, pipeline: BYOCPipeline) -> None:
+    """Refuse what `pipeline` cannot be the teacher of; `num_teacher_steps` becomes a number."""
+    check_same_size(args, pipeline)
+    num_steps, distilled = args.num_distilled_steps, pipeline.config.num_distilled_steps
+    args.num_teacher_steps = args.num_teacher_steps or distilled or 32
+    if pipeline.config.prediction_type == "epsilon":
+        raise ValueError(
+            f"Expected a U-Net that predicts v or the sample for few steps, got {args.pretrained}, which predicts the"
+            " noise: of pure noise it says nothing. Train the diffusion with --prediction_type v_prediction."
+        )
+    num_timesteps = pipeline.config.noise_schedule["num_train_timesteps"]
+    if num_timesteps % num_steps:
+        raise ValueError(
+            f"Expected --num_distilled_steps that divide the {num_timesteps} timesteps, got {num_steps}. Give 1, 2, 4"
+            " or 8."
+        )
+    if distilled not in (None, args.num_teacher_steps):
+        raise ValueError(
+            f"Expected --num_teacher_steps {distilled}, which {args.pretrained} was distilled to, got"
+            f" {args.num_teacher_steps}. Leave them out."
+        )
+    if args.num_teacher_steps <= num_steps or (distilled is not None and distilled % num_steps):
+        raise ValueError(
+            f"Expected a teacher of a multiple of --num_distilled_steps {num_steps}, got one of"
+            f" {args.num_teacher_steps}. Give fewer steps, or another teacher."
+        )
+
+
+def in_known_classes(args: argparse.Namespace, pipeline: BYOCPipeline, cells: Cells) -> Cells:
+    """`cells` in the classes of `pipeline`; for an adapter in the one that it changes, which is then called like them.
+
+    Raises:
+        ValueError: if `pipeline` does not know the class of a cell.
+    """
+    if pipeline.unet.config.num_class_embeds is None:
+        return cells
+    names = class_names(pipeline)
+    if args.train_lora:
+        label = names.index(args.lora_class)
+        names[label] = ", ".join(sorted({cells.class_names[label] for label in cells.labels}))
+        return cells.with_classes(names, [label] * len(cells.class_names))
+    if unknown := sorted(set(cells.class_names) - set(names)):
+        raise ValueError(
+            f"Expected cells of {', '.join(names)}, which {args.pretrained} knows, got {', '.join(unknown)}. Choose"
+            " among the cells with --label."
+        )
+    return cells.with_classes(names, [names.index(name) for name in cells.class_names])
+
+
+def check_same_size(args: argparse.Namespace, pipeline: BYOCPipeline) -> None:
+    sample_size = pipeline.unet.config.sample_size * pipeline.vqvae.downsampling_factor
+    if args.sample_size != sample_size:
+        raise ValueError(
+            f"Expected --sample_size {sample_size}, as {args.pretrained} has, got {args.sample_size}. Give the same."
+        )
+
+
+def class_names(pipeline: BYOCPipeline) -> list[str]:
+    """Names of a pipeline's classes in the order of their indices; the index where there is no name."""
+    names = {index: name for name, index in (pipeline.config.label2id or {}).items()}
+    return [names.get(index, str(index)) for index in range(pipeline.unet.config.num_class_embeds)]
 
 
 def make_autoencoder(args: argparse.Namespace) -> MultiCodebookVQModel:
@@ -227,6 +347,8 @@ def check_arguments(
             )
         if (fastest_precision() if args.mixed_precision == "auto" else args.mixed_precision) == "fp16":
             raise ValueError("Expected bf16 or float32 with DeepSpeed, got fp16. Say --mixed_precision bf16 or no.")
+    if args.stage == "distillation":
+        return pretrained.vqvae
     trained_here = (Path(args.output_dir) / "texture_unet").is_dir()
     trained = trained_here or (pretrained is not None and pretrained.texture_unet is not None)
     if args.stage == "diffusion" and args.with_texture and not trained:
@@ -297,7 +419,8 @@ def check_crop_size(size: int, stage: str, sample_size: int, step: int) -> None:
 
 def run_inputs(args: argparse.Namespace) -> dict:
     """What decides every stage: the cells, and the pipeline that the run begins with."""
-    return data_inputs(args) | ({"pretrained": args.pretrained} if args.pretrained else {})
+    given = {name: getattr(args, name) for name in ("pretrained", "lora_class") if getattr(args, name)}
+    return data_inputs(args) | given
 
 
 def stage_inputs(
@@ -306,6 +429,8 @@ def stage_inputs(
     """What decides a stage beside its settings: how cells are prepared, how its networks are configured."""
     if stage == "autoencoder":
         return run_inputs(args) | configuration("vqvae", vqvae.config)
+    if stage == "distillation":  # its checkpoints know the teacher's weights
+        return run_inputs(args)
     if stage == "texture":
         with torch.device("meta"):
             texture_unet = make_texture_unet(args, vqvae)
@@ -338,4 +463,8 @@ def describe_training(args: argparse.Namespace) -> str:
         time_limit = f" or {settings.max_train_minutes:g} minutes" if settings.max_train_minutes else ""
         steps = f"{settings.max_train_steps} steps{time_limit}"
         parts.append(f"{steps} of the {stage} (learning rate {settings.learning_rate})")
-    return f"{', '.join(parts)}, seed {args.seed}"
+    if args.stage == "distillation":
+        parts.append(f"from {args.num_teacher_steps} steps of {args.pretrained} to {args.num_distilled_steps}")
+    adapter = f"as an adapter of {args.pretrained}" if args.train_lora else ""
+    adapter += f" from its class {args.lora_class}" if args.lora_class else ""
+    return ", ".join(filter(None, [*parts, adapter, f"seed {args.seed}"]))

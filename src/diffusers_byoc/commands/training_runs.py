@@ -170,7 +170,8 @@ def finish_run(
     origin = "phantoms" if cells.is_phantom else "cells"
     minutes = (time.perf_counter() - started) / 60
     options = {"num_samples": args.num_samples, "seed": args.seed, "cell_threshold": args.cell_threshold}
-    what = f"{len(cells)} {origin} ({', '.join(cells.class_names)})"
+    names = (cells.class_names[label] for label in sorted(set(cells.labels)))
+    what = f"{len(cells)} {origin} ({', '.join(names)})"
     write_report(
         pipeline, cells, args.output_dir, f"Trained on {what}: {training}, in {minutes:.1f} minutes.", **options
     )

@@ -19,6 +19,7 @@ from .conditions import find_extrapolated, read_conditions, standardize_conditio
 from .fit import check_fit
 from .guidance import check_guider, guide
 from .interpolation import draw_ends, spherical_path
+from .lora import BYOCLoraLoaderMixin
 from .texture import add_texture
 
 
@@ -39,7 +40,7 @@ class BYOCPipelineOutput(BaseOutput):
     extrapolated: dict[str, list[bool]] | None = None
 
 
-class BYOCPipeline(DiffusionPipeline):
+class BYOCPipeline(DiffusionPipeline, BYOCLoraLoaderMixin):
     """Generate multichannel volumes of single cells.
 
     Args:
@@ -64,6 +65,8 @@ class BYOCPipeline(DiffusionPipeline):
         default_guidance_scale: `guidance_scale` of a call that names none and has conditions.
         conditions: names, scale and range of the numbers that the model was trained on beside classes, as
             `measure_conditions` makes them; `None` for none.
+        num_distilled_steps: denoising steps that `unet` was distilled to, the only ones that it is for; `None` for a
+            U-Net that takes any.
 
     Raises:
         ValueError: if the components, or what the configuration says of them, do not fit together.
@@ -92,6 +95,7 @@ class BYOCPipeline(DiffusionPipeline):
         guider: BaseGuidance | None = None,
         default_guidance_scale: float = 1.0,
         conditions: list[dict] | None = None,
+        num_distilled_steps: int | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -115,6 +119,7 @@ class BYOCPipeline(DiffusionPipeline):
             and {key: value for key, value in volume_processor_config.items() if not key.startswith("_")},
             default_guidance_scale=default_guidance_scale,
             conditions=conditions,
+            num_distilled_steps=num_distilled_steps,
         )
         check_fit(self)
 
@@ -241,6 +246,8 @@ class BYOCPipeline(DiffusionPipeline):
         texture_steps = self.config.default_num_texture_steps if num_texture_steps is None else num_texture_steps
         self.check_inputs(num_samples, steps, output_type, callback_on_step_end_tensor_inputs, texture_steps)
         schedulers.check_scheduler(self.scheduler, self.config.prediction_type, self.config.noise_schedule, steps)
+        if self.config.num_distilled_steps is not None:
+            schedulers.check_distilled(self.scheduler, self.config.num_distilled_steps, steps)
         device = self._execution_device
         given = {"class_labels": self.prepare_class_labels(class_labels, num_samples, device)}
         given["conditions"], extrapolated = self.prepare_conditions(conditions, num_samples, device)

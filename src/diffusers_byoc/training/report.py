@@ -40,7 +40,8 @@ def write_report(
     class_labels, arguments = None, {"generator": torch.Generator().manual_seed(seed)}
     is_ours = isinstance(pipeline, BYOCPipeline)
     if is_ours and pipeline.unet.config.num_class_embeds is not None:
-        class_labels = [index % len(cells.class_names) for index in range(num_samples)]
+        present = sorted(set(cells.labels))
+        class_labels = [present[index % len(present)] for index in range(num_samples)]
         arguments["class_labels"] = class_labels
     if is_ours and pipeline.config.conditions:  # those of the cells beside them
         labels = class_labels or [None] * num_samples

@@ -49,6 +49,9 @@ class Cells(Protocol):
     def subset(self, ids: Iterable[str]) -> "Cells":
         """The cells among `ids`; classes are shared. Other ids are ignored."""
 
+    def with_classes(self, class_names: Sequence[str], indices: Sequence[int]) -> "Cells":
+        """The same cells in other classes: those of class i, as it was, in class ``indices[i]`` of `class_names`."""
+
     def loader(
         self,
         batch_size: int,
@@ -133,6 +136,12 @@ class CellDataset(Dataset):
         subset._rows = [self._rows[index] for index in kept]
         subset.labels = [self.labels[index] for index in kept]
         return subset
+
+    def with_classes(self, class_names: Sequence[str], indices: Sequence[int]) -> "CellDataset":
+        """See `Cells.with_classes`; memory is shared."""
+        same = copy.copy(self)
+        same.class_names, same.labels = list(class_names), [indices[label] for label in self.labels]
+        return same
 
     def loader(
         self,

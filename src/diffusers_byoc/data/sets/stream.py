@@ -82,6 +82,13 @@ class StreamedCells(IterableDataset):
         subset._class_of = np.where(is_wanted, self._class_of, -1).astype(np.int32)
         return subset
 
+    def with_classes(self, class_names: Sequence[str], indices: Sequence[int]) -> "StreamedCells":
+        """See `Cells.with_classes`."""
+        same = copy.copy(self)
+        same.class_names = list(class_names)
+        same._class_of = np.array([*indices, -1], np.int32)[self._class_of]  # -1, of no class, is the last
+        return same
+
     def loader(
         self,
         batch_size: int,

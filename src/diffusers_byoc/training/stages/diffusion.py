@@ -19,6 +19,7 @@ from ...randomness import process_share
 from ..batches import AugmentedCopies, latent_batches, sample_cells
 from ..latents import cache_latents, latent_statistics, measure_latents
 from ..losses import diffusion_loss, drop_conditions
+from ..lora import add_adapter, save_adapter
 from ..optimizers import make_optimizer
 from ..settings import StageSettings
 from ..stage import Stage
@@ -34,6 +35,8 @@ class DiffusionSettings(StageSettings):
 
     Args:
         class_conditional: give the labels to the U-Net.
+        train_lora: train an adapter of the U-Net in its place.
+        rank: of the adapter.
         num_augmented_copies: augmentations of every cell, whose latents are encoded once; None to draw another in
             every epoch and to encode it on the way.
         loss_type, snr_gamma: see `diffusion_loss`.
@@ -45,6 +48,8 @@ class DiffusionSettings(StageSettings):
     """
 
     class_conditional: bool = False
+    train_lora: bool = False
+    rank: int | None = None
     num_augmented_copies: int | None = None
     loss_type: str = "l1"
     snr_gamma: float | None = None
@@ -74,7 +79,7 @@ def train_diffusion(
 
     Args:
         stage: entered, with `DiffusionSettings`.
-        unet: untrained.
+        unet: untrained; trained for an adapter.
         noise_scheduler: adds the noise.
         vqvae: trained; it stays as it is, but for the statistics of its latents.
         cells: to train on.
@@ -83,7 +88,7 @@ def train_diffusion(
         conditions: of the pipeline that `unet` comes from, whose scale it knows; None measures those of `cells`.
 
     Returns:
-        The pipeline, also saved to OUTPUT_DIR.
+        The pipeline, also saved to OUTPUT_DIR; of an adapter only itself is saved.
     """
     settings, accelerator = stage.settings, stage.accelerator
     num_classes, share = unet.config.num_class_embeds, unet.config.conditioning_dropout_prob
@@ -95,6 +100,8 @@ def train_diffusion(
     # 1. optimizer, moving average
     if settings.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
+    if settings.train_lora:
+        add_adapter(unet, settings.rank)
     if settings.compile:
         unet.compile()
     optimizer, lr_scheduler = make_optimizer(settings, unet.parameters(), settings.max_train_steps)
@@ -118,7 +125,8 @@ def train_diffusion(
         known = cells if is_kept else sample_cells(cells, 256, settings.seed)
     folder, workers = stage.output_dir / "latents", settings.dataloader_num_workers
     latents = cache_latents(vqvae, known, folder / "train", accelerator, num_workers=workers)
-    measure_latents(vqvae, latents)
+    if not settings.train_lora:  # whose pipeline has its own scaling
+        measure_latents(vqvae, latents)
     statistics = latent_statistics(vqvae, latents.chunks())
     accelerator.log(statistics, step=0)
     logger.info(f"latents, normalised: {', '.join(f'{name} {value:.3f}' for name, value in statistics.items())}")
@@ -182,7 +190,7 @@ def train_diffusion(
                 with accelerator.autocast():
                     samples = pipeline(
                         4,
-                        class_labels=0 if settings.class_conditional else None,
+                        class_labels=cells.labels[0] if settings.class_conditional else None,
                         conditions={x["name"]: x["mean"] for x in conditions} if conditions else None,
                         output_type="pt",
                         num_inference_steps=min(20, len(noise_scheduler)),
@@ -198,7 +206,9 @@ def train_diffusion(
         ema.copy_to(unet.parameters())
     unet = accelerator.unwrap_model(unet, keep_fp32_wrapper=False).eval()
     pipeline = make_pipeline(settings, cells, vqvae, unet, noise_scheduler, texture_unet, conditions)
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and settings.train_lora:
+        save_adapter(unet, stage.output_dir)
+    elif accelerator.is_main_process:
         pipeline.save_pretrained(stage.output_dir)
     return pipeline
 
