@@ -25,7 +25,7 @@ from tensorboard.backend.event_processing.directory_watcher import DirectoryDele
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffusers_byoc import BYOCPipeline, DualChannelUNet3D, MultiCodebookVQModel
-from diffusers_byoc.commands import train_arguments, train_run, training_runs
+from diffusers_byoc.commands import train_arguments, train_networks, train_run, training_runs
 from diffusers_byoc.commands.train import main
 from diffusers_byoc.data import read_volume
 from diffusers_byoc.training import Stage, list_checkpoints
@@ -949,7 +949,7 @@ def test_a_pipeline_is_distilled_and_distilled_again(continue_base, base_dir, mo
     calls, loss = [], distillation.distillation_loss
     monkeypatch.setattr(distillation, "distillation_loss", lambda *args: calls.append(args[5:]) or loss(*args))
     four = continue_base(*few, "--num_teacher_steps", 8, output_dir=tmp_path / "four")
-    for timesteps, stride, num_substeps, class_labels in calls:
+    for timesteps, stride, num_substeps, class_labels, _ in calls:
         assert (stride, num_substeps) == (250, 2) and set(timesteps.tolist()) <= {249, 499, 749, 999}
         assert class_labels.tolist() == [1, 1]  # of the teacher's classes
     pipeline = BYOCPipeline.from_pretrained(four)
@@ -1031,9 +1031,9 @@ def test_the_ablations_are_trained_by_arguments(train, no_report, tmp_path):
 def test_what_the_command_line_leaves_out_is_what_the_settings_leave_out():
     """The defaults stand in both, as the parser must not import torch."""
     args = train_arguments._make_parser("").parse_args([])
-    for stage, settings in train_run.SETTINGS.items():
+    for stage, settings in train_networks.SETTINGS.items():
         assert train_run.settings_of(args, stage) == settings(max_train_steps=100_000)
-    assert list(train_run.SETTINGS) == list(train_arguments.STAGES)
+    assert list(train_networks.SETTINGS) == list(train_arguments.STAGES)
 
 
 def test_epochs_become_steps_unless_steps_are_given(preset):

@@ -2,6 +2,7 @@ import torch
 
 from diffusers_byoc.data import PhantomCells, VolumeProcessor
 from diffusers_byoc.models import MultiCodebookVQModel
+from diffusers_byoc.pipelines.conditions import measure_conditions
 from diffusers_byoc.training.batches import AugmentedCopies, latent_batches
 from diffusers_byoc.training.latents import cache_latents
 from diffusers_byoc.training.settings import StageSettings
@@ -38,10 +39,12 @@ def test_conditions_go_with_their_cells(accelerator, tmp_path):
     copies = AugmentedCopies(cells, 2, SETTINGS)
     latents = cache_latents(vqvae, copies, tmp_path, accelerator)
     expected = vqvae.normalize_latents(latents[list(range(8))])
+    statistics = measure_conditions(cells.conditions)
+    mean, std = statistics[0]["mean"][0], statistics[0]["std"][0]
     for known in (latents, None):  # kept, and encoded on the way
         doses = []
-        for clean, _, values in latent_batches(accelerator, SETTINGS, cells, vqvae, known, first_step=0):
-            doses += values["dose_um"][:, 0].tolist()
+        for clean, _, vectors in latent_batches(accelerator, SETTINGS, cells, vqvae, known, 0, statistics):
+            doses += [round(dose, 5) for dose in (vectors[:, 0] * std + mean).tolist()]
             if known is not None:
                 nearest = [(expected - latent).abs().flatten(1).amax(1).argmin().item() % 4 for latent in clean]
                 assert nearest == doses[-len(nearest) :]

@@ -79,7 +79,8 @@ def _check_lora(parser: argparse.ArgumentParser, args: argparse.Namespace, given
             " else stays as it is. Say it."
         )
     names = ("vqvae_path", "share_codebook", "latent_scaling", "latent_range", "class_conditional", "push_to_hub")
-    for name in (*names, "num_inference_steps", "num_texture_steps", "inference_scheduler"):
+    of_unet = ("conditioning_dropout_prob",)
+    for name in (*names, *of_unet, "num_inference_steps", "num_texture_steps", "inference_scheduler"):
         if name in given:
             parser.error(
                 f"Expected no --{name} with --train_lora, which saves an adapter alone, got one. Leave it out."
@@ -162,9 +163,8 @@ def _make_parser(description: str) -> argparse.ArgumentParser:
     add("--condition_columns", nargs="+", default=[], metavar="COLUMN", help=help_text)
     help_text = "share of the cells that is trained on without class and conditions, for guidance; 0: none"
     add("--conditioning_dropout_prob", type=float, default=0.1, help=help_text)
-    add(
-        "--train_lora", **FLAG, help="train an adapter of --pretrained's U-Net in its place: a new drug from few cells"
-    )
+    help_text = "train an adapter of --pretrained's U-Net in its place: a new drug from few cells"
+    add("--train_lora", **FLAG, help=help_text)
     add("--rank", type=positive, help="of the adapter (default: 8)")
     add("--lora_class", help="the class, of a --pretrained that has classes, that the adapter makes the new drug of")
     help_text = "augmentations of a cell whose latents are kept (default: encode others in every epoch)"

@@ -40,6 +40,11 @@ def measure_conditions(values: Mapping[str, np.ndarray]) -> list[dict[str, Any]]
     return statistics
 
 
+def typical_conditions(statistics: Sequence[Mapping[str, Any]] | None) -> dict[str, list[float]] | None:
+    """The means of the training cells, for a call; None where there are no conditions."""
+    return {condition["name"]: condition["mean"] for condition in statistics} if statistics else None
+
+
 def num_condition_features(statistics: Sequence[Mapping[str, Any]]) -> int:
     """Length of the vector of all conditions, the U-Net's `projection_class_embeddings_input_dim`."""
     return sum(len(condition["mean"]) for condition in statistics)

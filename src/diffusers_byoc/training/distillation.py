@@ -17,6 +17,7 @@ def distillation_loss(
     stride: int,
     num_substeps: int,
     class_labels: Tensor | None = None,
+    conditions: Tensor | None = None,
 ) -> Tensor:
     """Squared error of one DDIM step over `stride` timesteps, against `num_substeps` of the teacher, a scalar.
 
@@ -33,7 +34,7 @@ def distillation_loss(
         timesteps: (B,) int64, from ``stride - 1``; one that is `stride` above -1 ends without noise.
         stride: timesteps of the student's step.
         num_substeps: of the teacher, at least 1.
-        class_labels: (B,) int64, or None.
+        class_labels, conditions: of both U-Nets, see `diffusion_loss`.
 
     Raises:
         ValueError: for another `prediction_type`: noise says nothing about a clean sample of which nothing is left.
@@ -47,11 +48,13 @@ def distillation_loss(
             " diffusion with one of these."
         )
     noisy_latents = scheduler.add_noise(latents, noise, timesteps)
+    given = {"class_labels": class_labels, "conditions": conditions}
+    given = {name: condition for name, condition in given.items() if condition is not None}
     with torch.no_grad():
         reached = noisy_latents
         stops = [timesteps - stride * substep // num_substeps for substep in range(num_substeps + 1)]
         for start, stop in pairwise(stops):
-            prediction = teacher(reached, start, class_labels=class_labels, return_dict=False)[0].float()
+            prediction = teacher(reached, start, **given, return_dict=False)[0].float()
             reached = ddim_step(scheduler, prediction, start, stop, reached)
 
     # the clean latents whose DDIM step over the whole stride ends where the teacher's steps do
@@ -61,7 +64,7 @@ def distillation_loss(
     target = (reached - ratio * noisy_latents) / (end_alpha - ratio * alpha)
     if prediction_type == "v_prediction":
         target = (alpha * noisy_latents - target) / sigma
-    prediction = unet(noisy_latents, timesteps, class_labels=class_labels, return_dict=False)[0].float()
+    prediction = unet(noisy_latents, timesteps, **given, return_dict=False)[0].float()
     return F.mse_loss(prediction, target)
 
 

@@ -103,7 +103,8 @@ def diffusion_loss(
     Source: BYOC, eq. 9 and 13, Table 3.
     """
     noisy_latents = scheduler.add_noise(latents, noise, timesteps)
-    given = {"class_labels": class_labels} | ({} if conditions is None else {"conditions": conditions})
+    given = {"class_labels": class_labels, "conditions": conditions}
+    given = {name: condition for name, condition in given.items() if condition is not None}
     prediction = unet(noisy_latents, timesteps, **given, return_dict=False)[0].float()
     prediction_type = scheduler.config.prediction_type
     if prediction_type == "epsilon":

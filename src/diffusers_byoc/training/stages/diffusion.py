@@ -13,13 +13,13 @@ from ...data import Cells
 from ...models import DualChannelUNet3D, MultiCodebookVQModel, TextureUNet3D
 from ...models.fingerprint import fingerprint_weights
 from ...pipelines import BYOCPipeline
-from ...pipelines.conditions import measure_conditions, standardize_conditions
+from ...pipelines.conditions import measure_conditions, standardize_conditions, typical_conditions
 from ...pipelines.schedulers import make_texture_scheduler
 from ...randomness import process_share
 from ..batches import AugmentedCopies, latent_batches, sample_cells
 from ..latents import cache_latents, latent_statistics, measure_latents
-from ..losses import diffusion_loss, drop_conditions
 from ..lora import add_adapter, save_adapter
+from ..losses import diffusion_loss, drop_conditions
 from ..optimizers import make_optimizer
 from ..settings import StageSettings
 from ..stage import Stage
@@ -141,17 +141,14 @@ def train_diffusion(
             held_out = [validation_cells[row]["conditions"] for row in rows]
             stacked = {name: torch.stack([each[name] for each in held_out]).numpy() for name in held_out[0]}
             held_out_vectors = standardize_conditions(conditions, stacked)
-    batches = latent_batches(accelerator, settings, cells, vqvae, latents if is_kept else None, stage.first_step)
+    kept = latents if is_kept else None
+    batches = latent_batches(accelerator, settings, cells, vqvae, kept, stage.first_step, conditions)
 
     # 3. train
     unet.train()
     global_batch_size = settings.train_batch_size * accelerator.num_processes
-    for step, (clean, class_labels, values) in stage.steps(batches):
+    for step, (clean, class_labels, vectors) in stage.steps(batches):
         class_labels = class_labels if settings.class_conditional else None
-        vectors = None
-        if conditions:
-            vectors = standardize_conditions(conditions, {name: x.numpy() for name, x in values.items()})
-            vectors = vectors.to(accelerator.device)
         # drawn for all processes, then shared out, so that their number does not change the run
         generator = stage.generator("diffusion")
         noise = torch.randn(global_batch_size, *clean.shape[1:], generator=generator)
@@ -191,7 +188,7 @@ def train_diffusion(
                     samples = pipeline(
                         4,
                         class_labels=cells.labels[0] if settings.class_conditional else None,
-                        conditions={x["name"]: x["mean"] for x in conditions} if conditions else None,
+                        conditions=typical_conditions(conditions),
                         output_type="pt",
                         num_inference_steps=min(20, len(noise_scheduler)),
                         generator=torch.Generator().manual_seed(settings.seed),

@@ -11,10 +11,12 @@ from ...data import Cells
 from ...models import DualChannelUNet3D
 from ...models.fingerprint import fingerprint_weights
 from ...pipelines import BYOCPipeline
+from ...pipelines.conditions import typical_conditions
 from ...randomness import process_share
 from ..batches import AugmentedCopies, latent_batches
 from ..distillation import distillation_loss
 from ..latents import cache_latents
+from ..losses import drop_conditions
 from ..optimizers import make_optimizer
 from ..settings import StageSettings
 from ..stage import Stage
@@ -42,6 +44,9 @@ def train_distillation(
     stage: Stage, pretrained: BYOCPipeline, noise_scheduler: DDPMScheduler, cells: Cells
 ) -> BYOCPipeline:
     """Train a copy of the U-Net of `pretrained` to go as far in one step as that one in several.
+
+    Both see the same classes and conditions, and none for the share that the teacher was trained without them: the
+    student can be guided as its teacher is.
 
     Args:
         stage: entered, with `DistillationSettings`.
@@ -76,29 +81,33 @@ def train_distillation(
         copies = AugmentedCopies(cells, settings.num_augmented_copies, settings) if settings.is_augmented else cells
         folder = stage.output_dir / "latents" / "train"
         latents = cache_latents(vqvae, copies, folder, accelerator, num_workers=settings.dataloader_num_workers)
-    batches = latent_batches(accelerator, settings, cells, vqvae, latents, stage.first_step)
-    has_classes = pretrained.unet.config.num_class_embeds is not None
+    conditions = pretrained.config.conditions
+    batches = latent_batches(accelerator, settings, cells, vqvae, latents, stage.first_step, conditions)
+    num_classes = pretrained.unet.config.num_class_embeds
+    share = pretrained.unet.config.conditioning_dropout_prob
 
     # 3. train
     unet.train()
     global_batch_size = settings.train_batch_size * accelerator.num_processes
     stride, num_substeps = len(noise_scheduler) // num_steps, -(-settings.num_teacher_steps // num_steps)
-    for _, (clean, class_labels) in stage.steps(batches):
-        class_labels = class_labels if has_classes else None
+    for _, (clean, class_labels, vectors) in stage.steps(batches):
+        class_labels = None if num_classes is None else class_labels
         # drawn for all processes, then shared out, so that their number does not change the run
         generator = stage.generator("distillation")
         noise = torch.randn(global_batch_size, *clean.shape[1:], generator=generator)
         timesteps = torch.randint(1, num_steps + 1, (global_batch_size,), generator=generator) * stride - 1
-        noise, timesteps = (
+        chances = torch.rand(global_batch_size, generator=generator)
+        noise, timesteps, chances = (
             process_share(x, accelerator.process_index, accelerator.num_processes).to(accelerator.device)
-            for x in (noise, timesteps)
+            for x in (noise, timesteps, chances)
         )
+        if share:
+            class_labels, vectors = drop_conditions(class_labels, vectors, num_classes, chances, share)
 
         with accelerator.accumulate(unet):
             with accelerator.autocast():
-                loss = distillation_loss(
-                    unet, pretrained.unet, noise_scheduler, clean, noise, timesteps, stride, num_substeps, class_labels
-                )
+                steps = (timesteps, stride, num_substeps, class_labels, vectors)
+                loss = distillation_loss(unet, pretrained.unet, noise_scheduler, clean, noise, *steps)
             stage.apply(loss, unet, optimizer, lr_scheduler)
         if stage.is_accumulating:
             continue
@@ -115,7 +124,8 @@ def train_distillation(
             with accelerator.autocast():
                 samples = pipeline(
                     4,
-                    class_labels=cells.labels[0] if has_classes else None,
+                    class_labels=None if num_classes is None else cells.labels[0],
+                    conditions=typical_conditions(conditions),
                     output_type="pt",
                     generator=torch.Generator().manual_seed(settings.seed),
                 ).volumes
@@ -147,5 +157,8 @@ def make_distilled_pipeline(pretrained: BYOCPipeline, unet: DualChannelUNet3D, n
         noise_schedule=config.noise_schedule,
         label2id=config.label2id,
         volume_processor_config=config.volume_processor_config,
+        guider=pretrained.guider,
+        default_guidance_scale=config.default_guidance_scale,
+        conditions=config.conditions,
         num_distilled_steps=num_steps,
     )
