@@ -28,6 +28,7 @@ from diffusers_byoc import BYOCPipeline, DualChannelUNet3D, MultiCodebookVQModel
 from diffusers_byoc.commands import train_arguments, train_networks, train_run, training_runs
 from diffusers_byoc.commands.train import main
 from diffusers_byoc.data import read_volume
+from diffusers_byoc.pipelines.conditions import measure_conditions
 from diffusers_byoc.training import Stage, list_checkpoints
 from diffusers_byoc.training.stages import autoencoder, diffusion, distillation
 from diffusers_byoc.whole_files import lock_folder
@@ -981,6 +982,37 @@ def test_a_pipeline_is_distilled_and_distilled_again(continue_base, base_dir, mo
     one = continue_base(*few, "--num_distilled_steps", 1, pretrained=four, output_dir=tmp_path / "one")
     assert BYOCPipeline.from_pretrained(one).config.num_distilled_steps == 1
     assert json.loads((one / "arguments.json").read_text())["distillation"]["arguments"]["num_teacher_steps"] == 4
+
+
+def test_few_steps_and_adapters_keep_the_conditions(continue_base, base_dir, monkeypatch, tmp_path):
+    """The student learns under the doses of its teacher, and without them for the same share."""
+    base = BYOCPipeline.from_pretrained(base_dir)
+    unet = DualChannelUNet3D(
+        *(2, 4, 8),
+        class_embed_type="projection",
+        projection_class_embeddings_input_dim=1,
+        conditioning_dropout_prob=0.5,
+        **TINY["unet"],
+    )
+    doses = measure_conditions({"dose_um": np.array([[0.0], [8.0]])})
+    BYOCPipeline(base.vqvae, unet, base.scheduler, conditions=doses).save_pretrained(tmp_path / "doses")
+    calls, loss = [], distillation.distillation_loss
+    monkeypatch.setattr(distillation, "distillation_loss", lambda *args: calls.append(args[9]) or loss(*args))
+    few = ("--stage", "distillation", "--num_teacher_steps", 8, "--phantom_doses", 2, "--train_batch_size", 8)
+    four = continue_base(*few, pretrained=tmp_path / "doses", output_dir=tmp_path / "four")
+    vectors = torch.cat(calls)
+    given = vectors[vectors.isfinite()]
+    assert 0 < len(given) < len(vectors) and given.tolist() == [-0.5] * len(given)
+    pipeline = BYOCPipeline.from_pretrained(four)
+    assert pipeline.config.conditions == doses
+    pipeline(conditions={"dose_um": 3.0}, guidance_scale=2.0)
+
+    adapter = (*LORA[:5], "--phantom_doses", 2)
+    pipeline = BYOCPipeline.from_pretrained(tmp_path / "doses")
+    pipeline.load_lora_weights(continue_base(*adapter, pretrained=tmp_path / "doses"))
+    pipeline(conditions={"dose_um": 3.0}, num_inference_steps=1)
+    with pytest.raises(SystemExit, match=r"Expected --condition_columns \['dose_um'\], as .*, got \['time_h'\]"):
+        continue_base(*adapter, "--condition_columns", "time_h", pretrained=tmp_path / "doses")
 
 
 def test_noise_predictions_are_not_distilled(train, base_dir, tmp_path):

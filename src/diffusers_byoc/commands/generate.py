@@ -56,6 +56,8 @@ def generate(args: argparse.Namespace) -> None:
     from diffusers import DiffusionPipeline
 
     from ..optional import optional
+    from ..pipelines import BYOCPipeline
+    from ..pipelines.class_labels import prepare_class_labels
     from ..pipelines.generation import generate_cells
     from ..whole_files import lock_folder, remove_left_overs
 
@@ -67,14 +69,15 @@ def generate(args: argparse.Namespace) -> None:
     labels = args.class_labels
     for_all = {"conditions": args.conditions or None, "guidance_scale": args.guidance_scale}
     given = [f"--{name}" for name, value in for_all.items() if value is not None]
-    if given and not hasattr(pipeline, "prepare_conditions"):
+    is_ours = isinstance(pipeline, BYOCPipeline)
+    if given and not is_ours:
         raise ValueError(
             f"Expected no {' '.join(given)} for {type(pipeline).__name__}, whose model takes none. Leave them out."
         )
-    if hasattr(pipeline, "prepare_class_labels"):
+    if is_ours:
         label2id = pipeline.config.label2id or {}
         labels = labels and [name if name in label2id else _number(name) for name in labels]
-        indices = pipeline.prepare_class_labels(labels, len(labels or [None]), "cpu")
+        indices = prepare_class_labels(pipeline, labels, len(labels or [None]), "cpu")
         labels = labels and indices.tolist()
         if args.num_texture_steps and pipeline.texture_unet is None:
             raise ValueError(

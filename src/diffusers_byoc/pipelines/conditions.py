@@ -5,7 +5,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers.utils import logging
 from torch import Tensor
+
+
+logger = logging.get_logger(__name__)
 
 
 def measure_conditions(values: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
@@ -116,3 +120,35 @@ def find_extrapolated(
         is_beyond = (column < np.array(condition["min"])) | (column > np.array(condition["max"]))
         extrapolated[condition["name"]] = is_beyond.any(axis=1).tolist()
     return extrapolated
+
+
+def prepare_conditions(
+    pipeline, conditions: Mapping[str, Any] | None, num_samples: int, device: torch.device | str
+) -> tuple[Tensor | None, dict[str, list[bool]] | None]:
+    """The U-Net's `conditions` (num_samples, P) float32, and where they lie beyond the training; or None twice.
+
+    Args:
+        pipeline: a `BYOCPipeline`.
+        conditions: of the call.
+        num_samples: of the call.
+        device: of the result.
+
+    Raises:
+        ValueError: as `read_conditions`, or for conditions of a model without, or none where it needs them.
+    """
+    statistics = pipeline.config.conditions
+    if conditions is None and (not statistics or pipeline.unet.config.conditioning_dropout_prob > 0):
+        return None, None
+    if conditions is None or not statistics:
+        names = [condition["name"] for condition in statistics or ()]
+        wanted = f"conditions with the names {names}" if names else "no conditions"
+        raise ValueError(f"Expected {wanted}, got {conditions!r}. Pass what the model was trained on.")
+    values = read_conditions(statistics, conditions, num_samples)
+    extrapolated = find_extrapolated(statistics, values)
+    for condition in statistics:
+        if any(extrapolated[condition["name"]]):
+            logger.warning(
+                f"{condition['name']} lies beyond {condition['min']} to {condition['max']}, what the model was"
+                f" trained on, for {sum(extrapolated[condition['name']])} of {num_samples} cells."
+            )
+    return standardize_conditions(statistics, values).to(device), extrapolated

@@ -1,7 +1,6 @@
 """BYOC inference (section 3.2, "Final assembly"): noise to latents (eq. 13), latents to codes, codes to cells."""
 
 import inspect
-import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,21 +8,19 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import BaseGuidance, DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
-from diffusers.utils import BaseOutput, logging
+from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..data import VolumeProcessor
 from ..models import DualChannelUNet3D, MultiCodebookVQModel, TextureUNet3D
 from . import schedulers
-from .conditions import find_extrapolated, read_conditions, standardize_conditions
+from .class_labels import prepare_class_labels, read_class_labels, whole_number
+from .conditions import prepare_conditions, read_conditions
 from .fit import check_fit
-from .guidance import check_guider, guide
-from .interpolation import draw_ends, spherical_path
+from .guidance import guide, prepare_guidance_scale
+from .interpolation import path_batches
 from .lora import BYOCLoraLoaderMixin
 from .texture import add_texture
-
-
-logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -230,16 +227,11 @@ class BYOCPipeline(DiffusionPipeline, BYOCLoraLoaderMixin):
             ValueError: for arguments that fit neither each other nor the model.
         """
         # 1. check
-        if _is_weights(class_labels):
-            class_labels = torch.as_tensor(class_labels, dtype=torch.float32)
-        elif hasattr(class_labels, "tolist"):  # a tensor or an array
-            class_labels = class_labels.tolist()
-        if isinstance(class_labels, (list, tuple)):
-            class_labels = list(_flat(class_labels))
+        class_labels = read_class_labels(class_labels)
         if num_samples is None:
-            lists = (x for x in (class_labels, latents, generator) if isinstance(x, (list, torch.Tensor)))
+            lists = [x for x in (class_labels, latents, generator) if isinstance(x, (list, torch.Tensor))]
             if conditions is not None and self.config.conditions:
-                lists = (*lists, next(iter(read_conditions(self.config.conditions, conditions).values())).tolist())
+                lists += read_conditions(self.config.conditions, conditions).values()
             num_samples = max(map(len, lists), default=1)
         callback_on_step_end_tensor_inputs = callback_on_step_end_tensor_inputs or ["latents"]
         steps = self.config.default_num_inference_steps if num_inference_steps is None else num_inference_steps
@@ -249,10 +241,10 @@ class BYOCPipeline(DiffusionPipeline, BYOCLoraLoaderMixin):
         if self.config.num_distilled_steps is not None:
             schedulers.check_distilled(self.scheduler, self.config.num_distilled_steps, steps)
         device = self._execution_device
-        given = {"class_labels": self.prepare_class_labels(class_labels, num_samples, device)}
-        given["conditions"], extrapolated = self.prepare_conditions(conditions, num_samples, device)
+        given = {"class_labels": prepare_class_labels(self, class_labels, num_samples, device)}
+        given["conditions"], extrapolated = prepare_conditions(self, conditions, num_samples, device)
         given = {name: condition for name, condition in given.items() if condition is not None}
-        self._guidance_scale = self.prepare_guidance_scale(guidance_scale, bool(given))
+        self._guidance_scale = prepare_guidance_scale(self, guidance_scale, bool(given))
 
         # 2. noise, and the scheduler's steps
         self.scheduler.set_timesteps(steps, device=device)
@@ -352,63 +344,22 @@ class BYOCPipeline(DiffusionPipeline, BYOCLoraLoaderMixin):
 
         Source: BYOC, Figure 1 (a continuous transformation between cells).
         """
-        # 1. both ends
-        if _whole_number(num_frames) < 2 or _whole_number(batch_size) < 1:
-            raise ValueError(
-                f"Expected num_frames of at least 2 and batch_size of at least 1, got {num_frames!r} and"
-                f" {batch_size!r}. Raise them."
-            )
-        config = self.unet.config
-        shape = (config.num_channels * config.latent_channels, *(config.sample_size,) * 3)
-        noise, is_moving, seed = draw_ends(shape, generator, latents)
-        if _is_weights(class_labels):
-            class_labels = torch.as_tensor(class_labels, dtype=torch.float32)
-        elif isinstance(class_labels, tuple):
-            class_labels = list(class_labels)
-        weights, values = self.prepare_class_labels(class_labels, 2, "cpu"), {}
-        if weights is not None:
-            if not weights.is_floating_point():
-                weights = torch.nn.functional.one_hot(weights, config.num_class_embeds).float()
-            is_moving |= bool((weights[0] != weights[1]).any())
-        if conditions is not None and self.config.conditions:
-            values = read_conditions(self.config.conditions, conditions, 2)
-            is_moving |= any((value[0] != value[1]).any() for value in values.values())
-        if not is_moving:
-            raise ValueError(
-                "Expected two ends that differ, got the same noise, class and conditions at both. Give two generators,"
-                " two class_labels, or two values of a condition."
-            )
-
-        # 2. the way between them
-        shares = torch.linspace(0, 1, num_frames)
-        path = {"latents": spherical_path(*noise, shares)}
-        if weights is not None:
-            path["class_labels"] = torch.lerp(weights[0], weights[1], shares[:, None])
-        steps = shares.double().numpy()[:, None]
-        frames_of = {  # a rounding error may not lie beyond the ends
-            name: (start + steps * (end - start)).clip(np.minimum(start, end), np.maximum(start, end))
-            for name, (start, end) in values.items()
-        }
-
-        # 3. frames
-        volumes, extrapolated = [], {name: [] for name in values}
-        for first in range(0, num_frames, batch_size):
-            batch = slice(first, min(first + batch_size, num_frames))
-            output = self(
-                **{name: way[batch] for name, way in path.items()},
-                num_samples=batch.stop - batch.start,
-                conditions={name: way[batch] for name, way in frames_of.items()} if values else conditions,
+        path = path_batches(self, num_frames, batch_size, class_labels, conditions, generator, latents)
+        outputs = [
+            self(
+                **arguments,
                 num_inference_steps=num_inference_steps,
                 num_texture_steps=num_texture_steps,
-                generator=[torch.Generator().manual_seed(seed) for _ in range(batch.start, batch.stop)],
                 guidance_scale=guidance_scale,
                 output_type=output_type,
             )
-            volumes.append(output.volumes)
-            for name in values:
-                extrapolated[name] += output.extrapolated[name]
+            for arguments in path
+        ]
+        volumes = [output.volumes for output in outputs]
         volumes = np.concatenate(volumes) if output_type == "np" else torch.cat(volumes)
-        extrapolated = extrapolated or None
+        extrapolated = None
+        if outputs[0].extrapolated is not None:
+            extrapolated = {name: sum((x.extrapolated[name] for x in outputs), []) for name in outputs[0].extrapolated}
         return BYOCPipelineOutput(volumes=volumes, extrapolated=extrapolated) if return_dict else (volumes,)
 
     def _add_texture(self, decoded, num_texture_steps, generator) -> torch.Tensor:
@@ -421,11 +372,11 @@ class BYOCPipeline(DiffusionPipeline, BYOCLoraLoaderMixin):
         self, num_samples, num_inference_steps, output_type, callback_on_step_end_tensor_inputs, num_texture_steps=0
     ) -> None:
         """Raise `ValueError` for arguments outside their ranges."""
-        if _whole_number(num_samples) < 1:
+        if whole_number(num_samples) < 1:
             raise ValueError(f"Expected num_samples of at least 1, got {num_samples!r}. Ask for one or more cells.")
-        if _whole_number(num_inference_steps) < 1:
+        if whole_number(num_inference_steps) < 1:
             raise ValueError(f"Expected num_inference_steps of at least 1, got {num_inference_steps!r}. Raise it.")
-        if _whole_number(num_texture_steps) < 0:
+        if whole_number(num_texture_steps) < 0:
             raise ValueError(f"Expected num_texture_steps of at least 0, got {num_texture_steps!r}. Raise it.")
         if output_type not in ("np", "pt", "latent"):
             raise ValueError(f"Expected output_type 'np', 'pt' or 'latent', got {output_type!r}. Choose one.")
@@ -452,111 +403,3 @@ class BYOCPipeline(DiffusionPipeline, BYOCLoraLoaderMixin):
                 f"{tuple(latents.shape)}. Change num_samples or draw latents of that shape."
             )
         return latents.to(device, torch.float32) * self.scheduler.init_noise_sigma
-
-    def prepare_class_labels(self, class_labels, num_samples, device) -> torch.Tensor | None:
-        """Indices (num_samples,) of the classes, int64; or their weights; or None for no class."""
-        num_classes = self.unet.config.num_class_embeds
-        can_lack = num_classes is None or self.unet.config.conditioning_dropout_prob > 0
-        if class_labels is None and can_lack:
-            return None
-        if class_labels is None or num_classes is None:
-            wanted = (
-                "no class_labels" if num_classes is None else f"class_labels (this model has {num_classes} classes)"
-            )
-            raise ValueError(f"Expected {wanted}, got {class_labels!r}. Known names: {self._class_names()}.")
-        if torch.is_tensor(class_labels):
-            if tuple(class_labels.shape) != (num_samples, num_classes) or not class_labels.isfinite().all():
-                raise ValueError(
-                    f"Expected ({num_samples}, {num_classes}) finite weights as class_labels (num_samples, classes),"
-                    f" got {tuple(class_labels.shape)}. Give a weight for each class, or names."
-                )
-            return class_labels.to(device)
-        labels = class_labels if isinstance(class_labels, list) else [class_labels] * num_samples
-        if len(labels) != num_samples:
-            raise ValueError(
-                f"Expected one class label, or one per sample ({num_samples}), got {len(labels)}. Match their number."
-            )
-        indices = [self._class_index(label, num_classes) for label in labels]
-        return torch.tensor(indices, device=device)
-
-    def prepare_conditions(
-        self, conditions, num_samples, device
-    ) -> tuple[torch.Tensor | None, dict[str, list[bool]] | None]:
-        """The U-Net's `conditions` (num_samples, P) float32, and where they lie beyond the training; or None twice."""
-        statistics = self.config.conditions
-        if conditions is None and (not statistics or self.unet.config.conditioning_dropout_prob > 0):
-            return None, None
-        if conditions is None or not statistics:
-            names = [condition["name"] for condition in statistics or ()]
-            wanted = f"conditions with the names {names}" if names else "no conditions"
-            raise ValueError(f"Expected {wanted}, got {conditions!r}. Pass what the model was trained on.")
-        values = read_conditions(statistics, conditions, num_samples)
-        extrapolated = find_extrapolated(statistics, values)
-        for condition in statistics:
-            if any(extrapolated[condition["name"]]):
-                logger.warning(
-                    f"{condition['name']} lies beyond {condition['min']} to {condition['max']}, what the model was"
-                    f" trained on, for {sum(extrapolated[condition['name']])} of {num_samples} cells."
-                )
-        return standardize_conditions(statistics, values).to(device), extrapolated
-
-    def prepare_guidance_scale(self, guidance_scale: float | None, is_conditional: bool) -> float:
-        """The scale of a call; 1 where nothing is to be guided, or the guider does it."""
-        can_lack = self.unet.config.conditioning_dropout_prob > 0
-        if self.guider is not None:
-            if guidance_scale is not None:
-                raise ValueError(
-                    f"Expected guidance_scale or a guider, got {guidance_scale} and {type(self.guider).__name__}. Say"
-                    " pipe.guider = pipe.guider.new(guidance_scale=...), or pipe.guider = None."
-                )
-            if is_conditional and not can_lack:
-                raise ValueError(
-                    f"Expected a model trained with a conditioning_dropout_prob for {type(self.guider).__name__}, got"
-                    " one that always had its conditions. Train it so, or say pipe.guider = None."
-                )
-            check_guider(self.guider, self.unet)
-            return 1.0
-        if guidance_scale is None:
-            return self.config.default_guidance_scale if is_conditional and can_lack else 1.0
-        if not isinstance(guidance_scale, (int, float)) or not np.isfinite(guidance_scale):
-            raise ValueError(f"Expected a finite guidance_scale, got {guidance_scale!r}. Correct it.")
-        if guidance_scale != 1 and not (is_conditional and can_lack):
-            got = (
-                "neither class_labels nor conditions" if can_lack else "a model that cannot do without its conditions"
-            )
-            raise ValueError(
-                f"Expected conditions to guide with guidance_scale {guidance_scale}, and a model trained with a"
-                f" conditioning_dropout_prob, got {got}. Leave guidance_scale out."
-            )
-        return guidance_scale
-
-    def _class_index(self, label: int | str, num_classes: int) -> int:
-        index = (self.config.label2id or {}).get(label, -1) if isinstance(label, str) else _whole_number(label)
-        if not 0 <= index < num_classes:
-            raise ValueError(
-                f"Expected a class label in [0, {num_classes}) or one of {self._class_names()}, got {label!r}. "
-                "Choose one of these."
-            )
-        return index
-
-    def _class_names(self) -> list[str]:
-        return sorted(self.config.label2id or {})
-
-
-def _is_weights(class_labels) -> bool:
-    """Whether these are weights of the classes and no indices: a tensor or array of floats, a row a sample."""
-    is_array = isinstance(class_labels, np.ndarray) and class_labels.dtype.kind == "f"
-    return is_array or (torch.is_tensor(class_labels) and class_labels.is_floating_point())
-
-
-def _flat(labels):
-    for label in labels:
-        yield from _flat(label) if isinstance(label, (list, tuple)) else (label,)
-
-
-def _whole_number(value) -> int:
-    """An integer of any library as Python's; -1 for what is none."""
-    try:
-        return operator.index(value)
-    except TypeError:
-        return -1
