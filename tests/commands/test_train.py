@@ -500,7 +500,7 @@ def test_bad_input_ends_the_process_without_a_traceback(preset, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--preset", "papre"], "Expected --preset demo, paper, phantom, phantom_drug or a JSON file, got papre."),
+        (["--preset", "papre"], "phantom_lora or a JSON file, got papre."),
         (["--num_samples", "0"], "--num_samples: expected at least 1, got 0"),
         (["--checkpoints_total_limit", "0"], "--checkpoints_total_limit: expected at least 1"),
         (["--stage", "both"], "invalid choice"),
