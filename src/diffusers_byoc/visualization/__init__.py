@@ -5,6 +5,7 @@ Every function returns a matplotlib figure that belongs to no window; `write_png
 
 from .canvas import CHANNEL_COLORS, composite_channels, write_png
 from .charts import SERIES_COLORS, degradation_curves, feature_distributions, metric_bars
+from .films import frame_strip, write_film
 from .galleries import depth_planes, sample_library
 from .slices import PLANE_COLORS, compare_pairs, compare_volumes, orthogonal_slices
 from .surfaces import render_surfaces, surface_library, surface_views
@@ -20,11 +21,13 @@ __all__ = [
     "degradation_curves",
     "depth_planes",
     "feature_distributions",
+    "frame_strip",
     "metric_bars",
     "orthogonal_slices",
     "render_surfaces",
     "sample_library",
     "surface_library",
     "surface_views",
+    "write_film",
     "write_png",
 ]
