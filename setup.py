@@ -14,7 +14,7 @@ extras = {
     # phantom cells
     "data": [
         *("tifffile>=2024.8.10", "imagecodecs>=2024.6.1", "dask>=2024.8", "scipy>=1.11", "pandas>=2.1"),
-        *("datasets>=3.0", "filelock>=3.12", "tqdm>=4.66"),
+        *("datasets>=3.0", "filelock>=3.12", "psutil>=5.9", "tqdm>=4.66"),
     ],
     # segmentation and shape of cells, distances between sets of cells, tests
     "metrics": ["scipy>=1.11", "scikit-image>=0.22", "scikit-learn>=1.5", "trimesh>=4.5", "PyWavelets>=1.5"],

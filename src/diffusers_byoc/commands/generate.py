@@ -1,17 +1,28 @@
-"""Generate cells from a trained pipeline: a file each, the same ones in any batch, after any interruption.
+"""Generate cells from a trained pipeline: the same ones on any number of processes, after any interruption.
 
 byoc-generate --pretrained outputs/demo --num_samples 100 --output_dir cells
 byoc-generate --pretrained org/name --conditions dose_um=2.5 --num_samples 100 --output_dir cells
 byoc-generate --pretrained org/name --class_labels nocodazole blebbistatin --num_samples 200 --output_dir cells
+byoc-generate --pretrained org/name --class_labels nocodazole blebbistatin --only 17 --output_dir one_of_them
+torchrun --nproc_per_node 4 -m diffusers_byoc.commands.generate --pretrained org/name --num_samples 5000 ...
 """
 
 import argparse
+import os
+from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .data_arguments import positive
 
 
-FORMATS = {"ome.tif": "tifffile", "ome.zarr": "ome_zarr", "npz": "numpy"}  # -> the package that writes them
+if TYPE_CHECKING:
+    import torch
+
+
+# -> the package that writes them
+FORMATS = {"ome.tif": "tifffile", "ome.zarr": "ome_zarr", "npz": "numpy", "parquet": "datasets"}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -31,7 +42,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num_texture_steps", type=int, help="steps of the texture, 0 for none (default: the pipeline's)")
     add("--seed", type=int, default=0, help="of all cells; each depends on it and its own number alone (default: 0)")
     add("--format", choices=FORMATS, default="ome.tif", help="of the files (default: ome.tif)")
-    add("--batch_size", type=positive, default=8, help="cells at a time; changes none of them (default: 8)")
+    help_text = "cells at a time; changes them by rounding, at most (default: as many as memory holds)"
+    add("--batch_size", type=positive, help=help_text)
+    add("--only", type=int, nargs="+", metavar="CELL", help="the cells of these numbers, in place of --num_samples")
     add("--device", help="cpu, cuda, ... (default: the accelerator, if there is one)")
     dtypes = ["float32", "bfloat16", "float16"]
     add("--dtype", choices=dtypes, default="float32", help="of the networks' arithmetic (default: float32)")
@@ -39,6 +52,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.conditions = dict(_condition(parser, text) for text in args.conditions)
     if args.seed < 0:
         parser.error(f"argument --seed: expected at least 0, got {args.seed}")
+    if args.only and (min(args.only) < 0 or args.format == "parquet"):
+        parser.error(f"argument --only: expected numbers from 0 on, and files of a cell each, got {args.only}")
     return args
 
 
@@ -63,10 +78,9 @@ def generate(args: argparse.Namespace) -> None:
     from ..whole_files import lock_folder, remove_left_overs
 
     optional(FORMATS[args.format], "zarr" if args.format == "ome.zarr" else "data")  # before hours of generating
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     with hub_errors(args.pretrained):
         pipeline = DiffusionPipeline.from_pretrained(args.pretrained, dtype=getattr(torch, args.dtype))
-    pipeline.to(args.device or accelerator or "cpu")
+    pipeline.to(args.device or own_device())
     pipeline.set_progress_bar_config(desc="Denoising", leave=False)
     labels = args.class_labels
     for_all = {"conditions": args.conditions or None, "guidance_scale": args.guidance_scale}
@@ -97,13 +111,43 @@ def generate(args: argparse.Namespace) -> None:
             f" {' '.join(labels)}. Leave them out."
         )
 
-    folder = Path(args.output_dir)
-    with lock_folder(folder):
-        remove_left_overs(folder)
+    folder, share = Path(args.output_dir), share_of_launcher()
+    is_first, num_cells = share[0] == 0, len(set(args.only)) if args.only else args.num_samples
+    with lock_folder(folder) if is_first else nullcontext():
+        if is_first:
+            remove_left_overs(folder)
+        wait_for_others(share)
         steps = (args.num_inference_steps, args.num_texture_steps)
         settings = (labels, *steps, args.seed, args.batch_size, f".{args.format}")
-        paths = generate_cells(pipeline, folder, args.num_samples, *settings, **for_all)
-    print(f"{len(paths)} cells in {folder}.")
+        generate_cells(pipeline, folder, args.num_samples, *settings, share=share, only=args.only, **for_all)
+        wait_for_others(share)
+    if is_first:
+        print(f"{num_cells} cells in {folder}.")
+
+
+def share_of_launcher() -> tuple[int, int]:
+    """(process, number of processes), as torchrun or accelerate say."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def own_device() -> "torch.device":
+    """The accelerator, if there is one, of this process among those of the machine; or else the CPU."""
+    import torch
+
+    if not torch.accelerator.is_available():
+        return torch.device("cpu")
+    accelerator = torch.accelerator.current_accelerator()
+    return torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", 0)) % torch.accelerator.device_count())
+
+
+def wait_for_others(share: tuple[int, int]) -> None:
+    """Meet the other processes, if there are any; some may have much more to do."""
+    if share[1] > 1:
+        import torch.distributed as dist
+
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", timeout=timedelta(days=7))
+        dist.barrier()
 
 
 def _condition(parser: argparse.ArgumentParser, text: str) -> tuple[str, float]:

@@ -23,6 +23,7 @@ from diffusers import DiffusionPipeline
 from .. import __version__
 from ..data import Cells
 from ..publishing import create_repository, prepare_folder, upload_pipeline
+from ..publishing.card import RUN_RECORD
 from ..training import StageSettings, follow_launcher, is_cpu_training
 from ..training.checkpoints import check_record, find_checkpoint
 from ..training.hardware import machine_name
@@ -31,7 +32,6 @@ from ..whole_files import remove_left_overs, whole_or_absent
 from .cells import read_cells, split_for_training
 
 
-RECORD_NAME = "arguments.json"
 PACKAGES = ("torch", "diffusers", "accelerate", "safetensors", "numpy")
 logger = get_logger(__name__, log_level="INFO")
 Settings = TypeVar("Settings", bound=StageSettings)
@@ -142,7 +142,7 @@ def write_record(
         cells: that are trained on.
         num_processes: of the run.
     """
-    path = Path(args.output_dir) / RECORD_NAME
+    path = Path(args.output_dir) / RUN_RECORD
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     record = {
         "arguments": {name: value for name, value in sorted(vars(args).items()) if name not in networks},

@@ -1,4 +1,4 @@
-"""Many cells from one pipeline: a file each, the same ones in any batch, after any interruption."""
+"""Many cells from one pipeline: the same ones in any batch, on any number of processes, after any interruption."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,18 +10,13 @@ from diffusers import DiffusionPipeline
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..data import write_volume
 from ..models.fingerprint import fingerprint_weights
 from ..whole_files import whole_or_absent
+from .memory import MemoryMeter
+from .series import cell_generator, cell_seed, files_of_series, write_table
 
 
 RECORD_NAME = "generation.json"
-
-
-def cell_generator(seed: int, index: int) -> torch.Generator:
-    """The random numbers of one cell of a series: with them, `pipeline` makes cell `index` of series `seed` again."""
-    state = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state))
 
 
 def generate_cells(
@@ -32,40 +27,45 @@ def generate_cells(
     num_inference_steps: int | None = None,
     num_texture_steps: int | None = None,
     seed: int = 0,
-    batch_size: int = 8,
+    batch_size: int | None = 8,
     suffix: str = ".ome.tif",
     voxel_size_um: tuple[float, float, float] | None = None,
     share: tuple[int, int] = (0, 1),
     conditions: Mapping[str, float] | None = None,
     guidance_scale: float | None = None,
+    only: Sequence[int] | None = None,
 ) -> list[Path]:
     """Generate what is missing of a series of cells in `folder`.
 
-    Cell i depends on the pipeline, its class, the steps, the seed and i alone, up to rounding: neither batches,
-    processes nor interruptions change it, and a file that is deleted comes again. The folder remembers in
-    ``generation.json`` what its cells were made with.
+    Cell i depends on the pipeline, its class, the steps, the seed and i alone: neither processes nor interruptions
+    change it, batches change it by rounding, and a file that is deleted comes again. The folder remembers in
+    ``generation.json`` what its cells were made with, and in ``metadata.csv``, or columns of the Parquet files, the
+    number, the class and the seed of each, with which it can be made alone.
 
     Args:
         pipeline: a `BYOCPipeline`, or another whose call takes `num_samples` and `generator` and returns `volumes`
             (num_samples, M, D, H, W) in [0, 1].
-        folder: made if missing; ``cell_000000.ome.tif`` and so on.
+        folder: made if missing; see `files_of_series` for the names of its files.
         num_samples: how many cells there shall be; more than before adds to them.
         class_labels: the classes that the cells have in turn; None without classes.
         num_inference_steps: denoising steps; None for the pipeline's own.
         num_texture_steps: steps of the texture, of a `BYOCPipeline` that draws it; None likewise, 0 for no texture.
         seed: of the series, at least 0.
-        batch_size: cells at a time.
-        suffix: of the files, one that `write_volume` knows.
+        batch_size: cells at a time; None for as many as memory holds (see `MemoryMeter`). Half as many, and half of
+            these, where they do not fit.
+        suffix: of the files, one that `write_volume` knows, or ".parquet" for tables of many cells.
         voxel_size_um: for the files; None for what the pipeline's `volume_processor` says.
         share: (process, number of processes); each makes its own cells of the series.
         conditions: of a `BYOCPipeline` that takes some: name -> value in its own unit, of all cells.
         guidance_scale: of a `BYOCPipeline`; None for the pipeline's own.
+        only: numbers of the cells to make, in place of the first `num_samples`; not for Parquet.
 
     Returns:
         All files of the series, those of the other processes too.
 
     Raises:
-        ValueError: if the folder holds cells that other weights or settings made, or the pipeline refuses these.
+        ValueError: if the folder holds cells that other weights or settings made, if the pipeline refuses these, or
+            if not even one cell fits into memory.
     """
     networks = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
     schedulers = {name: getattr(pipeline, name, None) for name in ("scheduler", "texture_scheduler")}
@@ -99,26 +99,67 @@ def generate_cells(
     processor = getattr(pipeline, "volume_processor", None)
     voxel_size_um = voxel_size_um or (processor and processor.voxel_size_um)
 
-    paths = [folder / f"cell_{index:06}{suffix}" for index in range(num_samples)]
-    missing = [index for index in range(num_samples)[share[0] :: share[1]] if not paths[index].exists()]
-    for start in tqdm(range(0, len(missing), batch_size), "Generating", unit="batch", disable=share[0] > 0):
-        batch = missing[start : start + batch_size]
-        arguments = {"num_samples": len(batch), "generator": [cell_generator(seed, index) for index in batch]}
+    files = files_of_series(folder, range(num_samples) if only is None else sorted(set(only)), suffix)
+    class_names = {number: name for name, number in (pipeline.config.get("label2id") or {}).items()}
+
+    def columns_of(cell: int) -> dict:
+        label = {"label": class_names.get(labels[cell % len(labels)], labels[cell % len(labels)])} if labels else {}
+        # text, as many readers of tables have no integers of 64 bits
+        return label | (conditions or {}) | {"cell": cell, "seed": str(cell_seed(seed, cell))}
+
+    def ask(cells: Sequence[int]) -> np.ndarray:
+        arguments = {"num_samples": len(cells), "generator": [cell_generator(seed, cell) for cell in cells]}
         arguments |= arguments_of_all
         if num_inference_steps is not None:
             arguments["num_inference_steps"] = num_inference_steps
         if num_texture_steps is not None:
             arguments["num_texture_steps"] = num_texture_steps
         if labels:
-            arguments["class_labels"] = [labels[index % len(labels)] for index in batch]
-        volumes = pipeline(**arguments).volumes
-        if start == 0:  # the pipeline has taken the arguments
-            with whole_or_absent(folder / RECORD_NAME) as temporary:
-                temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
-        for index, volume in zip(batch, volumes, strict=True):
-            names = processor.config.channel_names if processor else [f"channel_{m}" for m in range(len(volume))]
-            write_volume(paths[index], volume, voxel_size_um, tuple(names))
-    return paths
+            arguments["class_labels"] = [labels[cell % len(labels)] for cell in cells]
+        return pipeline(**arguments).volumes
+
+    def note() -> None:
+        with whole_or_absent(folder / RECORD_NAME) as temporary:
+            temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
+        if share[0] == 0 and suffix != ".parquet":
+            write_table(folder, files, [columns_of(*file.cells) for file in files])
+
+    missing = [file for file in files[share[0] :: share[1]] if not file.is_whole]
+    cells, made, is_noted = [cell for file in missing for cell in file.cells], {}, False
+    size, device = batch_size or 1, pipeline._execution_device
+    meter = MemoryMeter(device) if batch_size is None and cells else None
+    title = f"Generating (process 1 of {share[1]})" if share[1] > 1 else "Generating"
+    with tqdm(total=len(cells), desc=title, unit="volume", disable=share[0] > 0) as bar:
+        while cells:
+            batch, volumes = cells[:size], None
+            try:
+                volumes = ask(batch)
+            except torch.OutOfMemoryError as error:
+                if len(batch) == 1:
+                    raise ValueError(
+                        f"Expected memory for one cell on {device}, got less ({error}). Take bfloat16, another device,"
+                        " or a pipeline that is offloaded or decodes in tiles."
+                    ) from error
+            if volumes is None:  # after the handler, which holds on to what was computed
+                size = len(batch) // 2
+                torch.cuda.empty_cache()
+                continue
+            if not is_noted:  # the pipeline has taken the arguments
+                note()
+                is_noted = True
+            made |= zip(batch, volumes, strict=True)
+            cells = cells[len(batch) :]
+            while missing and all(cell in made for cell in missing[0].cells):
+                file = missing.pop(0)
+                own = [made.pop(cell) for cell in file.cells]
+                names = processor.config.channel_names if processor else [f"channel_{m}" for m in range(len(own[0]))]
+                file.write(own, [columns_of(cell) for cell in file.cells], voxel_size_um, tuple(names))
+            bar.update(len(batch))
+            if meter is not None:
+                size, meter = meter.cells_that_fit(len(batch)), None
+    if not is_noted and share[0] == 0:
+        note()
+    return [file.path for file in files]
 
 
 def _public(config: dict) -> dict:

@@ -81,6 +81,8 @@ def make_card(
         voxel_size_um=processor.voxel_size_um and _sizes(processor.voxel_size_um),
         channel_names=names,
         class_names=sorted(labels, key=labels.get),
+        conditions=[_describe_condition(**condition) for condition in config.get("conditions") or []],
+        typical=_typical_conditions(config.get("conditions") or []),
         shape=f"(8, {len(names)}, {size}, {size}, {size})",
         data=data_description or _describe_data(last, dataset_name),
         data_license=data_license or (PHANTOM_LICENSE if is_phantom else None),
@@ -136,6 +138,17 @@ def _describe_stage(name: str, entry: Mapping) -> dict[str, str]:
         "batch": of_stage("train_batch_size") * of_stage("gradient_accumulation_steps") * entry["num_processes"],
         "learning_rate": f"{of_stage('learning_rate'):g}",
     }
+
+
+def _describe_condition(name: str, min: Sequence[float], max: Sequence[float], **_) -> str:
+    return f"{name} (from {min[0]:g} to {max[0]:g})" if len(min) == 1 else f"{name} ({len(min)} numbers)"
+
+
+def _typical_conditions(statistics: Sequence[Mapping]) -> str:
+    """Python that gives conditions as the training cells had on average."""
+    if any(len(condition["mean"]) > 1 for condition in statistics):
+        return "typical_conditions(pipe.config.conditions)"
+    return str({condition["name"]: float(f"{condition['mean'][0]:.3g}") for condition in statistics}).replace("'", '"')
 
 
 def _sizes(lengths: Sequence[float]) -> str:

@@ -13,10 +13,10 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from ...evaluation import has_classes
+from ...publishing.card import RUN_RECORD
 from ...training.checkpoints import checkpoint_step, list_checkpoints, read_record
 from .. import evaluate, train, train_baseline
 from ..evaluate_run import load_pipeline
-from ..training_runs import RECORD_NAME
 from .plan import Command, Job
 
 
@@ -52,7 +52,7 @@ def run_commands(job: Job, commands: Sequence[tuple[Command, Mapping[str, Any]]]
 def training_effort(run: Path) -> dict[str, dict[str, float]]:
     """Of each stage of a run, in their order: "steps", "samples" of all processes, "seconds", "learning_rate"."""
     effort = {}
-    for stage in json.loads((run / RECORD_NAME).read_text(encoding="utf-8")):
+    for stage in json.loads((run / RUN_RECORD).read_text(encoding="utf-8")):
         last = list_checkpoints(run / stage)[-1]
         record, steps = read_record(last), checkpoint_step(last)
         samples = steps * record["train_batch_size"] * record["gradient_accumulation_steps"]

@@ -165,6 +165,21 @@ def write_volume(
     writers = {name: module.write for name, module in FORMATS.items() if name in getattr(module, "WRITES", ())}
     if ending not in writers:
         raise ValueError(f"Expected a path that ends in one of {', '.join(writers)}, got {path}. Choose one of these.")
+    stored = stored_volume(volume, voxel_size_um, channel_names)
+    with whole_or_absent(path) as temporary:
+        writers[ending](temporary, stored)
+
+
+def stored_volume(
+    volume: "np.ndarray | torch.Tensor",
+    voxel_size_um: float | tuple[float, float, float] | None,
+    channel_names: tuple[str, ...],
+) -> Volume:
+    """A volume in [0, 1] as files hold it: uint16, [0, 1] scaled to [0, 65535]; arguments as in `write_volume`.
+
+    Raises:
+        ValueError: if the shape, the range or the number of names is wrong.
+    """
     values = volume.detach().cpu().float().numpy() if hasattr(volume, "detach") else np.asarray(volume)
     if values.ndim != 4 or 0 in values.shape:
         raise ValueError(f"Expected a volume of shape (M, D, H, W), got {values.shape}. Write a batch cell by cell.")
@@ -177,8 +192,7 @@ def write_volume(
         )
     values = np.rint(values.astype(np.float64) * 65535).astype(np.uint16)
     voxel_size_um = None if voxel_size_um is None else voxel_size_triple(voxel_size_um)
-    with whole_or_absent(path) as temporary:
-        writers[ending](temporary, Volume(values, voxel_size_um, tuple(channel_names)))
+    return Volume(values, voxel_size_um, tuple(channel_names))
 
 
 def write_ome_tiff(

@@ -311,7 +311,9 @@ def write_shards(
         ValueError: if an argument is wrong, or the folder has a data set already.
     """
     folder = Path(folder)
-    write, suffix = {"parquet": (_write_parquet, "parquet"), "webdataset": (_write_tar, "tar")}.get(kind, (None, ""))
+    write, suffix = {"parquet": (_write_parquet_shard, "parquet"), "webdataset": (_write_tar, "tar")}.get(
+        kind, (None, "")
+    )
     if write is None:
         raise ValueError(f"Expected `kind` 'parquet' or 'webdataset', got {kind!r}. Choose one.")
     if cells_per_shard < 1:
@@ -439,7 +441,12 @@ def _first_then(first, rest: Iterator, count: int) -> Iterator:
         yield item
 
 
-def _write_parquet(path: Path, cells: Iterator[tuple[Volume, Mapping]], num_before: int) -> int:
+def _write_parquet_shard(path: Path, cells: Iterator[tuple[Volume, Mapping]], num_before: int) -> int:
+    return write_parquet(path, cells)
+
+
+def write_parquet(path: Path, cells: Iterable[tuple[Volume, Mapping]]) -> int:
+    """Write cells, and what else is known of each, into one Parquet file, as `write_shards` does; returns how many."""
     rows = [encode_volume(volume) | dict(columns) for volume, columns in cells]
     datasets = optional("datasets", "data")
     types = {"shape": "int64", "voxel_size_um": "float64", "channel_names": "string"}
