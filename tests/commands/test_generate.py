@@ -1,7 +1,9 @@
 """byoc-generate, on the pipelines that the tests hold."""
 
+import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -9,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import zarr
@@ -17,9 +20,11 @@ from diffusers import DiffusionPipeline
 from conditional import DOSES, make_pipeline
 from diffusers_byoc import BYOCPipeline, TextureUNet3D
 from diffusers_byoc.commands.generate import main
-from diffusers_byoc.data import read_volume
-from diffusers_byoc.pipelines.generation import cell_generator, generate_cells
+from diffusers_byoc.data import CellFolder, CellTable, decode_volume, read_volume
+from diffusers_byoc.pipelines import memory
+from diffusers_byoc.pipelines.generation import generate_cells
 from diffusers_byoc.pipelines.schedulers import make_texture_scheduler
+from diffusers_byoc.pipelines.series import CELLS_PER_SHARD, cell_generator, cell_seed
 from diffusers_byoc.whole_files import TEMPORARY_PREFIX
 
 
@@ -210,6 +215,159 @@ def test_the_record_says_what_the_cells_were_made_with(tmp_path):
     record = json.loads((tmp_path / "generation.json").read_text())
     assert record["class_labels"] == [2] and record["seed"] == 0 and record["num_inference_steps"] == 3
     assert record["scheduler"]["name"] == "DDPMScheduler"
+
+
+def table_of(folder):
+    with open(folder / "metadata.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_cell_can_be_made_again_alone_and_exactly_from_its_row(tmp_path):
+    labels = ["--class_labels", "nocodazole", "blebbistatin"]
+    arguments = [*labels, "--batch_size", 1]
+    generate(tmp_path / "all", "--num_samples", 4, "--seed", 7, *arguments, pretrained="conditional")
+    rows, pipeline = table_of(tmp_path / "all"), load("conditional")
+    assert [row["label"] for row in rows] == ["nocodazole", "blebbistatin"] * 2
+    assert [(row["cell"], int(row["seed"])) for row in rows] == [(str(i), cell_seed(7, i)) for i in range(4)]
+    for row in rows[1::2]:
+        generator = torch.Generator().manual_seed(int(row["seed"]))
+        (cell,) = pipeline(class_labels=row["label"], num_inference_steps=3, generator=generator).volumes
+        assert np.array_equal(read_volume(tmp_path / "all" / row["file_name"]).data, np.rint(np.float64(cell) * 65535))
+    # by the command
+    generate(tmp_path / "one", "--only", 3, "--seed", 7, *labels, pretrained="conditional")
+    assert table_of(tmp_path / "one") == [rows[3]]
+    again = (tmp_path / "one" / rows[3]["file_name"], tmp_path / "all" / rows[3]["file_name"])
+    assert np.array_equal(*(read_volume(path).data for path in again))
+
+
+def test_the_folder_is_a_data_set_with_its_labels_and_grows(tmp_path):
+    labels = ["--class_labels", "nocodazole", "blebbistatin"]
+    for num_samples in (2, 3, 1):
+        generate(tmp_path, "--num_samples", num_samples, *labels, pretrained="conditional")
+    assert [row["cell"] for row in table_of(tmp_path)] == ["0", "1", "2"]
+    cells = CellFolder(tmp_path, load("conditional").volume_processor)
+    assert cells.class_names == ["blebbistatin", "nocodazole"] and cells.labels == [1, 0, 1]
+
+
+def test_conditions_stand_in_the_table(tmp_path):
+    generate_cells(make_pipeline(DOSES), tmp_path, 1, class_labels=[0], conditions={"dose_um": 2.5})
+    assert table_of(tmp_path)[0]["dose_um"] == "2.5" and table_of(tmp_path)[0]["label"] == "binimetinib"
+
+
+def test_parquet_holds_the_same_cells_and_what_is_missing_of_it_is_made(tmp_path):
+    arguments = {"class_labels": [2, 1], "num_inference_steps": 2, "suffix": ".parquet", "batch_size": 5}
+    pipeline, num_cells = load("conditional"), CELLS_PER_SHARD + 3
+    paths = generate_cells(pipeline, tmp_path, num_cells, **arguments)
+    assert [path.name for path in paths] == ["train-00000.parquet", "train-00001.parquet"]
+    cells = CellTable(str(tmp_path), pipeline.volume_processor)
+    assert len(cells) == num_cells and [cells.class_names[label] for label in cells.labels[:2]] == [
+        "nocodazole",
+        "blebbistatin",
+    ]
+    first = [paths[0].stat().st_mtime_ns, pq.read_table(paths[1]).to_pylist()]
+    generate_cells(pipeline, tmp_path, num_cells + 1, **arguments)  # the second file grows
+    rows = pq.read_table(paths[1]).to_pylist()
+    assert paths[0].stat().st_mtime_ns == first[0] and len(rows) == 4
+    for row, before in zip(rows, first[1], strict=False):
+        assert {k: row[k] for k in ("label", "cell", "seed")} == {k: before[k] for k in ("label", "cell", "seed")}
+        np.testing.assert_allclose(decode_volume(row).data / 65535, decode_volume(before).data / 65535, atol=2 * STEP)
+    generator = torch.Generator().manual_seed(int(rows[1]["seed"]))
+    (alone,) = pipeline(class_labels=rows[1]["label"], num_inference_steps=2, generator=generator).volumes
+    volume = decode_volume(rows[1])
+    assert rows[1]["cell"] == CELLS_PER_SHARD + 1 and volume.voxel_size_um == (1.0, 0.5, 0.5)
+    np.testing.assert_allclose(volume.data / 65535, alone, atol=2 * STEP)
+    paths[0].unlink()
+    shared = {"share": (1, 2)}
+    assert generate_cells(pipeline, tmp_path, num_cells + 1, **arguments, **shared) and not paths[0].exists()
+
+
+class Narrow(Spheres):
+    """Has memory for two cells."""
+
+    asked = []
+
+    def __call__(self, num_samples, generator):
+        Narrow.asked.append(num_samples)
+        if num_samples > 2:
+            raise torch.OutOfMemoryError("too many")
+        return super().__call__(num_samples, generator)
+
+
+def test_a_batch_that_does_not_fit_is_halved(tmp_path, monkeypatch):
+    monkeypatch.setattr(Narrow, "asked", [])
+    paths = generate_cells(Narrow(), tmp_path, 7, batch_size=12, voxel_size_um=(1.0, 1.0, 1.0))
+    assert Narrow.asked == [7, 3, 1, *[1] * 6] and all(path.is_file() for path in paths)
+    whole = generate_cells(Spheres(), tmp_path / "whole", 7, voxel_size_um=(1.0, 1.0, 1.0))
+    for one, other in zip(paths, whole, strict=True):
+        assert np.array_equal(intensities(one), intensities(other))
+
+
+def test_not_even_one_cell_that_fits_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(Spheres, "__call__", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("none")))
+    with pytest.raises(ValueError, match="Expected memory for one cell on cpu, got less"):
+        generate_cells(Spheres(), tmp_path / "cells", 2)
+    assert not (tmp_path / "cells").exists()
+
+
+@pytest.mark.parametrize(("free_mb", "processes", "expected"), [(1e6, 1, 8), (500, 1, 4), (500, 2, 2), (1, 1, 1)])
+def test_as_many_cells_as_memory_holds(tmp_path, monkeypatch, free_mb, processes, expected):
+    """Of 100 MB each, with a fifth of what is free left alone."""
+    monkeypatch.setattr(memory.MemoryMeter, "_peak", lambda meter: meter.before + 100_000_000)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=free_mb * 1e6))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    asked = []
+    generate = Spheres.__call__
+    monkeypatch.setattr(
+        Spheres,
+        "__call__",
+        lambda self, num_samples, generator: asked.append(num_samples) or generate(self, num_samples, generator),
+    )
+    generate_cells(Spheres(), tmp_path, 17, batch_size=None)
+    assert asked[0] == 1 and set(asked[1:-1]) == {expected} and sum(asked) == 17
+
+
+def test_the_peak_of_the_process_is_measured():
+    meter = memory.MemoryMeter(torch.device("cpu"))
+    block = torch.ones(50_000_000)  # 200 MB
+    assert meter._peak() - meter.before >= 150_000_000 or meter._peak() > meter.before + block.nbytes
+    assert 1 <= meter.cells_that_fit(1) <= memory.MOST_CELLS["cpu"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
+def test_two_processes_killed_and_started_again_make_the_same_cells(tmp_path):
+    alone = generate_cells(load("plain"), tmp_path / "alone", 40, num_inference_steps=100, batch_size=1)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    command = [*launch, "diffusers_byoc.commands.generate", "--pretrained", SAVED / "plain", "--num_samples", "40"]
+    command += [
+        "--num_inference_steps",
+        "100",
+        "--batch_size",
+        "1",
+        "--output_dir",
+        tmp_path / "two",
+        "--device",
+        "cpu",
+    ]
+    source = str(Path(__file__).parents[2] / "src")
+    options = {"env": os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": source}, "stderr": subprocess.DEVNULL}
+    run = subprocess.Popen([str(part) for part in command], start_new_session=True, **options)
+    deadline = time.monotonic() + 200
+    while len(list((tmp_path / "two").glob("cell_*"))) < 5 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(run.pid, signal.SIGKILL)
+    for _ in range(50):  # torchrun puts its workers into sessions of their own, which end when they miss it
+        if not list((tmp_path / "two").glob("run.lock")) or run.wait() is not None:
+            break
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "two").glob("cell_*")}
+    assert 5 <= len(before) < 40
+    done = subprocess.run([str(part) for part in command], timeout=250, stdout=subprocess.PIPE, text=True, **options)
+    assert done.returncode == 0 and "40 cells in" in done.stdout
+    for path in alone:
+        again = tmp_path / "two" / path.name
+        assert np.array_equal(intensities(path), intensities(again))
+        assert again.stat().st_mtime_ns == before.get(again.name, again.stat().st_mtime_ns)
+    assert len(table_of(tmp_path / "two")) == 40 and not list((tmp_path / "two").glob(f"{TEMPORARY_PREFIX}*"))
 
 
 def test_help_does_not_wait_for_torch():

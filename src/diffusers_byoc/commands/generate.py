@@ -79,7 +79,8 @@ def generate(args: argparse.Namespace) -> None:
 
     optional(FORMATS[args.format], "zarr" if args.format == "ome.zarr" else "data")  # before hours of generating
     with hub_errors(args.pretrained):
-        pipeline = DiffusionPipeline.from_pretrained(args.pretrained, dtype=getattr(torch, args.dtype))
+        options = {"dtype": getattr(torch, args.dtype), "use_safetensors": True}
+        pipeline = DiffusionPipeline.from_pretrained(args.pretrained, **options)
     pipeline.to(args.device or own_device())
     pipeline.set_progress_bar_config(desc="Denoising", leave=False)
     labels = args.class_labels
