@@ -1230,12 +1230,15 @@ def test_a_private_repository_is_filled(preset, hub):
     hub.run(f"from diffusers_byoc.commands.train import main; main({arguments!r})")
     assert hub.repos["models/org/phantoms"]["private"]
     files = hub.files("org/phantoms")
-    weights = [f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "vqvae")]
+    weights = [
+        f"{part}/diffusion_pytorch_model{end}.safetensors" for part in ("unet", "vqvae") for end in ("", ".fp16")
+    ]
     configs = ["scheduler/scheduler_config.json", "unet/config.json", "vqvae/config.json"]
     pages = ["README.md", "cells.png", "model_index.json", "report.md", "surfaces.png"]
     assert sorted(files) == sorted([*pages, *weights, *configs])
     card = files["README.md"].decode()
-    assert "# phantoms" in card and "They are not microscopy" in card and "1 steps of the autoencoder" in card
+    assert "# phantoms" in card and "They are not microscopy" in card and "| autoencoder | 1 | " in card
+    assert "license: apache-2.0" in card and "phantoms (nocodazole), drawn by a formula" in card
     assert 'from_pretrained("org/phantoms")' in card
 
 
