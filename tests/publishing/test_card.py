@@ -3,9 +3,11 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 
+from conditional import DOSES, make_pipeline
 from diffusers_byoc import WGAN, BaselinePipeline, BYOCPipeline
 from diffusers_byoc.publishing import make_card
 from diffusers_byoc.publishing.card import TEMPLATE
@@ -103,6 +105,18 @@ def test_the_card_of_a_baseline_speaks_of_what_it_has():
     assert 'BaselinePipeline.from_pretrained("org/name")' in card.text and "BYOCPipeline" not in card.text
     assert "By `byoc-train-baseline`" in card.text and "| w_gan | 70 | 6 | 0.0001 |" in card.text
     assert "gan" in card.data.tags and "diffusion" not in card.data.tags and "Scheduler" not in card.text
+
+
+@pytest.mark.parametrize("values", [DOSES, DOSES | {"embedding": np.eye(3)}], ids=["a number", "a vector"])
+def test_conditions_stand_in_the_lines_that_load_it(values, tmp_path):
+    pipeline = make_pipeline(values)
+    pipeline.save_pretrained(tmp_path)
+    text = make_card(pipeline, str(tmp_path), {}).text
+    assert "conditions dose_um (from 0 to 4)" in text and ("embedding (3 numbers)" in text) == (len(values) > 1)
+    assert ('conditions={"dose_um": 2.0}' in text) == (len(values) == 1)
+    found = {}
+    exec(re.search(r"```python\n(.+?)```", text, re.S)[1], found)
+    assert found["cells"].shape == (8, 2, 8, 8, 8)
 
 
 def test_there_is_one_template():
