@@ -276,9 +276,18 @@ def test_parquet_holds_the_same_cells_and_what_is_missing_of_it_is_made(tmp_path
     volume = decode_volume(rows[1])
     assert rows[1]["cell"] == CELLS_PER_SHARD + 1 and volume.voxel_size_um == (1.0, 0.5, 0.5)
     np.testing.assert_allclose(volume.data / 65535, alone, atol=2 * STEP)
+    generate_cells(pipeline, tmp_path, num_cells, **arguments)  # fewer take nothing away
+    assert pq.read_metadata(paths[1]).num_rows == 4
     paths[0].unlink()
     shared = {"share": (1, 2)}
     assert generate_cells(pipeline, tmp_path, num_cells + 1, **arguments, **shared) and not paths[0].exists()
+
+
+def test_single_cells_of_a_parquet_file_cannot_be_asked_for(tmp_path, capsys):
+    for arguments in (["--only", 3, "--format", "parquet"], ["--only", -1]):
+        with pytest.raises(SystemExit, match="2"):
+            generate(tmp_path / "cells", *arguments)
+        assert "expected numbers from 0 on, and files of a cell each" in capsys.readouterr().err
 
 
 class Narrow(Spheres):

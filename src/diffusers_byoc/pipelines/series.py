@@ -46,12 +46,12 @@ class SeriesFile:
 
     @property
     def is_whole(self) -> bool:
-        """Whether it is there with all of its cells: a series may have grown since it was written."""
+        """Whether it is there with all of its cells, or with more: a series may have grown since it was written."""
         if not (self.is_parquet and self.path.exists()):
             return self.path.exists()
         import pyarrow.parquet as pq
 
-        return pq.read_metadata(self.path).num_rows == len(self.cells)
+        return pq.read_metadata(self.path).num_rows >= len(self.cells)
 
     def write(
         self,
