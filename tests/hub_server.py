@@ -92,13 +92,13 @@ class HubServer:
         return self.commit(key, "main", lines)["commitOid"]
 
     def check_access(self, method: str, path: str, authorization: str) -> None:
-        """Refuse those without the account's token what is private, and whatever writes."""
+        """Refuse those without the account's token what is private, whatever writes, and the account itself."""
         is_private = any(
             repo.get("private") and f"/{key.removeprefix('models/')}/" in f"{path}/"
             for key, repo in self.repos.items()
         )
-        writes = method == "POST" and "/paths-info/" not in path
-        if authorization != f"Bearer {TOKEN}" and (is_private or writes):
+        is_ours = method == "POST" and "/paths-info/" not in path or path == "/api/whoami-v2"
+        if authorization != f"Bearer {TOKEN}" and (is_private or is_ours):
             raise HubError(401, "", "Invalid username or password.")
 
     def snapshot(self, key: str, revision: str) -> tuple[str, dict[str, bytes]]:
@@ -247,6 +247,8 @@ class _Handler(BaseHTTPRequestHandler):
         hub, method = self.hub, self.command
         if (method, path) == ("POST", "/api/repos/create"):
             return hub.create(json.loads(body))
+        if (method, path) == ("GET", "/api/whoami-v2"):
+            return {"type": "user", "name": ACCOUNT, "orgs": []}
         if (method, path) == ("POST", "/api/validate-yaml"):
             return {"errors": [], "warnings": []}
         if method == "POST" and path.endswith(".git/info/lfs/objects/batch"):

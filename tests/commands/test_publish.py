@@ -13,6 +13,7 @@ SAVED = Path(__file__).parents[1] / "pipelines" / "saved"
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
 PUSH = """
+import os
 import torch
 from diffusers_byoc import BYOCPipeline
 from diffusers_byoc.commands.publish import main
@@ -25,10 +26,12 @@ pipeline.save_pretrained("run")
 main(["--pretrained", "run", "--hub_model_id", "org/cells", "--no-fp16", "--license", "cc-by-4.0"])
 main(["--pretrained", "run", "--hub_model_id", "secret", "--private"])
 pipeline.push_to_hub("org/plain")  # of diffusers
-try:
-    main(["--pretrained", "run", "--hub_model_id", "org/wrong", "--private", "--card", "none.md"])
-except SystemExit as error:
-    print(error)
+for arguments, token in ((["org/wrong", "--card", "none.md"], "hf_test"), (["org/wrong"], ""), (["wrong"], "")):
+    os.environ["HF_TOKEN"] = token
+    try:
+        main(["--pretrained", "run", "--hub_model_id", *arguments])
+    except SystemExit as error:
+        print(error)
 """
 
 PULL = """
@@ -98,9 +101,11 @@ def test_to_the_hub_and_back_and_nothing_that_is_not_what_it_should_be(hub):
     shutil.copytree(SAVED / "conditional", hub.home / "run")
     (hub.home / "run" / "split.json").write_text("{}")
     printed = hub.run(PUSH)
-    assert "Published org/cells" in printed and "byoc-publish: error:" in printed
+    assert "Published org/cells" in printed and 'is loaded by revision="' in printed
+    errors = [line for line in printed.splitlines() if line.startswith("byoc-publish: error:")]
+    assert len(errors) == 3 and all("hf auth login" in error for error in errors[1:])
     assert hub.repos["models/me/secret"]["private"] and not hub.repos["models/org/cells"]["private"]
-    assert "models/org/wrong" in hub.repos and not hub.files("org/wrong")
+    assert not [key for key in hub.repos if "wrong" in key]
     files = hub.files("org/cells")
     weights = {"unet/diffusion_pytorch_model.safetensors", "vqvae/diffusion_pytorch_model.safetensors"}
     configs = {"model_index.json", "scheduler/scheduler_config.json", "unet/config.json", "vqvae/config.json"}

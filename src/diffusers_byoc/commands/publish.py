@@ -41,7 +41,12 @@ def publish(args: argparse.Namespace) -> None:
     """What the command does, as `parse_args` understood it."""
     import tempfile
 
-    from ..publishing import create_repository, prepare_folder, upload_pipeline  # after `--help` and mistakes
+    from ..publishing import (
+        create_repository,
+        full_name,
+        prepare_folder,
+        upload_pipeline,
+    )  # after `--help` and mistakes
 
     pretrained = Path(args.pretrained)
     name = args.hub_model_id or pretrained.resolve().name
@@ -61,9 +66,10 @@ def publish(args: argparse.Namespace) -> None:
         prepare_folder(pretrained, folder, name, **options)
         print(f"Wrote {folder}; the card is {folder / 'README.md'}. Nothing was uploaded.")
         return
-    name = create_repository(name, args.private)  # first, to learn of a wrong token before the work
+    name = full_name(name)
     with tempfile.TemporaryDirectory() as folder:
         prepare_folder(pretrained, folder, name, **options)
+        create_repository(name, args.private)  # when nothing more can be refused here
         commit = upload_pipeline(folder, name)
     print(f'Published {name}: {commit.commit_url}. This very one is loaded by revision="{commit.oid}".')
 

@@ -2,12 +2,13 @@
 
 from .card import make_card
 from .evaluation_results import EvaluationResults, read_evaluation
-from .hub import create_repository, prepare_folder, upload_pipeline
+from .hub import create_repository, full_name, prepare_folder, upload_pipeline
 
 
 __all__ = [
     "EvaluationResults",
     "create_repository",
+    "full_name",
     "make_card",
     "prepare_folder",
     "read_evaluation",

@@ -3,6 +3,8 @@
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -21,15 +23,32 @@ NOT_YET = "No weights are published yet"  # in a card that waits for them
 OURS = ["model_index.json", "*/*.json", "*/diffusion_pytorch_model*", "report.md", "*.png", "evaluation/*"]
 
 
+def full_name(name: str) -> str:
+    """ORGANISATION/NAME of a repository; one without organisation is the user's own.
+
+    Raises:
+        OSError: if nobody is logged in, whose it could be.
+    """
+    if "/" in name:
+        return name
+    with _refusals(name):
+        return f"{HfApi().whoami()['name']}/{name}"
+
+
 def create_repository(name: str, private: bool = False) -> str:
     """The full name of the repository `name` (NAME or ORGANISATION/NAME); made if missing.
 
     Raises:
         OSError: if the Hub refuses, for want of a token for example.
     """
+    with _refusals(name):  # None leaves it to the organisation's settings
+        return HfApi().create_repo(name, private=private or None, exist_ok=True).repo_id
+
+
+@contextmanager
+def _refusals(name: str) -> Iterator[None]:
     try:
-        private = private or None  # None leaves it to the organisation's settings
-        return HfApi().create_repo(name, private=private, exist_ok=True).repo_id
+        yield
     except OSError as error:  # huggingface_hub's errors are
         raise OSError(
             f"Expected to be able to push to {name}, got {error}. Log in with `hf auth login`, or set HF_TOKEN to a"
