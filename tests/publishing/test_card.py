@@ -92,8 +92,14 @@ def test_data_sets_and_licences_reach_the_metadata(pipeline, tmp_path):
     assert card.data.datasets == ["org/melanoma"] and card.data.license == "cc-by-4.0"
     assert "of [org/melanoma](https://huggingface.co/datasets/org/melanoma)." in card.text
     assert "Licence of the data: CC BY 4.0." in card.text and "held out. Voxel" not in card.text
-    here = make_card(pipeline, "org/name", record_of(dataset_name=str(tmp_path)), data_description="Twelve cells.")
-    assert here.data.datasets is None and "Twelve cells." in here.text and str(tmp_path) not in str(here)
+    assert card.data.base_model is None and "Begun with" not in card.text
+    begun = make_card(pipeline, "org/name", record_of(pretrained="org/base"))
+    assert begun.data.base_model == "org/base" and "[org/base](https://huggingface.co/org/base)" in begun.text
+    for own in (str(tmp_path), f"{tmp_path}/shards/*.tar", "shards/*.tar"):
+        record = record_of(dataset_name=own, pretrained=str(tmp_path / "gone"))
+        here = make_card(pipeline, "org/name", record, data_description="Twelve cells.")
+        assert here.data.datasets is None and here.data.base_model is None
+        assert "Twelve cells." in here.text and "shards" not in str(here) and str(tmp_path) not in str(here)
 
 
 def test_the_card_of_a_baseline_speaks_of_what_it_has():
@@ -104,6 +110,7 @@ def test_the_card_of_a_baseline_speaks_of_what_it_has():
     card = make_card(pipeline, "org/name", record)
     assert 'BaselinePipeline.from_pretrained("org/name")' in card.text and "BYOCPipeline" not in card.text
     assert "By `byoc-train-baseline`" in card.text and "| w_gan | 70 | 6 | 0.0001 |" in card.text
+    assert "This is a model that the paper compares with" in card.text
     assert "gan" in card.data.tags and "diffusion" not in card.data.tags and "Scheduler" not in card.text
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from .evaluation_results import EvaluationResults
 
@@ -55,9 +57,7 @@ def make_card(
     last = list(record.values())[-1] if record else {}
     arguments, cells = last.get("arguments", {}), last.get("cells", {})
     is_phantom = cells.get("is_phantom", False)
-    dataset_name = arguments.get("dataset_name")
-    if dataset_name and Path(dataset_name).exists():  # the author's own disk
-        dataset_name = None
+    dataset_name, base_model = (_on_hub(arguments.get(name)) for name in ("dataset_name", "pretrained"))
     scheduler = getattr(pipeline, "scheduler", None)
     size = processor.config.sample_size
     names = list(processor.config.channel_names)
@@ -67,6 +67,7 @@ def make_card(
         pipeline_tag="unconditional-image-generation",
         tags=[*TAGS, "diffusion" if scheduler else "gan", *(["phantoms"] if is_phantom else []), *sorted(labels)],
         datasets=[dataset_name] if dataset_name else None,
+        base_model=base_model,
         model_name=repo_id.split("/")[-1] if evaluation else None,  # of the model-index
         eval_results=evaluation.model_index() if evaluation else None,
     )
@@ -86,6 +87,8 @@ def make_card(
         shape=f"(8, {len(names)}, {size}, {size}, {size})",
         data=data_description or _describe_data(last, dataset_name),
         data_license=data_license or (PHANTOM_LICENSE if is_phantom else None),
+        base_model=base_model,
+        is_baseline="baseline" in arguments,
         command="byoc-train-baseline" if "baseline" in arguments else "byoc-train",
         preset=_name_of(arguments.get("preset")),
         seed=arguments.get("seed"),
@@ -101,6 +104,17 @@ def make_card(
         has_picture=has_picture,
         has_report=has_report,
     )
+
+
+def _on_hub(name: str | None) -> str | None:
+    """The name of a repository on the Hub, without what lies on the author's disk."""
+    if not name or Path(name).exists():
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:  # a pattern, a path
+        return None
+    return name
 
 
 def _describe_data(last: Mapping, dataset_name: str | None) -> str:
