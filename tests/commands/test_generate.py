@@ -245,8 +245,14 @@ def test_the_folder_is_a_data_set_with_its_labels_and_grows(tmp_path):
     for num_samples in (2, 3, 1):
         generate(tmp_path, "--num_samples", num_samples, *labels, pretrained="conditional")
     assert [row["cell"] for row in table_of(tmp_path)] == ["0", "1", "2"]
+    table = tmp_path / "metadata.csv"
+    table.write_text(
+        table.read_text().replace("seed\n", "seed,mine\n").replace("\n", ",good\n").replace("e,good", "e")
+    )
+    generate(tmp_path, "--num_samples", 4, *labels, pretrained="conditional")
+    assert [row["mine"] for row in table_of(tmp_path)] == ["good"] * 3 + [""]
     cells = CellFolder(tmp_path, load("conditional").volume_processor)
-    assert cells.class_names == ["blebbistatin", "nocodazole"] and cells.labels == [1, 0, 1]
+    assert cells.class_names == ["blebbistatin", "nocodazole"] and cells.labels == [1, 0, 1, 0]
 
 
 def test_conditions_stand_in_the_table(tmp_path):

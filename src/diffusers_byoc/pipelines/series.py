@@ -96,7 +96,7 @@ def files_of_series(folder: Path, cells: Sequence[int], suffix: str) -> list[Ser
 
 
 def write_table(folder: Path, files: Sequence[SeriesFile], columns: Sequence[Mapping]) -> None:
-    """Write ``metadata.csv`` for files of a cell each: rows of cells that it named before stay.
+    """Write ``metadata.csv`` for files of a cell each: rows of other cells, and columns of other names, stay.
 
     Args:
         folder: of the series.
@@ -107,9 +107,11 @@ def write_table(folder: Path, files: Sequence[SeriesFile], columns: Sequence[Map
     rows = {}
     if path.is_file():
         rows = {row["file_name"]: row for row in csv.DictReader(io.StringIO(path.read_text(encoding="utf-8")))}
-    rows |= {file.path.name: {"file_name": file.path.name, **row} for file, row in zip(files, columns, strict=True)}
+    for file, row in zip(files, columns, strict=True):
+        rows[file.path.name] = {"file_name": file.path.name} | rows.get(file.path.name, {}) | dict(row)
     text = io.StringIO()
-    writer = csv.DictWriter(text, ["file_name", *columns[0]], lineterminator="\n")
+    names = dict.fromkeys(name for row in rows.values() for name in row)
+    writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows[name] for name in sorted(rows))
     with whole_or_absent(path) as temporary:
