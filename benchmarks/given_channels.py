@@ -80,9 +80,8 @@ def judge(pipeline: BYOCPipeline, args: argparse.Namespace) -> None:
     alone = decoded(pipeline, true)
     for name in args.given:
         channel = names.index(name)
-        columns = []
-        for kept in zip(*(measure_kept(true[:, channel], after[:, channel]) for after in (generated, alone))):
-            columns += [f"{values.mean():.2f} ± {values.std():.2f}" for values in kept]
+        ratios, ways = zip(*(measure_kept(true[:, channel], x[:, channel]) for x in (generated, alone)), strict=True)
+        columns = [f"{np.nanmean(values):.2f} ± {np.nanstd(values):.2f}" for values in (*ratios, *ways)]
         print(f"| {name} | {' | '.join(columns)} |", flush=True)
 
     shuffled = true.copy()

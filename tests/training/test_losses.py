@@ -11,10 +11,10 @@ from diffusers_byoc.training import (
     adversarial_surrogate,
     diffusion_loss,
     discriminator_loss,
+    draw_channel_timesteps,
     drop_conditions,
     reconstruction_loss,
 )
-from diffusers_byoc.training.losses import draw_channel_timesteps
 
 
 SHAPE = (4, 6, 2, 3, 5)
