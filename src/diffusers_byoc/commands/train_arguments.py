@@ -52,6 +52,11 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
             f"Expected a run that ends with a pipeline for --push_to_hub, got --stage {args.stage}. Push with the"
             " diffusion."
         )
+    if (args.num_augmented_copies or 1) > 1 and args.augmentation == "none" and not args.intensity_jitter:
+        parser.error(
+            f"Expected an --augmentation or --intensity_jitter for --num_augmented_copies {args.num_augmented_copies},"
+            " got none: the copies would be equal. Say one, or 1 copy."
+        )
     for name in NETWORKS:
         setattr(args, name, dict(config.get(name, {})))
     args.with_texture = "texture_unet" in config
@@ -117,7 +122,7 @@ def set_train_steps(args: argparse.Namespace, num_cells: int, num_processes: int
 def _make_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    presets = "demo, phantom, phantom_channels, phantom_drug, phantom_lora, phantom_few_steps, paper"
+    presets = "cells, demo, phantom, phantom_channels, phantom_drug, phantom_lora, phantom_few_steps, paper"
     add("--preset", default="demo", help=f"{presets}, or the path of a JSON file of such overrides")
     add("--output_dir", default="outputs/demo", help="pipeline, checkpoints, logs and report go here")
     add("--stage", choices=["all", *STAGES], default="all")
