@@ -174,9 +174,9 @@ class BYOCPipeline(DiffusionPipeline, BYOCLoraLoaderMixin):
         without = leave_out(given, self.unet)
 
         def ask(given_channels: GivenChannels | None = None, **given: torch.Tensor | None) -> torch.Tensor:
-            sample, time = (
-                (model_input, timestep) if given_channels is None else given_channels.place(model_input, timestep)
-            )
+            sample, time = model_input, timestep
+            if given_channels is not None:
+                sample, time = given_channels.place(sample, time)
             return self.unet(sample.to(self.unet.dtype), time, **given, return_dict=False)[0].float()
 
         if self.guider is not None:

@@ -51,22 +51,21 @@ def distillation_loss(
             f"Expected prediction_type 'v_prediction' or 'sample' for few steps, got {prediction_type!r}. Train the"
             " diffusion with one of these."
         )
-    at = timesteps if channel_timesteps is None else channel_timesteps
-    is_denoised = at.view(len(at), -1) == timesteps[:, None]  # (B, M), or (B, 1)
+    at, is_denoised = timesteps, torch.ones_like(timesteps, dtype=torch.bool)[:, None]
+    if channel_timesteps is not None:
+        at, is_denoised = channel_timesteps, channel_timesteps == timesteps[:, None]  # (B, M)
+    goes = is_denoised.repeat_interleave(latents.shape[1] // is_denoised.shape[1], 1)[:, :, None, None, None]
     noisy_latents = add_noise(scheduler, latents, noise, at)
-    is_denoised = is_denoised.repeat_interleave(latents.shape[1] // is_denoised.shape[1], 1)[:, :, None, None, None]
     given = {"class_labels": class_labels, "conditions": conditions}
     given = {name: condition for name, condition in given.items() if condition is not None}
     with torch.no_grad():
         reached = noisy_latents
         stops = [timesteps - stride * substep // num_substeps for substep in range(num_substeps + 1)]
         for start, stop in pairwise(stops):
-            at_start = (
-                start if channel_timesteps is None else torch.where(at == timesteps[:, None], start[:, None], at)
-            )
+            at_start = start if channel_timesteps is None else torch.where(is_denoised, start[:, None], at)
             prediction = teacher(reached, at_start, **given, return_dict=False)[0].float()
             stepped = ddim_step(scheduler, prediction, start, stop, reached)
-            reached = torch.where(is_denoised, stepped, reached)
+            reached = torch.where(goes, stepped, reached)
 
     # the clean latents whose DDIM step over the whole stride ends where the teacher's steps do
     alpha, sigma = noise_level(scheduler, timesteps)
@@ -76,7 +75,7 @@ def distillation_loss(
     if prediction_type == "v_prediction":
         target = (alpha * noisy_latents - target) / sigma
     prediction = unet(noisy_latents, at, **given, return_dict=False)[0].float()
-    return (is_denoised * (prediction - target).square()).mean()
+    return (goes * (prediction - target).square()).mean()
 
 
 def ddim_step(scheduler, prediction: Tensor, start: Tensor, stop: Tensor, latents: Tensor) -> Tensor:
