@@ -60,9 +60,9 @@ def measure_kept(before: np.ndarray, after: np.ndarray) -> tuple[np.ndarray, np.
     return np.array(ratios), np.array(ways)
 
 
-def pairs(volumes: np.ndarray, channels: tuple[int, int]) -> tuple[np.ndarray, float]:
+def pairs(volumes: np.ndarray, channels: tuple[int, int], voxel_size_um: float) -> tuple[np.ndarray, float]:
     """(N, len(PAIR)) of the cells that can be measured, and the mean share of the nucleus inside."""
-    measured = measure_cells(volumes, 1.0, None, *channels)
+    measured = measure_cells(volumes, voxel_size_um, None, *channels)
     values = np.array([[getattr(cell, name) for name in PAIR] for cell in measured], float)
     inside = np.nanmean([cell.nucleus_inside_share for cell in measured])
     return values[np.isfinite(values).all(axis=1)], float(inside)
@@ -88,12 +88,13 @@ def judge(pipeline: BYOCPipeline, args: argparse.Namespace) -> None:
     wrong = [channel for channel, name in enumerate(names) if name not in args.given]
     shuffled[:, wrong] = np.roll(true[:, wrong], 1, axis=0)
     channels = (names.index("cell"), names.index("nucleus"))
-    reference, _ = pairs(true, channels)
+    voxel_size_um = (pipeline.volume_processor.voxel_size_um or (1.0,))[0]
+    reference, _ = pairs(true, channels, voxel_size_um)
     print("\n| partners | correlation of the volumes | nucleus inside | offset, µm | distance to true pairs |")
     print("| --- " * 5 + "|")
     rows = {"true": true, "of new phantoms": others, "generated": generated, "of other cells": shuffled}
     for name, volumes in rows.items():
-        values, inside = pairs(volumes, channels)
+        values, inside = pairs(volumes, channels, voxel_size_um)
         correlation = np.corrcoef(values[:, 0], values[:, 1])[0, 1]
         distance = frechet_distance(*(standardize_features(x, reference) for x in (reference, values)))
         offset = f"{values[:, 3].mean():.2f} ± {values[:, 3].std():.2f}"
