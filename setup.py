@@ -18,8 +18,8 @@ extras = {
     "metrics": ["scipy>=1.11", "scikit-image>=0.22", "scikit-learn>=1.5", "trimesh>=4.5", "PyWavelets>=1.5"],
     # Med3D features, the paper's FID
     "med3d": ["monai>=1.4", "transformers>=5.0"],
-    # pictures of volumes, charts
-    "viz": ["matplotlib>=3.8", "scipy>=1.11", "scikit-image>=0.22"],
+    # pictures of volumes, charts, 3D models
+    "viz": ["matplotlib>=3.8", "scipy>=1.11", "scikit-image>=0.22", "trimesh>=4.5"],
     # diffusers' DPMSolverSDEScheduler
     "sde": ["torchsde>=0.2.6"],
     # LoRA fine-tuning on few cells
