@@ -33,6 +33,8 @@ extras = {
     "dask": ["dask>=2024.8", "distributed>=2024.8"],
 }
 extras["train"] = ["accelerate>=1.1", "tensorboard>=2.15", *extras["data"]]
+# byoc-app
+extras["app"] = ["gradio>=6.0", *extras["data"], *extras["metrics"], *extras["viz"]]
 extras["all"] = sorted({requirement for requirements in extras.values() for requirement in requirements})
 # Microscopes' own formats. Not in "all": bioio-czi is under the GPL, and so is what bioio-lif before 2.0 brings.
 free_readers = ["bioio>=3.0", "bioio-nd2>=1.0"]
@@ -50,7 +52,10 @@ extras["benchmarks"] = [
     *extras["train"],
     *extras["viz"],
 ]
-extras["dev"] = ["ruff>=0.9", *extras["test"]]
+# the site
+extras["docs"] = ["mkdocs>=1.6", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"]
+# playwright: with a Chromium of one's own, for the page's slow tests
+extras["dev"] = ["ruff>=0.9", "playwright>=1.50", *extras["docs"], *extras["test"]]
 # for some only, hence not in "all": Weights & Biases, 8-bit optimizers, sharding over many GPUs, MedicalDiffusion's
 # perceptual loss
 extras["wandb"] = ["wandb>=0.18"]
@@ -74,6 +79,7 @@ setup(
     },
     entry_points={
         "console_scripts": [
+            "byoc-app = diffusers_byoc.commands.app:main",
             "byoc-evaluate = diffusers_byoc.commands.evaluate:main",
             "byoc-generate = diffusers_byoc.commands.generate:main",
             "byoc-prepare = diffusers_byoc.commands.prepare:main",

@@ -18,7 +18,8 @@ ALLOWED = {
     "baselines": {"baselines", "models", "data", "pipelines"},
     "training": {"training", "models", "data", "metrics", "pipelines", "baselines", "visualization"},
 }
-ALLOWED["evaluation"] = {"evaluation", "__version__", *ALLOWED} - {"baselines"}
+ALLOWED["app"] = {"app", "data", "metrics", "pipelines", "visualization"}
+ALLOWED["evaluation"] = {"evaluation", "__version__", *ALLOWED} - {"baselines", "app"}
 ALLOWED["commands"] = {"commands", "__version__", *ALLOWED}
 
 

@@ -1,10 +1,9 @@
 """The page: what is on it, and what happens when it is clicked."""
 
-from __future__ import annotations
-
 import functools
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..optional import optional
@@ -21,14 +20,14 @@ if TYPE_CHECKING:
 
 MAX_CONDITIONS = 4
 ANY = "any"  # the class of a cell that is made without one
-CSS = ".gallery img, .plane img { image-rendering: auto; background: black; } footer { display: none !important; }"
+CSS = ".gallery .grid-wrap { min-height: 0 !important; } .plane img { background: black; }"
 _PLANES = ("XY", "XZ", "YZ")
 _OPENING = """# Build Your Own Cell
 Volumes of single cells, cell body green and nucleus magenta, made by latent diffusion. The pipelines that come with the
 package were trained on phantoms, which are drawn by a formula: no microscopy."""
 
 
-def make_page(models: Models, limits: Limits | None = None) -> gradio.Blocks:
+def make_page(models: Models, limits: Limits | None = None) -> "gradio.Blocks":
     """The page, not yet served.
 
     Args:
@@ -52,7 +51,7 @@ def make_page(models: Models, limits: Limits | None = None) -> gradio.Blocks:
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 pipeline = gr.Dropdown(
-                    models.names,
+                    [(Path(name).name if Path(name).is_dir() else name, name) for name in models.names],
                     value=models.names[0],
                     label="Pipeline" + (", or a name on the Hub" if models.is_open else ""),
                     allow_custom_value=models.is_open,
@@ -78,9 +77,9 @@ def make_page(models: Models, limits: Limits | None = None) -> gradio.Blocks:
                     look_button = gr.Button("Show this cell")
                     complete_button = gr.Button("Make cells for this nucleus", visible=False)
             with gr.Column(scale=5, min_width=320):
-                status = gr.Markdown("Choose, then press **Generate**.")
+                status = gr.Markdown("Choose, then press **Generate**. Click a cell to see it below.")
                 gallery = gr.Gallery(
-                    label="Cells: maximum projections; click one to see it below",
+                    show_label=False,
                     columns=4,
                     height="auto",
                     allow_preview=False,
@@ -103,7 +102,7 @@ def make_page(models: Models, limits: Limits | None = None) -> gradio.Blocks:
                     measurements = gr.Dataframe(
                         label="Median (5 % to 95 %)", interactive=False, wrap=True, show_search="none"
                     )
-                    chart = gr.Plot(label="Distributions")
+                    chart = gr.Plot(show_label=False)
                 with gr.Tab("Files"):
                     files = gr.File(label="OME-TIFF", file_count="multiple", interactive=False)
                     program = gr.Code(label="The same cells in Python", language="python", interactive=False)
@@ -165,7 +164,7 @@ def make_page(models: Models, limits: Limits | None = None) -> gradio.Blocks:
 
         # 3. cells
         @said
-        def generate(*values, progress=gr.Progress(track_tqdm=True)):  # noqa: B008
+        def generate(progress=gr.Progress(track_tqdm=True), *values):  # noqa: B008
             model, request = read(*values)
             start_time = time.perf_counter()
             volumes = model.generate(request)
@@ -198,7 +197,7 @@ def make_page(models: Models, limits: Limits | None = None) -> gradio.Blocks:
             return show(model, volume[None], ["uploaded cell"], "The uploaded cell, prepared as for training.")
 
         @said
-        def complete(path, *values, progress=gr.Progress(track_tqdm=True)):  # noqa: B008
+        def complete(path, progress=gr.Progress(track_tqdm=True), *values):  # noqa: B008
             model, request = read(*values)
             volumes = model.complete(request, as_nucleus(_read(path), model.pipeline.volume_processor))
             titles = [f"cell {index + 1} for nucleus" for index in range(len(volumes))]
