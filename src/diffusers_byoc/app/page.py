@@ -81,6 +81,7 @@ def make_page(models: Models, limits: Limits | None = None) -> "gradio.Blocks":
                 gallery = gr.Gallery(
                     show_label=False,
                     columns=4,
+                    fit_columns=False,
                     height="auto",
                     allow_preview=False,
                     format="png",

@@ -78,7 +78,7 @@ def serve(args: argparse.Namespace, block: bool = True):
         prevent_thread_lock=not block,
         max_file_size=MAX_UPLOAD_BYTES,
         css=CSS,
-        theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        theme=gradio.themes.Default("teal", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
     )
     return page
 
