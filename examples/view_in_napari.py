@@ -1,7 +1,7 @@
 """Open cells in napari: side by side, a layer a channel, with names, colours and the scale in µm.
 
-python examples/view_in_napari.py cells/*.ome.tif                                       files of any format that is read
-python examples/view_in_napari.py --pretrained pretrained/byoc-phantom --class_label nocodazole     generated cells
+python examples/view_in_napari.py cells/*.ome.tif         files of any format that is read
+python examples/view_in_napari.py --pretrained pretrained/byoc-phantom --class_label nocodazole
 
 Needs `pip install "napari[all]"`.
 """

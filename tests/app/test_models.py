@@ -71,7 +71,7 @@ def test_cells_are_those_of_the_series_and_leave_no_trace():
     first = model.generate(request)
     assert first.shape == (2, 2, 8, 8, 8)
     (alone,) = load()(class_labels="blebbistatin", num_inference_steps=3, generator=cell_generator(5, 1)).volumes
-    np.testing.assert_allclose(first[1], alone, atol=1e-5)
+    np.testing.assert_allclose(first[1], alone, atol=1e-4)
     other = model.generate(Request(2, "blebbistatin", "DPMSolverMultistepScheduler", steps=3, seed=5))
     assert np.abs(other - first).max() > 1e-3
     np.testing.assert_array_equal(model.generate(request), first)
@@ -157,8 +157,14 @@ def test_what_is_offered_is_loaded_and_nothing_else(tmp_path, monkeypatch):
 
 
 def test_a_name_on_the_hub_is_loaded_where_that_is_allowed(hub):
-    load().push_to_hub("org/cells")
-    assert Models(["org/other"], is_open=True).load("org/cells").labels[0] == "binimetinib"
+    printed = hub.run(f"""
+from diffusers_byoc import BYOCPipeline
+from diffusers_byoc.app import Models
+
+BYOCPipeline.from_pretrained({str(SAVED / "conditional")!r}).push_to_hub("org/cells")
+print(Models(["org/other"], is_open=True).load("org/cells").labels)
+""")
+    assert printed.splitlines()[-1] == "['binimetinib', 'blebbistatin', 'nocodazole']"
 
 
 def test_the_pipeline_s_own_scheduler_keeps_its_settings():

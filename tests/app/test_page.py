@@ -18,7 +18,9 @@ CONDITIONAL, PLAIN = (str(SAVED / name) for name in ("conditional", "plain"))
 
 @pytest.fixture(scope="module")
 def client(page_url, tmp_path_factory):
-    return Client(page_url, verbose=False, download_files=tmp_path_factory.mktemp("downloads"))
+    client = Client(page_url, verbose=False, download_files=tmp_path_factory.mktemp("downloads"))
+    client.predict(CONDITIONAL, api_name="/offer")
+    return client
 
 
 def choices(pipeline=CONDITIONAL, label="nocodazole", number=2, seed=0, scheduler=None, steps=3):
@@ -40,8 +42,10 @@ def test_cells_come_as_pictures_files_and_a_program(client):
 
 
 def test_a_pipeline_without_classes_takes_none(client):
+    client.predict(PLAIN, api_name="/offer")
     *_, status = client.predict(*choices(PLAIN, None, 1), api_name="/generate")
-    assert status.startswith("1 cells, 3 steps")
+    assert status.startswith("1 cell, 3 steps")
+    client.predict(CONDITIONAL, api_name="/offer")
 
 
 @pytest.mark.parametrize(

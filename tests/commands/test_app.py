@@ -12,7 +12,8 @@ def test_it_listens_to_this_machine_alone_unless_told(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("host", "expected"), [("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("me.org", False)]
+    ("host", "expected"),
+    [("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("me.org", False)],
 )
 def test_names_are_typed_only_where_nobody_else_can(host, expected):
     assert app.is_loopback(host) is expected

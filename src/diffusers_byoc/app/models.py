@@ -258,9 +258,11 @@ class Models:
             ValueError: if it is not offered.
             OSError: if there is none, or it cannot be read.
         """
-        if name not in self.names and not (self.is_open and _HUB_NAME.fullmatch(str(name)) and not Path(name).exists()):
+        is_hub_name = _HUB_NAME.fullmatch(str(name)) and not Path(name).exists()
+        if name not in self.names and not (self.is_open and is_hub_name):
             other = ", or the name of another one on the Hub (owner/name)" if self.is_open else ""
-            raise ValueError(f"Expected one of the pipelines {', '.join(self.names)}{other}, got {name!r}. Choose one.")
+            known = ", ".join(self.names)
+            raise ValueError(f"Expected one of the pipelines {known}{other}, got {name!r}. Choose one.")
         with self._lock:
             if name not in self._loaded:
                 pipeline = BYOCPipeline.from_pretrained(name, dtype=self.dtype)

@@ -78,9 +78,9 @@ def table(measured: np.ndarray, chosen: int, phantoms: np.ndarray | None) -> tup
 def distributions(measured: np.ndarray, phantoms: np.ndarray | None) -> dict[str, dict[str, np.ndarray]]:
     """Set -> title -> one value a cell, as `feature_distributions` takes them, of what all sets have."""
     sets = {"shown": measured} | ({} if phantoms is None else {"phantoms": phantoms})
-    known = [index for index in range(len(SHOWN)) if all(np.isfinite(values[:, index]).any() for values in sets.values())]
-    titles = list(SHOWN.values())
-    return {name: {titles[index]: values[:, index] for index in known} for name, values in sets.items()}
+    is_known = np.all([np.isfinite(values).any(axis=0) for values in sets.values()], axis=0)
+    known = [(index, title) for index, title in enumerate(SHOWN.values()) if is_known[index]]
+    return {name: {title: values[:, index] for index, title in known} for name, values in sets.items()}
 
 
 def _number(value: float) -> str:

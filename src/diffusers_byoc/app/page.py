@@ -23,8 +23,8 @@ ANY = "any"  # the class of a cell that is made without one
 CSS = ".gallery .grid-wrap { min-height: 0 !important; } .plane img { background: black; }"
 _PLANES = ("XY", "XZ", "YZ")
 _OPENING = """# Build Your Own Cell
-Volumes of single cells, cell body green and nucleus magenta, made by latent diffusion. The pipelines that come with the
-package were trained on phantoms, which are drawn by a formula: no microscopy."""
+Volumes of single cells, cell body green and nucleus magenta, made by latent diffusion. The pipelines that come with
+the package were trained on phantoms, which are drawn by a formula: no microscopy."""
 
 
 def make_page(models: Models, limits: Limits | None = None) -> "gradio.Blocks":
@@ -171,7 +171,7 @@ def make_page(models: Models, limits: Limits | None = None) -> "gradio.Blocks":
             volumes = model.generate(request)
             titles = [f"seed {request.seed} cell {index + 1}" for index in range(len(volumes))]
             seconds = time.perf_counter() - start_time
-            text = f"{len(volumes)} cells{_of(request.label)}, {request.steps} steps, in {seconds:.1f} s."
+            text = f"{_cells(volumes)}{_of(request.label)}, {request.steps} steps, in {seconds:.1f} s."
             return show(model, volumes, titles, text, label=request.label, request=request)
 
         @said
@@ -202,7 +202,7 @@ def make_page(models: Models, limits: Limits | None = None) -> "gradio.Blocks":
             model, request = read(*values)
             volumes = model.complete(request, as_nucleus(_read(path), model.pipeline.volume_processor))
             titles = [f"cell {index + 1} for nucleus" for index in range(len(volumes))]
-            text = f"{len(volumes)} cells{_of(request.label)} for the uploaded nucleus."
+            text = f"{_cells(volumes)}{_of(request.label)} for the uploaded nucleus."
             return show(model, volumes, titles, text, label=request.label)
 
         # 4. the chosen cell
@@ -239,8 +239,8 @@ def make_page(models: Models, limits: Limits | None = None) -> "gradio.Blocks":
 
         # 5. what happens when it is clicked
         offered = [label, scheduler, steps, guidance, texture, morph_part, end_label, complete_button, *conditions]
-        page.load(offer, pipeline, offered, concurrency_id="pipeline")
-        pipeline.change(offer, pipeline, offered, concurrency_id="pipeline")
+        page.load(offer, pipeline, offered, concurrency_id="pipeline", api_visibility="private")
+        pipeline.change(offer, pipeline, offered, concurrency_id="pipeline", api_name="offer")
         made = [shown, chosen, gallery, files, program, status]
         viewed = [*sliders, *planes, *projections, model_3d]
         for button, make, inputs in (
@@ -250,7 +250,12 @@ def make_page(models: Models, limits: Limits | None = None) -> "gradio.Blocks":
             (complete_button, complete, [upload, *choices]),
         ):
             making = button.click(
-                make, inputs, made, concurrency_id="pipeline", show_progress_on=[status, gallery], api_name=make.__name__
+                make,
+                inputs,
+                made,
+                concurrency_id="pipeline",
+                show_progress_on=gallery,
+                api_name=make.__name__,
             )
             making.success(view, [shown, chosen], viewed, api_visibility="private").success(
                 measure, [shown, chosen], [measurements, chart], api_visibility="private"
@@ -292,6 +297,10 @@ def _picture(gr, name: str, min_width: int = 160):
 def _condition_field(gr, condition: dict):
     (low,), (high,), (mean,) = condition["min"], condition["max"], condition["mean"]
     return gr.Number(value=mean, label=f"{condition['name']} (trained on {low:g} to {high:g})", visible=True)
+
+
+def _cells(volumes) -> str:
+    return "1 cell" if len(volumes) == 1 else f"{len(volumes)} cells"
 
 
 def _of(label: str | None) -> str:

@@ -30,7 +30,7 @@ def read_upload(path: str) -> Volume:
             image.close()
         if sum(sizes) > MAX_UNPACKED_BYTES:
             raise ValueError(
-                f"Expected one cell of at most {MAX_UNPACKED_BYTES} bytes, got {sum(sizes)} in {name}. Cut it out first."
+                f"Expected one cell of at most {MAX_UNPACKED_BYTES} bytes, got {sum(sizes)} in {name}. Cut it out."
             )
         return read_volume(path)
     except ValueError as error:  # who sent it knows it by its name

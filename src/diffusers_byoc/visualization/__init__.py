@@ -1,7 +1,7 @@
 """Figures of volumes and of what is measured on them. Needs matplotlib: ``pip install "diffusers_byoc[viz]"``.
 
-Every function that draws returns a matplotlib figure that belongs to no window; `write_png` writes it. `write_glb` writes
-a 3D model.
+Every function that draws returns a matplotlib figure that belongs to no window; `write_png` writes it. `write_glb`
+writes a 3D model.
 """
 
 from .canvas import CHANNEL_COLORS, composite_channels, write_png

@@ -93,7 +93,7 @@ def write_glb(
     meshes = surface_meshes(volume, voxel_size_um, thresholds)
     check_volumes(volume, "volume", channel_names)
     if not any(len(triangles) for _, triangles in meshes):
-        raise ValueError("Expected a channel that has a surface, got an empty volume. Give thresholds, or another cell.")
+        raise ValueError("Expected a channel that has a surface, got an empty volume. Give thresholds.")
     middle = (np.array(np.shape(volume)[1:]) - 1) * voxel_size_triple(voxel_size_um) / 2
     colors = channel_colors(len(meshes)) ** 2.2  # glTF's factors are linear
     scene = trimesh.Scene()
