@@ -27,7 +27,8 @@ import torch
 from monai.networks.nets import resnet50
 
 network = resnet50(spatial_dims=3, n_input_channels=1, num_classes=1, shortcut_type="B", feed_forward=False)
-torch.save({"state_dict": {f"module.{name}": weight for name, weight in network.state_dict().items()}}, "resnet_50.pth")
+weights = {f"module.{name}": weight for name, weight in network.state_dict().items()}
+torch.save({"state_dict": weights}, "resnet_50.pth")
 volumes = torch.rand(1, 2, 32, 32, 32)
 """
 

@@ -35,7 +35,7 @@ def make_page(models: Models, limits: Limits | None = None) -> "gradio.Blocks":
         limits: of one click; `None` for `Limits()`.
 
     Returns:
-        What `launch(css=CSS)` serves.
+        What `launch(css=CSS, head=page_head())` serves.
 
     Raises:
         ImportError: if Gradio is not installed.
@@ -273,6 +273,17 @@ def make_page(models: Models, limits: Limits | None = None) -> "gradio.Blocks":
                 api_visibility="private",
             )
     return page
+
+
+def page_head() -> str:
+    """What `launch(head=...)` puts into the page: its 3D viewer, before it is needed.
+
+    Gradio 6 fetches the viewer when the first model is shown, and never shows that model if anything on the page
+    changes before the viewer is there, as it does on a slow line.
+    """
+    assets = Path(optional("gradio", "app").__file__).parent / "templates" / "frontend" / "assets"
+    viewers = sorted(path.name for path in assets.glob("Canvas3D-*.js"))
+    return "".join(f'<script type="module">import("./assets/{name}")</script>' for name in viewers)
 
 
 def _said(error_class: type[Exception], function: Callable) -> Callable:
