@@ -20,6 +20,8 @@ extras = {
     "med3d": ["monai>=1.4", "transformers>=5.0"],
     # pictures of volumes, charts, 3D models
     "viz": ["matplotlib>=3.8", "scipy>=1.11", "scikit-image>=0.22", "trimesh>=4.5"],
+    # films of cells as MP4 (GIF needs no more than viz)
+    "film": ["imageio[ffmpeg]>=2.34", "matplotlib>=3.8"],
     # diffusers' DPMSolverSDEScheduler
     "sde": ["torchsde>=0.2.6"],
     # LoRA fine-tuning on few cells

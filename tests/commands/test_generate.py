@@ -14,6 +14,7 @@ import torch
 import zarr
 from diffusers import DiffusionPipeline
 
+from conditional import DOSES, make_pipeline
 from diffusers_byoc import BYOCPipeline, TextureUNet3D
 from diffusers_byoc.commands.generate import main
 from diffusers_byoc.data import read_volume
@@ -110,6 +111,25 @@ def test_texture_steps_reach_the_pipeline_and_the_record(tmp_path):
         generate(tmp_path / "cells", "--num_texture_steps", 0, pretrained=tmp_path / "textured")
     with pytest.raises(SystemExit, match="Expected a pipeline with a texture_unet for --num_texture_steps 2"):
         generate(tmp_path / "none", "--num_texture_steps", 2)
+
+
+def test_conditions_and_their_scale_reach_the_pipeline_and_the_record(tmp_path):
+    pipeline = make_pipeline(DOSES)
+    pipeline.save_pretrained(tmp_path / "doses")
+    arguments = ["--class_labels", "nocodazole", "--conditions", "dose_um=2.5", "--num_samples", 1]
+    generate(tmp_path / "cells", *arguments, "--guidance_scale", 2, pretrained=tmp_path / "doses")
+    given = {"class_labels": "nocodazole", "conditions": {"dose_um": 2.5}, "guidance_scale": 2.0}
+    (cell,) = pipeline(**given, num_inference_steps=3, generator=cell_generator(0, 0)).volumes
+    np.testing.assert_allclose(intensities(tmp_path / "cells" / "cell_000000.ome.tif"), cell, atol=2 * STEP)
+    record = json.loads((tmp_path / "cells" / "generation.json").read_text())
+    assert record["conditions"] == {"dose_um": 2.5} and record["guidance_scale"] == 2.0
+    for other in (["--conditions", "dose_um=3", "--guidance_scale", 2], ["--conditions", "dose_um=2.5"]):
+        with pytest.raises(SystemExit, match="of the same (conditions|guidance_scale), got others"):
+            generate(tmp_path / "cells", *arguments[:2], *other, pretrained=tmp_path / "doses")
+    with pytest.raises(SystemExit, match="2"):
+        generate(tmp_path / "cells", "--conditions", "dose_um", pretrained=tmp_path / "doses")
+    with pytest.raises(SystemExit, match="Expected no conditions, got"):
+        generate(tmp_path / "plain", "--conditions", "dose_um=2")
 
 
 def test_a_folder_of_another_pipeline_is_refused(tmp_path):

@@ -19,17 +19,18 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from diffusers import DiffusionPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.directory_watcher import DirectoryDeletedError
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffusers_byoc import BYOCPipeline, DualChannelUNet3D, MultiCodebookVQModel
-from diffusers_byoc.commands import train_arguments, train_run, training_runs
+from diffusers_byoc.commands import train_arguments, train_networks, train_run, training_runs
 from diffusers_byoc.commands.train import main
 from diffusers_byoc.data import read_volume
+from diffusers_byoc.pipelines.conditions import measure_conditions
 from diffusers_byoc.training import Stage, list_checkpoints
-from diffusers_byoc.training.stages import autoencoder, diffusion
+from diffusers_byoc.training.stages import autoencoder, diffusion, distillation
 from diffusers_byoc.whole_files import lock_folder
 
 
@@ -326,6 +327,39 @@ def test_three_phenotypes_in_bfloat16(train):
     assert torch.equal(by_name, by_index) and not torch.equal(by_name, other)
 
 
+def test_drugs_and_doses_in_one_model(train, tmp_path):
+    conditional = ("--class_conditional", "--condition_columns", "dose_um", "--conditioning_dropout_prob", 0.2)
+    output_dir = train(
+        *("--label", "nocodazole", "blebbistatin", "--phantom_doses", 0, 2, 8, "--num_phantoms", 12),
+        *conditional,
+    )
+    pipeline = BYOCPipeline.from_pretrained(output_dir)
+    (dose,) = pipeline.config.conditions
+    assert (dose["name"], dose["min"], dose["max"]) == ("dose_um", [0.0], [8.0])
+    assert pipeline.unet.config.conditioning_dropout_prob == 0.2
+    assert pipeline.unet.condition_embedding.linear_2.weight.abs().sum() > 0  # it began at nothing
+    given = {"class_labels": "nocodazole", "conditions": {"dose_um": 20.0}}
+    assert pipeline(**given, guidance_scale=2.0).extrapolated == {"dose_um": [True]}
+    assert pipeline.interpolate(2, "nocodazole", {"dose_um": [0, 8]}).volumes.shape == (2, 2, 32, 32, 32)
+    # a run that begins with it knows the doses by the same scale
+    arguments = ("--stage", "diffusion", "--pretrained", output_dir, "--phantom_doses", 1, 3)
+    again = train(*conditional, *arguments, output_dir=tmp_path / "again")
+    assert BYOCPipeline.from_pretrained(again).config.conditions == pipeline.config.conditions
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--condition_columns", "dose_um"], "Give --phantom_doses with dose_um"),
+        (["--condition_columns", "dose_um", "--phantom_doses", 2], "different dose_um, got"),
+        (["--phantom_doses", 2, 4, "--train_data_dir", "cells"], "phantoms for --phantom_doses"),
+    ],
+)
+def test_conditions_that_no_cell_has_are_refused(train, arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        train(*arguments)
+
+
 def test_a_folder_of_arrays(train, tmp_path):
     folder = tmp_path / "cells"
     folder.mkdir()
@@ -466,12 +500,13 @@ def test_bad_input_ends_the_process_without_a_traceback(preset, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--preset", "papre"], "Expected --preset demo, paper, phantom, phantom_drug or a JSON file, got papre."),
+        (["--preset", "papre"], "phantom_lora or a JSON file, got papre."),
         (["--num_samples", "0"], "--num_samples: expected at least 1, got 0"),
         (["--checkpoints_total_limit", "0"], "--checkpoints_total_limit: expected at least 1"),
         (["--stage", "both"], "invalid choice"),
         (["--resume_from_checkpoint", "checkpoint-3"], "got checkpoint-3, which is of one. Say its --stage"),
         (["--push_to_hub", "--stage", "autoencoder"], "Expected a run that ends with a pipeline"),
+        (["--num_augmented_copies", "3"], "for --num_augmented_copies 3, got none: the copies would be equal."),
         (["--lerning_rate", "1"], "unrecognized arguments"),
     ],
 )
@@ -809,6 +844,186 @@ def test_the_codebooks_of_a_pipeline_are_not_made_one(unbroken, train):
         train("--pretrained", unbroken[0], "--stage", "diffusion", "--latent_range", "er")
 
 
+# ---------------------------------------------------------------------- an adapter of another pipeline's U-Net
+
+
+@pytest.fixture(scope="module")
+def base_dir(tmp_path_factory):
+    """A pipeline of two classes that predicts v, as it might have been trained; its weights are random."""
+    torch.manual_seed(0)
+    vqvae = MultiCodebookVQModel(sample_size=32, **TINY["vqvae"])
+    vqvae.initialize_codebooks(torch.randn(4, 8, 8, 8, 8))
+    unet = DualChannelUNet3D(2, 4, 8, num_class_embeds=2, **TINY["unet"])
+    schedule = {"beta_schedule": "squaredcos_cap_v2", "clip_sample": False, "prediction_type": "v_prediction"}
+    label2id = {"blebbistatin": 0, "nocodazole": 1}
+    folder = tmp_path_factory.mktemp("base")
+    BYOCPipeline(vqvae, unet, DDPMScheduler(**schedule), label2id=label2id).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def continue_base(train, base_dir, no_report):
+    """Two steps of a stage on top of `base_dir`."""
+    short = ("--max_train_steps", 2, "--gradient_accumulation_steps", 1, "--checkpointing_steps", 1)
+    short = (*short, "--checkpoints_total_limit", 2, "--prediction_type", "v_prediction", "--held_out", 0)
+
+    def run(*arguments, pretrained=base_dir, **options):
+        return train("--num_phantoms", 4, *short, "--pretrained", pretrained, *arguments, **options)
+
+    return run
+
+
+LORA = ("--train_lora", "--stage", "diffusion", "--rank", 2, "--lora_class", "nocodazole", "--label", "binimetinib")
+
+
+def test_an_adapter_is_trained_of_the_class_it_was_told(continue_base, base_dir, monkeypatch, tmp_path):
+    """All but the adapter stays as it is; the report shows the pipeline with it, of that class."""
+    reports = []
+    monkeypatch.setattr(training_runs, "write_report", lambda *args, **options: reports.append(args))
+    labels = []
+    loss = diffusion.diffusion_loss
+    monkeypatch.setattr(diffusion, "diffusion_loss", lambda *args: labels.append(args[5]) or loss(*args))
+    output_dir = continue_base(*LORA, "--no-use_ema")
+    assert all(label.tolist() == [1, 1] for label in labels) and len(labels) == 2
+    (pipeline, cells, _, opening), *_ = reports
+    assert "(binimetinib)" in opening and f"adapter of {base_dir} from its class nocodazole" in opening
+    assert cells.class_names == ["blebbistatin", "binimetinib"] and set(cells.labels) == {1}
+    assert pipeline.get_active_adapters() == ["default_0"]
+    assert not list(output_dir.glob("*/diffusion_pytorch_model.safetensors"))
+
+    trained = load_file(output_dir / "diffusion/checkpoint-2/model.safetensors")
+    base = load_file(base_dir / "unet/diffusion_pytorch_model.safetensors")
+    kept = [name for name in trained if "lora_" not in name]
+    assert kept and all(torch.equal(trained[name], base[name.replace("base_layer.", "")]) for name in kept)
+    adapter = load_file(output_dir / "pytorch_lora_weights.safetensors")
+    changed = [name for name, tensor in adapter.items() if "lora_B" in name and tensor.abs().max() > 0]
+    assert len(changed) == len(adapter) / 2
+
+    shutil.copytree(output_dir / "diffusion/checkpoint-1", tmp_path / "broken/diffusion/checkpoint-1")
+    resumed = ("--no-use_ema", "--resume_from_checkpoint", "latest")
+    continue_base(*LORA, *resumed, output_dir=tmp_path / "broken")
+    assert_same_weights(tmp_path / "broken", output_dir, ["pytorch_lora_weights.safetensors"])
+    with pytest.raises(SystemExit, match="Expected lora_class 'nocodazole', with which .*, got 'blebbistatin'"):
+        continue_base(*LORA, *resumed, "--lora_class", "blebbistatin", output_dir=tmp_path / "broken")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rank", 4], "Expected --train_lora for --rank, got none"),
+        (["--lora_class", "x"], "Expected --train_lora for --lora_class, got none"),
+        (["--train_lora", "--stage", "diffusion"], "Expected a pipeline to adapt in --pretrained for --train_lora"),
+        (["--train_lora", "--pretrained", "x"], "Expected --stage diffusion for --train_lora, got --stage all"),
+        (
+            ["--train_lora", "--pretrained", "x", "--stage", "diffusion", "--latent_scaling", "cell"],
+            "Expected no --latent_scaling with --train_lora",
+        ),
+        (["--num_distilled_steps", 4], "Expected --stage distillation for --num_distilled_steps, got --stage all"),
+        (["--stage", "distillation"], "Expected a teacher in --pretrained for --stage distillation, got none"),
+        (
+            ["--stage", "distillation", "--pretrained", "x", "--num_inference_steps", 4],
+            "Expected no --num_inference_steps with --stage distillation",
+        ),
+    ],
+)
+def test_arguments_that_contradict_each_other_are_refused(preset, arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        parse("--preset", preset, *arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_an_adapter_that_does_not_fit_its_pipeline_is_refused(continue_base, base_dir):
+    with pytest.raises(SystemExit, match="Expected --lora_class among blebbistatin, nocodazole for .*, got None"):
+        continue_base(*LORA[:3])
+    with pytest.raises(SystemExit, match="Expected --lora_class among blebbistatin, nocodazole, got binimetinib"):
+        continue_base(*LORA, "--lora_class", "binimetinib")
+    with pytest.raises(SystemExit, match="Expected --sample_size 32, as .* has, got 40"):
+        continue_base(*LORA, "--sample_size", 40)
+    with pytest.raises(SystemExit, match="Expected an --output_dir of its own for the adapter, got .*holds a pipel"):
+        continue_base(*LORA, output_dir=base_dir)
+
+
+# ---------------------------------------------------------------------- few steps
+
+
+def test_a_pipeline_is_distilled_and_distilled_again(continue_base, base_dir, monkeypatch, tmp_path):
+    few = ("--stage", "distillation", "--label", "nocodazole")
+    calls, loss = [], distillation.distillation_loss
+    monkeypatch.setattr(distillation, "distillation_loss", lambda *args: calls.append(args[5:]) or loss(*args))
+    four = continue_base(*few, "--num_teacher_steps", 8, output_dir=tmp_path / "four")
+    for timesteps, stride, num_substeps, class_labels, _ in calls:
+        assert (stride, num_substeps) == (250, 2) and set(timesteps.tolist()) <= {249, 499, 749, 999}
+        assert class_labels.tolist() == [1, 1]  # of the teacher's classes
+    pipeline = BYOCPipeline.from_pretrained(four)
+    assert (pipeline.config.num_distilled_steps, pipeline.config.default_num_inference_steps) == (4, 4)
+    assert pipeline.config.label2id == {"blebbistatin": 0, "nocodazole": 1}
+    assert type(pipeline.scheduler).__name__ == "DDIMScheduler"
+    assert pipeline.scheduler.config.timestep_spacing == "trailing"
+    assert pipeline(1, class_labels="nocodazole").volumes.shape == (1, 2, 32, 32, 32)
+    assert_same_weights(four, base_dir, FINAL_WEIGHTS[:1])
+    unets = [load_file(folder / FINAL_WEIGHTS[1]) for folder in (base_dir, four)]
+    assert any(not torch.equal(unets[0][name], unets[1][name]) for name in unets[0])
+    assert sorted(scalars(four, "distillation")["loss/distillation"]) == [1, 2]
+
+    shutil.copytree(four / "distillation/checkpoint-1", tmp_path / "broken/distillation/checkpoint-1")
+    resumed = ("--num_teacher_steps", 8, "--resume_from_checkpoint", "latest")
+    continue_base(*few, *resumed, output_dir=tmp_path / "broken")
+    assert_same_weights(tmp_path / "broken", four, FINAL_WEIGHTS[1:2])
+
+    with pytest.raises(SystemExit, match="Expected --num_teacher_steps 4, which .* was distilled to, got 8"):
+        continue_base(*few, "--num_distilled_steps", 2, "--num_teacher_steps", 8, pretrained=four)
+    with pytest.raises(SystemExit, match="Expected a teacher of a multiple of --num_distilled_steps 4, got one of 4"):
+        continue_base(*few, pretrained=four)
+    with pytest.raises(SystemExit, match="Expected --num_distilled_steps that divide the 1000 timesteps, got 3"):
+        continue_base(*few, "--num_distilled_steps", 3)
+    with pytest.raises(SystemExit, match="Expected cells of blebbistatin, nocodazole, which .*got binimetinib"):
+        continue_base(*few[:2], "--label", "binimetinib", output_dir=tmp_path / "unknown")
+    with pytest.raises(SystemExit, match="Expected a pipeline that takes any number of steps for --train_lora"):
+        continue_base(*LORA, pretrained=four, output_dir=tmp_path / "adapter")
+    one = continue_base(*few, "--num_distilled_steps", 1, pretrained=four, output_dir=tmp_path / "one")
+    assert BYOCPipeline.from_pretrained(one).config.num_distilled_steps == 1
+    assert json.loads((one / "arguments.json").read_text())["distillation"]["arguments"]["num_teacher_steps"] == 4
+
+
+def test_few_steps_and_adapters_keep_the_conditions(continue_base, base_dir, monkeypatch, tmp_path):
+    """The student learns under the doses of its teacher, and without them for the same share."""
+    base = BYOCPipeline.from_pretrained(base_dir)
+    unet = DualChannelUNet3D(
+        *(2, 4, 8),
+        class_embed_type="projection",
+        projection_class_embeddings_input_dim=1,
+        conditioning_dropout_prob=0.5,
+        **TINY["unet"],
+    )
+    doses = measure_conditions({"dose_um": np.array([[0.0], [8.0]])})
+    BYOCPipeline(base.vqvae, unet, base.scheduler, conditions=doses).save_pretrained(tmp_path / "doses")
+    calls, loss = [], distillation.distillation_loss
+    monkeypatch.setattr(distillation, "distillation_loss", lambda *args: calls.append(args[9]) or loss(*args))
+    few = ("--stage", "distillation", "--num_teacher_steps", 8, "--phantom_doses", 2, "--train_batch_size", 8)
+    four = continue_base(*few, pretrained=tmp_path / "doses", output_dir=tmp_path / "four")
+    vectors = torch.cat(calls)
+    given = vectors[vectors.isfinite()]
+    assert 0 < len(given) < len(vectors) and given.tolist() == [-0.5] * len(given)
+    pipeline = BYOCPipeline.from_pretrained(four)
+    assert pipeline.config.conditions == doses
+    pipeline(conditions={"dose_um": 3.0}, guidance_scale=2.0)
+
+    adapter = (*LORA[:5], "--phantom_doses", 2)
+    pipeline = BYOCPipeline.from_pretrained(tmp_path / "doses")
+    pipeline.load_lora_weights(continue_base(*adapter, pretrained=tmp_path / "doses"))
+    pipeline(conditions={"dose_um": 3.0}, num_inference_steps=1)
+    with pytest.raises(SystemExit, match=r"Expected --condition_columns \['dose_um'\], as .*, got \['time_h'\]"):
+        continue_base(*adapter, "--condition_columns", "time_h", pretrained=tmp_path / "doses")
+
+
+def test_noise_predictions_are_not_distilled(train, base_dir, tmp_path):
+    pipeline = BYOCPipeline.from_pretrained(base_dir)
+    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, prediction_type="epsilon")
+    BYOCPipeline(pipeline.vqvae, pipeline.unet, scheduler).save_pretrained(tmp_path / "epsilon")
+    with pytest.raises(SystemExit, match="Expected a U-Net that predicts v or the sample for few steps, got .*noise"):
+        train("--stage", "distillation", "--pretrained", tmp_path / "epsilon")
+
+
 # ---------------------------------------------------------------------- arguments and their effects
 
 
@@ -849,9 +1064,9 @@ def test_the_ablations_are_trained_by_arguments(train, no_report, tmp_path):
 def test_what_the_command_line_leaves_out_is_what_the_settings_leave_out():
     """The defaults stand in both, as the parser must not import torch."""
     args = train_arguments._make_parser("").parse_args([])
-    for stage, settings in train_run.SETTINGS.items():
+    for stage, settings in train_networks.SETTINGS.items():
         assert train_run.settings_of(args, stage) == settings(max_train_steps=100_000)
-    assert list(train_run.SETTINGS) == list(train_arguments.STAGES)
+    assert list(train_networks.SETTINGS) == list(train_arguments.STAGES)
 
 
 def test_epochs_become_steps_unless_steps_are_given(preset):

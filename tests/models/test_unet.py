@@ -271,3 +271,82 @@ def test_every_arithmetic_stays_near_float64(dtype, use_autocast, tolerance):
     with torch.autocast("cpu", torch.bfloat16, enabled=use_autocast):
         output = unet.to(dtype)(sample.to(dtype), **arguments).sample
     assert (output - exact).norm() < tolerance * exact.norm()
+
+
+def conditional(**changes):
+    unet = model(num_class_embeds=3, class_embed_type="projection", projection_class_embeddings_input_dim=2, **changes)
+    torch.nn.init.normal_(unet.condition_embedding.linear_2.weight)  # as if it were trained
+    return unet
+
+
+@torch.no_grad()
+def test_weights_of_classes_are_a_mixture_of_their_embeddings():
+    unet = model(num_class_embeds=3)
+    arguments = inputs(unet)
+    expected = unet(**arguments).sample
+    one_hot = torch.nn.functional.one_hot(arguments["class_labels"], 3).float()
+    torch.testing.assert_close(unet(**arguments | {"class_labels": one_hot}).sample, expected)
+    table = unet.class_embedding.weight
+    between = unet.embed_conditions(arguments["sample"], 3, torch.tensor([[0.25, 0.0, 0.75]]).expand(2, 3))
+    unet.class_embedding.weight[1] = 0.25 * table[0] + 0.75 * table[2]
+    torch.testing.assert_close(between, unet.embed_conditions(arguments["sample"], 3, torch.tensor([1, 1])))
+
+
+@torch.no_grad()
+def test_a_condition_that_is_not_given_adds_nothing():
+    unet = conditional(conditioning_dropout_prob=0.1)
+    arguments = inputs(unet)
+    vectors = torch.randn(2, 2)
+    with_all = unet(**arguments, conditions=vectors).sample
+    none_of_both = unet(arguments["sample"], arguments["timestep"]).sample
+    assert not torch.allclose(with_all, none_of_both)
+    nothing = {"class_labels": torch.zeros(2, 3), "conditions": torch.full((2, 2), torch.nan)}
+    torch.testing.assert_close(unet(**arguments | nothing).sample, none_of_both)
+    # each sample of a batch for itself, and each kind for itself
+    half = torch.stack([vectors[0], torch.tensor([1.0, torch.nan])])
+    mixed = unet(**arguments, conditions=half).sample
+    torch.testing.assert_close(mixed[0], with_all[0])
+    torch.testing.assert_close(mixed[1], unet(**arguments).sample[1])
+
+
+@torch.no_grad()
+def test_vectors_begin_at_nothing_and_change_the_output():
+    arguments = inputs(model(num_class_embeds=3))
+    fresh = model(num_class_embeds=3, class_embed_type="projection", projection_class_embeddings_input_dim=2)
+    assert fresh.condition_embedding(torch.randn(4, 2)).abs().max() == 0
+    trained = conditional()
+    low, high = (trained(**arguments, conditions=torch.full((2, 2), value)).sample for value in (-1.0, 1.0))
+    assert (low - high).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_parameter_of_a_conditional_model_takes_part(dtype):
+    unet = conditional().train().to(dtype)
+    arguments = inputs(unet)
+    arguments["sample"] = arguments["sample"].to(dtype)
+    unet(**arguments, conditions=torch.randn(2, 2)).sample.float().square().mean().backward()
+    for name, parameter in unet.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"class_embed_type": "projection"}, "got 'projection' with None"),
+        ({"projection_class_embeddings_input_dim": 2}, "got None with 2"),
+        ({"class_embed_type": "timestep"}, "got 'timestep' with None"),
+        ({"num_class_embeds": 2, "conditioning_dropout_prob": 1.5}, "from 0 to 1, got 1.5"),
+    ],
+)
+def test_conditions_that_contradict_each_other_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        model(**changes)
+    with pytest.raises(ValueError, match="from 0 to 0.33, got 0.4"):
+        conditional(conditioning_dropout_prob=0.4)
+
+
+def test_vectors_are_required_exactly_with_a_projection():
+    with pytest.raises(ValueError, match="Expected no conditions for projection_class_embeddings_input_dim=None"):
+        model()(torch.zeros(1, 6, 4, 4, 4), 1, conditions=torch.zeros(1, 2))
+    with pytest.raises(ValueError, match="projection_class_embeddings_input_dim=2, got None"):
+        conditional()(torch.zeros(1, 6, 4, 4, 4), 1, class_labels=torch.tensor([0]))

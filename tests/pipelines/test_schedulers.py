@@ -195,3 +195,30 @@ def test_flow_sigmas_are_refused():
     pipeline.scheduler = diffusers.UniPCMultistepScheduler.from_config(pipeline.scheduler.config, use_flow_sigmas=True)
     with pytest.raises(ValueError, match="use_flow_sigmas=False .*got UniPCMultistepScheduler"):
         pipeline(num_inference_steps=2)
+
+
+def test_a_distilled_pipeline_takes_the_steps_it_was_distilled_to(tmp_path):
+    pipeline = make_pipeline()
+    trailing = DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
+    pipeline = BYOCPipeline(
+        pipeline.vqvae, pipeline.unet, trailing, default_num_inference_steps=4, num_distilled_steps=4
+    )
+    pipeline.save_pretrained(tmp_path)
+    pipeline = BYOCPipeline.from_pretrained(tmp_path)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline(output_type="latent")
+    assert pipeline.scheduler.timesteps.tolist() == [999, 749, 499, 249]
+    with pytest.raises(ValueError, match="Expected 4 num_inference_steps, as the unet was distilled to, got 5"):
+        pipeline(num_inference_steps=5)
+    for other, message in (
+        (DDPMScheduler.from_config(trailing.config), "Expected DDIMScheduler, whose 4 steps .* got DDPMScheduler"),
+        (DDIMScheduler.from_config(trailing.config, timestep_spacing="leading"), "got DDIMScheduler .*'leading'"),
+        (DDIMScheduler.from_config(trailing.config, set_alpha_to_one=False), "got DDIM.* set_alpha_to_one=False"),
+    ):
+        pipeline.scheduler = other
+        with pytest.raises(ValueError, match=message) as error:
+            pipeline(output_type="latent")
+        advised = str(error.value)
+        call = advised[advised.index("DDIMScheduler.from_config") :].rstrip(".")
+        pipeline.scheduler = eval(call, {"DDIMScheduler": DDIMScheduler, "pipe": pipeline})  # what the message advises
+        pipeline(output_type="latent")

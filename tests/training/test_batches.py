@@ -2,6 +2,7 @@ import torch
 
 from diffusers_byoc.data import PhantomCells, VolumeProcessor
 from diffusers_byoc.models import MultiCodebookVQModel
+from diffusers_byoc.pipelines.conditions import measure_conditions
 from diffusers_byoc.training.batches import AugmentedCopies, latent_batches
 from diffusers_byoc.training.latents import cache_latents
 from diffusers_byoc.training.settings import StageSettings
@@ -31,6 +32,25 @@ def test_copies_are_the_cells_in_poses_that_do_not_change():
     assert len(set(poses)) > 3
 
 
+def test_conditions_go_with_their_cells(accelerator, tmp_path):
+    cells = PhantomCells(4, VolumeProcessor(32, 2, ("cell", "nucleus")), ["nocodazole"], doses=[0.0, 1.0, 2.0, 3.0])
+    vqvae = MultiCodebookVQModel(2, None, 2, 4, 1, (8, 8, 8, 8), 0, sample_size=32)
+    vqvae.initialize_codebooks(torch.randn(1, 4, 4, 4, 4))
+    copies = AugmentedCopies(cells, 2, SETTINGS)
+    latents = cache_latents(vqvae, copies, tmp_path, accelerator)
+    expected = vqvae.normalize_latents(latents[list(range(8))])
+    statistics = measure_conditions(cells.conditions)
+    mean, std = statistics[0]["mean"][0], statistics[0]["std"][0]
+    for known in (latents, None):  # kept, and encoded on the way
+        doses = []
+        for clean, _, vectors in latent_batches(accelerator, SETTINGS, cells, vqvae, known, 0, statistics):
+            doses += [round(dose, 5) for dose in (vectors[:, 0] * std + mean).tolist()]
+            if known is not None:
+                nearest = [(expected - latent).abs().flatten(1).amax(1).argmin().item() % 4 for latent in clean]
+                assert nearest == doses[-len(nearest) :]
+        assert set(doses) == {0.0, 1.0, 2.0, 3.0}
+
+
 def test_batches_of_copies_have_the_latents_and_labels_of_their_cells(accelerator, tmp_path):
     cells, vqvae = phantoms(), MultiCodebookVQModel(2, None, 2, 4, 1, (8, 8, 8, 8), 0, sample_size=32)
     vqvae.initialize_codebooks(torch.randn(1, 4, 4, 4, 4))
@@ -38,7 +58,7 @@ def test_batches_of_copies_have_the_latents_and_labels_of_their_cells(accelerato
     latents = cache_latents(vqvae, copies, tmp_path, accelerator)
     expected = vqvae.normalize_latents(latents[list(range(12))])
     seen = []
-    for clean, labels in latent_batches(accelerator, SETTINGS, cells, vqvae, latents, first_step=0):
+    for clean, labels, _ in latent_batches(accelerator, SETTINGS, cells, vqvae, latents, first_step=0):
         for latent, label in zip(clean, labels, strict=True):
             index = (expected - latent).abs().flatten(1).amax(1).argmin().item()
             torch.testing.assert_close(expected[index], latent)

@@ -11,6 +11,7 @@ from diffusers_byoc.training import (
     adversarial_surrogate,
     diffusion_loss,
     discriminator_loss,
+    drop_conditions,
     reconstruction_loss,
 )
 
@@ -197,3 +198,21 @@ def test_min_snr_gives_the_clean_sample_the_weight_min_of_snr_and_gamma(predicti
         FixedUNet(target + wrong), scheduler, latents, noise, timesteps, loss_type="l2", snr_gamma=5.0
     )
     torch.testing.assert_close(loss, expected, rtol=1e-3, atol=0)
+
+
+def test_conditions_are_dropped_together_and_each_alone():
+    labels, vectors, chances = torch.arange(5) % 3, torch.ones(5, 2), torch.tensor([0.05, 0.15, 0.25, 0.35, 0.95])
+    weights, dropped = drop_conditions(labels, vectors, 3, chances, 0.1)
+    has_class, has_vector = weights.sum(1).bool(), dropped.isfinite().all(1)
+    assert has_class.tolist() == [False, False, True, True, True]
+    assert has_vector.tolist() == [False, True, False, True, True]
+    assert weights[has_class].argmax(1).tolist() == labels[has_class].tolist()
+    assert torch.equal(dropped[has_vector], vectors[has_vector]) and dropped[~has_vector].isnan().all()
+
+
+def test_one_kind_of_condition_is_dropped_for_its_share():
+    chances = torch.tensor([0.05, 0.15, 0.25])
+    weights, nothing = drop_conditions(torch.tensor([1, 1, 0]), None, 2, chances, 0.1)
+    assert weights.tolist() == [[0, 0], [0, 1], [1, 0]] and nothing is None
+    nothing, dropped = drop_conditions(None, torch.ones(3, 1), None, chances, 0.1)
+    assert dropped.isnan().flatten().tolist() == [True, False, False] and nothing is None

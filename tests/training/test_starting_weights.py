@@ -33,3 +33,26 @@ def test_a_network_without_classes_is_where_classes_begin():
     take_unet_weights(unet, trained, None, ["a", "b"])
     torch.testing.assert_close(predict(unet, 0), predict(trained))
     torch.testing.assert_close(predict(unet, 1), predict(trained))
+
+
+def test_numbers_that_only_one_of_both_takes_begin_as_nothing():
+    with_doses = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 1}
+    arguments = (2, 2, 4, (8, 8), 1)
+    plain, trained = make_unet(None), DualChannelUNet3D(*arguments, attention_head_dim=4, **with_doses).eval()
+    torch.nn.init.normal_(trained.condition_embedding.linear_2.weight)
+    for start, unet in (
+        (plain, DualChannelUNet3D(*arguments, attention_head_dim=4, **with_doses).eval()),
+        (trained, make_unet(None)),
+        (trained, DualChannelUNet3D(*arguments, attention_head_dim=4, **with_doses).eval()),
+    ):
+        take_unet_weights(unet, start, None, ["cell"])
+        sample, dose = torch.randn(1, 4, 4, 4, 4), torch.tensor([[1.0]])
+        started, now = (
+            network(sample, 300, conditions=dose if network.config.class_embed_type else None).sample
+            for network in (start, unet)
+        )
+        if start is trained and unet.condition_embedding is None:
+            nothing = start(sample, 300, conditions=torch.full_like(dose, torch.nan)).sample
+            torch.testing.assert_close(now, nothing)
+        else:
+            torch.testing.assert_close(now, started)

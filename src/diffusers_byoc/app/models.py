@@ -122,7 +122,8 @@ class Model:
     @property
     def can_complete(self) -> bool:
         """Whether it makes a cell for a nucleus that is given."""
-        return "given_channels" in self._arguments and "nucleus" in self.channel_names
+        is_trained = self.pipeline.unet.config.get("channel_timesteps_prob", 0) > 0
+        return is_trained and "given_channels" in self._arguments and "nucleus" in self.channel_names
 
     @property
     def schedulers(self) -> list[str]:
@@ -186,7 +187,7 @@ class Model:
             (num_cells, M, D, H, W) float32 in [0, 1].
         """
         generators = [cell_generator(request.seed, index) for index in range(request.num_cells)]
-        given = {"nucleus": np.repeat(nucleus[None], request.num_cells, axis=0)}
+        given = {"nucleus": nucleus}
         with self._lock:
             self._prepare(request)
             return self.pipeline(

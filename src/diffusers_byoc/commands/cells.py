@@ -1,6 +1,7 @@
 """The cells that a command line names: `data_arguments` says how."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import PartialState
@@ -21,13 +22,19 @@ from ..data.sets.folder import METADATA_NAME
 from .data_arguments import SPLIT_NAME
 
 
-def read_cells(args: argparse.Namespace, channel_names: tuple[str, ...], streaming: bool = False) -> Cells:
+def read_cells(
+    args: argparse.Namespace,
+    channel_names: tuple[str, ...],
+    streaming: bool = False,
+    condition_columns: Sequence[str] = (),
+) -> Cells:
     """All cells that `args` name, not split, as volumes of these channels.
 
     Args:
         args: of `add_source_arguments`, and `seed`, of the phantoms.
         channel_names: of the model.
         streaming: read a table in passing.
+        condition_columns: of the numbers that each cell has beside its label.
 
     Raises:
         ValueError, OSError: if there are no such cells.
@@ -49,12 +56,22 @@ def read_cells(args: argparse.Namespace, channel_names: tuple[str, ...], streami
             "Expected a table of cells for --streaming, got none. Give --dataset_name, or shards in --train_data_dir."
         )
     columns = {"label_column": args.label_column, "group_column": args.group_column}
+    columns["condition_columns"] = condition_columns
+    if args.phantom_doses and (table or args.train_data_dir):
+        raise ValueError("Expected phantoms for --phantom_doses, got other cells. Leave one out.")
     if table:
         table_class = StreamedCells if streaming else CellTable
         return table_class(table, processor, args.label, args.dataset_config_name, args.image_column, **columns)
     if args.train_data_dir:
         return CellFolder(args.train_data_dir, processor, args.label, args.cache_gb, **columns)
-    return PhantomCells(args.num_phantoms, processor, args.label or ["nocodazole"], args.seed, args.cache_gb)
+    known = ["dose_um"] if args.phantom_doses else []
+    if set(condition_columns) - set(known):
+        raise ValueError(
+            f"Expected --condition_columns among those of the phantoms, {known}, got {list(condition_columns)}. Give"
+            " --phantom_doses with dose_um."
+        )
+    phenotypes = args.label or ["nocodazole"]
+    return PhantomCells(args.num_phantoms, processor, phenotypes, args.seed, args.cache_gb, args.phantom_doses)
 
 
 def split_for_training(

@@ -28,6 +28,8 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     add("--group_column", help="cells of one value are never separated (default: source, if there is one)")
     add("--label", nargs="+", help="the cells of these labels only (phantoms: nocodazole if left out)")
     add("--num_phantoms", type=positive, default=400, help="phantoms to make, without other cells")
+    help_text = "doses of the phantoms in µM, in turn, as the column dose_um (default: full effect)"
+    add("--phantom_doses", type=float, nargs="+", metavar="DOSE", help=help_text)
     add("--sample_size", type=positive, default=64, help="edge of the cube the cells are centred in, in voxels")
     add("--voxel_size_um", type=float, nargs="+", help="resample the cells to it: one number, or z y x")
     add("--oversize", choices=["error", "rescale", "crop"], default="error", help="what to do with larger cells")

@@ -1,6 +1,7 @@
 """Generate cells from a trained pipeline: a file each, the same ones in any batch, after any interruption.
 
 byoc-generate --pretrained outputs/demo --num_samples 100 --output_dir cells
+byoc-generate --pretrained org/name --conditions dose_um=2.5 --num_samples 100 --output_dir cells
 byoc-generate --pretrained org/name --class_labels nocodazole blebbistatin --num_samples 200 --output_dir cells
 """
 
@@ -22,6 +23,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output_dir", required=True, help="the cells go here; what is there already is not made again")
     add("--num_samples", type=positive, default=8, help="how many cells there shall be (default: 8)")
     add("--class_labels", nargs="+", metavar="CLASS", help="names or numbers, which the cells have in turn")
+    help_text = "of the numbers that the model was trained on, in their own units: dose_um=2.5"
+    add("--conditions", nargs="+", default=[], metavar="NAME=VALUE", help=help_text)
+    help_text = "how much more typical of their class and conditions the cells are (default: the pipeline's)"
+    add("--guidance_scale", type=float, help=help_text)
     add("--num_inference_steps", type=positive, help="denoising steps (default: the pipeline's)")
     add("--num_texture_steps", type=int, help="steps of the texture, 0 for none (default: the pipeline's)")
     add("--seed", type=int, default=0, help="of all cells; each depends on it and its own number alone (default: 0)")
@@ -31,6 +36,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     dtypes = ["float32", "bfloat16", "float16"]
     add("--dtype", choices=dtypes, default="float32", help="of the networks' arithmetic (default: float32)")
     args = parser.parse_args(argv)
+    args.conditions = dict(_condition(parser, text) for text in args.conditions)
     if args.seed < 0:
         parser.error(f"argument --seed: expected at least 0, got {args.seed}")
     return args
@@ -50,6 +56,8 @@ def generate(args: argparse.Namespace) -> None:
     from diffusers import DiffusionPipeline
 
     from ..optional import optional
+    from ..pipelines import BYOCPipeline
+    from ..pipelines.class_labels import prepare_class_labels
     from ..pipelines.generation import generate_cells
     from ..whole_files import lock_folder, remove_left_overs
 
@@ -59,10 +67,17 @@ def generate(args: argparse.Namespace) -> None:
     pipeline.to(args.device or accelerator or "cpu")
     pipeline.set_progress_bar_config(desc="Denoising", leave=False)
     labels = args.class_labels
-    if hasattr(pipeline, "prepare_class_labels"):
+    for_all = {"conditions": args.conditions or None, "guidance_scale": args.guidance_scale}
+    given = [f"--{name}" for name, value in for_all.items() if value is not None]
+    is_ours = isinstance(pipeline, BYOCPipeline)
+    if given and not is_ours:
+        raise ValueError(
+            f"Expected no {' '.join(given)} for {type(pipeline).__name__}, whose model takes none. Leave them out."
+        )
+    if is_ours:
         label2id = pipeline.config.label2id or {}
         labels = labels and [name if name in label2id else _number(name) for name in labels]
-        indices = pipeline.prepare_class_labels(labels, len(labels or [None]), "cpu")
+        indices = prepare_class_labels(pipeline, labels, len(labels or [None]), "cpu")
         labels = labels and indices.tolist()
         if args.num_texture_steps and pipeline.texture_unet is None:
             raise ValueError(
@@ -85,8 +100,16 @@ def generate(args: argparse.Namespace) -> None:
         remove_left_overs(folder)
         steps = (args.num_inference_steps, args.num_texture_steps)
         settings = (labels, *steps, args.seed, args.batch_size, f".{args.format}")
-        paths = generate_cells(pipeline, folder, args.num_samples, *settings)
+        paths = generate_cells(pipeline, folder, args.num_samples, *settings, **for_all)
     print(f"{len(paths)} cells in {folder}.")
+
+
+def _condition(parser: argparse.ArgumentParser, text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    try:
+        return name, float(value)
+    except ValueError:
+        parser.error(f"argument --conditions: expected NAME=NUMBER, got {text}")
 
 
 def _number(text: str) -> int | str:

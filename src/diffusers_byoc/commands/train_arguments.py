@@ -15,7 +15,7 @@ from .training_arguments import (
 
 
 # the stages in their order, with the learning rate of each
-STAGES = {"autoencoder": 3e-4, "texture": 1e-3, "diffusion": 1e-4}
+STAGES = {"autoencoder": 3e-4, "texture": 1e-3, "diffusion": 1e-4, "distillation": 3e-4}
 # whose configuration a preset overrides; there is a texture stage where it has a `texture_unet`
 NETWORKS = ("vqvae", "texture_unet", "unet", "scheduler")
 # one name for all stages; `--STAGE_NAME` wins over it
@@ -45,10 +45,17 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
             f"Expected --resume_from_checkpoint latest for all stages, got {args.resume_from_checkpoint}, which is of"
             " one. Say its --stage too."
         )
-    if args.push_to_hub and args.stage not in ("all", "diffusion"):
+    _check_lora(parser, args, given_arguments(parser, argv))
+    _check_distillation(parser, args, given_arguments(parser, argv))
+    if args.push_to_hub and args.stage not in ("all", "diffusion", "distillation"):
         parser.error(
             f"Expected a run that ends with a pipeline for --push_to_hub, got --stage {args.stage}. Push with the"
             " diffusion."
+        )
+    if (args.num_augmented_copies or 1) > 1 and args.augmentation == "none" and not args.intensity_jitter:
+        parser.error(
+            f"Expected an --augmentation or --intensity_jitter for --num_augmented_copies {args.num_augmented_copies},"
+            " got none: the copies would be equal. Say one, or 1 copy."
         )
     for name in NETWORKS:
         setattr(args, name, dict(config.get(name, {})))
@@ -63,6 +70,46 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     return args
 
 
+def _check_lora(parser: argparse.ArgumentParser, args: argparse.Namespace, given: dict) -> None:
+    if not args.train_lora:
+        for name in ("rank", "lora_class"):
+            if getattr(args, name) is not None:
+                parser.error(f"Expected --train_lora for --{name}, got none. Say both, or leave --{name} out.")
+        return
+    if args.pretrained is None:
+        parser.error("Expected a pipeline to adapt in --pretrained for --train_lora, got none. Name one.")
+    if args.stage != "diffusion":
+        parser.error(
+            f"Expected --stage diffusion for --train_lora, got --stage {args.stage}: the adapter is the U-Net's, all"
+            " else stays as it is. Say it."
+        )
+    names = ("vqvae_path", "share_codebook", "latent_scaling", "latent_range", "class_conditional", "push_to_hub")
+    of_unet = ("conditioning_dropout_prob",)
+    for name in (*names, *of_unet, "num_inference_steps", "num_texture_steps", "inference_scheduler"):
+        if name in given:
+            parser.error(
+                f"Expected no --{name} with --train_lora, which saves an adapter alone, got one. Leave it out."
+            )
+    args.rank = args.rank or 8
+
+
+def _check_distillation(parser: argparse.ArgumentParser, args: argparse.Namespace, given: dict) -> None:
+    if args.stage != "distillation":
+        for name in ("num_distilled_steps", "num_teacher_steps"):
+            if name in given:
+                parser.error(f"Expected --stage distillation for --{name}, got --stage {args.stage}. Say it.")
+        return
+    if args.pretrained is None:
+        parser.error("Expected a teacher in --pretrained for --stage distillation, got none. Name a pipeline.")
+    names = ("vqvae_path", "share_codebook", "latent_scaling", "latent_range", "class_conditional", "loss_type")
+    for name in (*names, "snr_gamma", "num_inference_steps", "num_texture_steps", "inference_scheduler", "ema_decay"):
+        if name in given:
+            parser.error(
+                f"Expected no --{name} with --stage distillation, which has its own or the teacher's, got one. Leave"
+                " it out."
+            )
+
+
 def set_train_steps(args: argparse.Namespace, num_cells: int, num_processes: int) -> None:
     """Replace `--num_train_epochs` by each stage's number of steps."""
     for stage in STAGES:
@@ -74,7 +121,8 @@ def set_train_steps(args: argparse.Namespace, num_cells: int, num_processes: int
 def _make_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--preset", default="demo", help="demo, phantom, phantom_drug, paper, or a JSON file of such overrides")
+    presets = "cells, demo, phantom, phantom_drug, phantom_lora, phantom_few_steps, paper"
+    add("--preset", default="demo", help=f"{presets}, or the path of a JSON file of such overrides")
     add("--output_dir", default="outputs/demo", help="pipeline, checkpoints, logs and report go here")
     add("--stage", choices=["all", *STAGES], default="all")
     help_text = "begin with the networks of this pipeline, a folder or a Hub repository, in place of the preset's"
@@ -116,6 +164,14 @@ def _make_parser(description: str) -> argparse.ArgumentParser:
     add("--latent_scaling", choices=scalings, help="how latents come to the noise's scale")
     add("--latent_range", help="whose codebook's: per_channel (default), absolute or a channel's name; for ablations")
     add("--class_conditional", **FLAG, help="give the labels to the U-Net")
+    help_text = "columns of numbers that the U-Net is told: a dose, a time, an embedding"
+    add("--condition_columns", nargs="+", default=[], metavar="COLUMN", help=help_text)
+    help_text = "share of the cells that is trained on without class and conditions, for guidance; 0: none"
+    add("--conditioning_dropout_prob", type=float, default=0.1, help=help_text)
+    help_text = "train an adapter of --pretrained's U-Net in its place: a new drug from few cells"
+    add("--train_lora", **FLAG, help=help_text)
+    add("--rank", type=positive, help="of the adapter (default: 8)")
+    add("--lora_class", help="the class, of a --pretrained that has classes, that the adapter makes the new drug of")
     help_text = "augmentations of a cell whose latents are kept (default: encode others in every epoch)"
     add("--num_augmented_copies", type=positive, help=help_text)
     add("--prediction_type", choices=["epsilon", "v_prediction", "sample"], help="what the U-Net predicts")
@@ -130,6 +186,12 @@ def _make_parser(description: str) -> argparse.ArgumentParser:
     # from the configuration of others (DEIS) not every scheduler can be made by `from_config`
     schedulers = ["DDPMScheduler", "DDIMScheduler"]
     add("--inference_scheduler", choices=schedulers, default="DDPMScheduler", help="the saved pipeline's")
+
+    add = parser.add_argument_group("distillation").add_argument
+    add("--num_distilled_steps", type=positive, default=4, help="that the distilled U-Net takes, and no others")
+    help_text = "of its teacher (default: those it was distilled to itself, otherwise 32)"
+    add("--num_teacher_steps", type=positive, help=help_text)
+    add("--distillation_ema_decay", type=float, default=0.999, help="the model is a moving average")
 
     add = add_output_arguments(parser).add_argument
     add("--num_validation_cells", type=positive, default=16, help="held-out cells in the validation losses")

@@ -1,7 +1,6 @@
-"""A run of training: networks from arguments, and the stages."""
+"""A run of training: the stages, what they resume with, and what comes after them."""
 
 import argparse
-import math
 import time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -10,30 +9,36 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.logging import get_logger
-from diffusers import DDPMScheduler
 from safetensors import SafetensorError
 
-from ..models import DualChannelUNet3D, MultiCodebookVQModel, TextureUNet3D
+from ..models import MultiCodebookVQModel, TextureUNet3D
 from ..models.fingerprint import fingerprint_weights
 from ..pipelines import BYOCPipeline
-from ..pipelines.schedulers import noise_schedule
-from ..training import Stage, StageSettings, fastest_precision, is_cpu_training
+from ..pipelines.conditions import num_condition_features
+from ..training import Stage, StageSettings
 from ..training.checkpoints import find_checkpoint, read_record
-from ..training.optimizers import optimizer_class
 from ..training.settings import configuration
-from ..training.stage import uses_deepspeed
-from ..training.stages.autoencoder import AutoencoderSettings, train_autoencoder
-from ..training.stages.diffusion import DiffusionSettings, train_diffusion
-from ..training.stages.texture import TextureSettings, train_texture
+from ..training.stages.autoencoder import train_autoencoder
+from ..training.stages.diffusion import train_diffusion
+from ..training.stages.distillation import train_distillation
+from ..training.stages.texture import train_texture
 from ..training.starting_weights import take_unet_weights
 from ..whole_files import lock_folder
-from .train_arguments import NETWORKS, STAGES, set_train_steps
+from .train_arguments import NETWORKS, set_train_steps
+from .train_checks import check_arguments
+from .train_networks import (
+    make_autoencoder,
+    make_noise_scheduler,
+    make_texture_unet,
+    make_unet,
+    settings_of,
+    stages_of,
+)
+from .train_pretrained import in_known_classes, keeps_unet, load_pretrained, measure_or_take_conditions
 from .training_runs import (
-    check_machine,
     check_resumable,
     data_inputs,
     finish_run,
-    make_settings,
     one_line_errors,
     prepare_upload,
     read_training_cells,
@@ -42,7 +47,6 @@ from .training_runs import (
 )
 
 
-SETTINGS = {"autoencoder": AutoencoderSettings, "texture": TextureSettings, "diffusion": DiffusionSettings}
 logger = get_logger(__name__, log_level="INFO")
 
 
@@ -68,9 +72,14 @@ def run(
     resumes = args.stage in ("texture", "diffusion") or args.resume_from_checkpoint is not None
     cells, held_out_cells, data = read_training_cells(args, state, vqvae.config.channel_names, resumes)
     set_train_steps(args, len(cells), state.num_processes)
-    inputs = {
-        stage: stage_inputs(args, stage, vqvae, len(cells.class_names)) | {"data": data} for stage in stages_of(args)
-    }
+    with one_line_errors(ValueError):
+        if keeps_unet(args):
+            cells, held_out_cells = (
+                part and in_known_classes(args, pretrained, part) for part in (cells, held_out_cells)
+            )
+        conditions = measure_or_take_conditions(args, cells, pretrained)
+        sizes = (len(cells.class_names), num_condition_features(conditions or ()))
+        inputs = {stage: stage_inputs(args, stage, vqvae, *sizes) | {"data": data} for stage in stages_of(args)}
     check_stages_resumable(args, state.num_processes, inputs)
     prepare_upload(args, state)
     if state.is_main_process:
@@ -94,27 +103,24 @@ def run(
             )
         settings = settings_for_autoencoder(args, "diffusion", vqvae)
         with Stage(output_dir, "diffusion", settings, inputs["diffusion"]) as stage:
-            unet = make_unet(args, vqvae, num_classes=len(cells.class_names))
-            if pretrained:
+            unet = pretrained.unet if args.train_lora else make_unet(args, vqvae, *sizes)
+            if pretrained and not args.train_lora:
                 take_unet_weights(unet, pretrained.unet, pretrained.config.label2id, cells.class_names)
-            train_diffusion(stage, unet, make_noise_scheduler(args), vqvae, cells, held_out_cells, texture_unet)
+            noise_scheduler = make_noise_scheduler(args)
+            train_diffusion(stage, unet, noise_scheduler, vqvae, cells, held_out_cells, texture_unet, conditions)
         if state.is_main_process:
-            pipeline = BYOCPipeline.from_pretrained(output_dir).to(state.device)  # what a user will load
+            pipeline = BYOCPipeline.from_pretrained(args.pretrained if args.train_lora else output_dir)
+            if args.train_lora:
+                pipeline.load_lora_weights(output_dir)
+            pipeline.to(state.device)  # what a user will load
             finish_run(args, pipeline, cells, held_out_cells, describe_training(args), started)
-
-
-# ---------------------------------------------------------------------- networks and settings from arguments
-
-
-def stages_of(args: argparse.Namespace) -> list[str]:
-    """The stages to run, in their order."""
-    stages = [stage for stage in STAGES if args.stage in ("all", stage)]
-    return [stage for stage in stages if stage != "texture" or args.with_texture]
-
-
-def settings_of(args: argparse.Namespace, stage: str) -> StageSettings:
-    """Each field from the argument of its name; `STAGE_NAME` wins."""
-    return make_settings(SETTINGS[stage], args, stage)
+    if "distillation" in stages_of(args):
+        settings = settings_of(args, "distillation")
+        with Stage(output_dir, "distillation", settings, inputs["distillation"]) as stage:
+            train_distillation(stage, pretrained, make_noise_scheduler(args), cells)
+        if state.is_main_process:
+            pipeline = BYOCPipeline.from_pretrained(output_dir).to(state.device)
+            finish_run(args, pipeline, cells, held_out_cells, describe_training(args), started)
 
 
 def settings_for_autoencoder(args: argparse.Namespace, stage: str, vqvae: MultiCodebookVQModel) -> StageSettings:
@@ -126,167 +132,26 @@ def settings_for_autoencoder(args: argparse.Namespace, stage: str, vqvae: MultiC
     return settings
 
 
-def load_pretrained(args: argparse.Namespace) -> BYOCPipeline:
-    """The pipeline that the run begins with; its networks' configurations take the place of the preset's.
-
-    Raises:
-        ValueError: if its U-Net was trained to predict something else, or from other noise, or if it has a codebook
-            for each channel where one is asked for.
-    """
-    pipeline = BYOCPipeline.from_pretrained(args.pretrained)
-    scheduler = make_noise_scheduler(args)
-    ours = {"prediction_type": scheduler.config.prediction_type} | noise_schedule(scheduler)
-    theirs = {"prediction_type": pipeline.config.prediction_type} | pipeline.config.noise_schedule
-    if ours != theirs:
-        raise ValueError(
-            f"Expected a scheduler with {theirs}, as {args.pretrained} was trained with, got {ours}. Say so in the"
-            " preset's `scheduler`, or with --prediction_type."
-        )
-    made_here = {"num_channels", "latent_channels", "sample_size", "num_class_embeds"}
-    for name, not_taken in (("vqvae", {"sample_size"}), ("texture_unet", {"num_channels"}), ("unet", made_here)):
-        network = getattr(pipeline, name)
-        if network is not None:
-            config = {key: value for key, value in network.config.items() if key[0] != "_" and key not in not_taken}
-            setattr(args, name, config)
-    if args.share_codebook and not args.vqvae["share_codebook"]:
-        raise ValueError(
-            f"Expected a pipeline with one codebook for --share_codebook, got {args.pretrained} with one for each "
-            "channel. Leave one of the two out."
-        )
-    for name in ("latent_scaling", "latent_range"):
-        args.vqvae[name] = getattr(args, name) or args.vqvae[name]
-        pipeline.vqvae.register_to_config(**{name: args.vqvae[name]})
-    pipeline.vqvae.register_to_config(sample_size=args.sample_size)
-    args.with_texture |= pipeline.texture_unet is not None
-    return pipeline
-
-
-def make_autoencoder(args: argparse.Namespace) -> MultiCodebookVQModel:
-    return MultiCodebookVQModel(sample_size=args.sample_size, **args.vqvae)
-
-
-def make_texture_unet(args: argparse.Namespace, vqvae: MultiCodebookVQModel) -> TextureUNet3D:
-    return TextureUNet3D(num_channels=vqvae.config.num_channels, **args.texture_unet)
-
-
-def make_unet(args: argparse.Namespace, vqvae: MultiCodebookVQModel, num_classes: int) -> DualChannelUNet3D:
-    return DualChannelUNet3D(
-        num_channels=vqvae.config.num_channels,
-        latent_channels=vqvae.config.latent_channels,
-        sample_size=args.sample_size // vqvae.downsampling_factor,
-        num_class_embeds=num_classes if args.class_conditional else None,
-        **args.unet,
-    )
-
-
-def make_noise_scheduler(args: argparse.Namespace) -> DDPMScheduler:
-    # Nothing keeps the latents inside the codebook's range (the log says how many leave it): no clipping to it.
-    schedule = {"beta_schedule": "squaredcos_cap_v2", "clip_sample": False, "timestep_spacing": "leading"}
-    return DDPMScheduler(**(schedule | args.scheduler))
-
-
-def check_arguments(
-    args: argparse.Namespace, device: torch.device, pretrained: BYOCPipeline | None = None
-) -> MultiCodebookVQModel:
-    """Find what cannot work before any training, not between the stages.
-
-    Returns:
-        The trained autoencoder for a later stage alone; otherwise one that has its configuration but no weights.
-    """
-    check_machine(args, device)
-    optimizer_class(settings_of(args, stages_of(args)[0]))
-    if uses_deepspeed():
-        if is_cpu_training():
-            raise ValueError("Expected GPUs for DeepSpeed, as accelerate does, got none. Use torchrun.")
-        if args.stage in ("all", "autoencoder"):
-            raise ValueError(
-                "Expected one optimizer for DeepSpeed, got the autoencoder's two. Use it with --stage diffusion."
-            )
-        if (fastest_precision() if args.mixed_precision == "auto" else args.mixed_precision) == "fp16":
-            raise ValueError("Expected bf16 or float32 with DeepSpeed, got fp16. Say --mixed_precision bf16 or no.")
-    trained_here = (Path(args.output_dir) / "texture_unet").is_dir()
-    trained = trained_here or (pretrained is not None and pretrained.texture_unet is not None)
-    if args.stage == "diffusion" and args.with_texture and not trained:
-        raise ValueError(
-            f"Expected a trained texture_unet in {args.output_dir}, got none. Run --stage texture first, give a "
-            "--pretrained pipeline that has one, or take a preset without texture_unet."
-        )
-    if args.stage in ("texture", "diffusion"):
-        path = Path(args.output_dir) / "vqvae"
-        if args.vqvae_path is None and not path.is_dir() and not pretrained:
-            raise ValueError(
-                f"Expected a trained autoencoder in {path}, got none. Run --stage autoencoder first, or give"
-                " --vqvae_path or --pretrained."
-            )
-        from_pipeline = pretrained and args.vqvae_path is None and not path.is_dir()
-        vqvae = pretrained.vqvae if from_pipeline else MultiCodebookVQModel.from_pretrained(args.vqvae_path or path)
-        check_sample_size(args, vqvae)
-        vqvae.register_to_config(sample_size=args.sample_size)
-        for name in ("latent_scaling", "latent_range"):
-            if getattr(args, name):
-                vqvae.register_to_config(**{name: getattr(args, name)})
-        vqvae.check_latent_range()
-        return vqvae
-    check_sample_size(args)
-    with torch.device("meta"):  # no memory, no random numbers
-        return make_autoencoder(args)
-
-
-def check_sample_size(args: argparse.Namespace, vqvae: MultiCodebookVQModel | None = None) -> None:
-    """Refuse a size that the networks cannot halve as often as they do, and name those next to it that they can.
-
-    Args:
-        args: `sample_size`, `stage` and the networks' overrides.
-        vqvae: the autoencoder, if it is trained already.
-    """
-    any_size = argparse.Namespace(**vars(args) | {"sample_size": 2**12})
-    with torch.device("meta"):
-        vqvae = vqvae or make_autoencoder(any_size)
-        step = smallest = vqvae.downsampling_factor
-        if args.with_texture:
-            step = smallest = math.lcm(step, make_texture_unet(args, vqvae).downsampling_factor)
-            check_crop_size(args.texture_crop_size, "texture", args.sample_size, step)
-        if args.autoencoder_crop_size is not None:
-            check_crop_size(args.autoencoder_crop_size, "autoencoder", args.sample_size, vqvae.downsampling_factor)
-        if args.stage not in ("autoencoder", "texture"):
-            unet = make_unet(any_size, vqvae, num_classes=1)
-            step = math.lcm(step, vqvae.downsampling_factor * unet.downsampling_factor)
-            smallest = step if unet.config.norm_num_groups else 2 * step  # instance norm of one voxel is nothing
-    if args.sample_size % step or args.sample_size < smallest:
-        below = args.sample_size // step * step
-        fitting = " or ".join(str(size) for size in (below, below + step) if size >= smallest) or smallest
-        raise ValueError(
-            f"Expected a --sample_size that is a multiple of {step} and at least {smallest}, as the networks halve it,"
-            f" got {args.sample_size}. Give {fitting}, or networks of fewer block_out_channels."
-        )
-
-
-def check_crop_size(size: int, stage: str, sample_size: int, step: int) -> None:
-    if size % step or size > sample_size:
-        raise ValueError(
-            f"Expected a --{stage}_crop_size that is a multiple of {step}, as the networks halve it, and at most "
-            f"--sample_size {sample_size}, got {size}. Give {min(max(size // step, 1) * step, sample_size)}."
-        )
-
-
-# ---------------------------------------------------------------------- what a run resumes with, and its record
-
-
 def run_inputs(args: argparse.Namespace) -> dict:
     """What decides every stage: the cells, and the pipeline that the run begins with."""
-    return data_inputs(args) | ({"pretrained": args.pretrained} if args.pretrained else {})
+    given = {name: getattr(args, name) for name in ("pretrained", "lora_class") if getattr(args, name)}
+    return data_inputs(args) | given
 
 
-def stage_inputs(args: argparse.Namespace, stage: str, vqvae: MultiCodebookVQModel, num_classes: int) -> dict:
+def stage_inputs(
+    args: argparse.Namespace, stage: str, vqvae: MultiCodebookVQModel, num_classes: int, num_features: int
+) -> dict:
     """What decides a stage beside its settings: how cells are prepared, how its networks are configured."""
     if stage == "autoencoder":
         return run_inputs(args) | configuration("vqvae", vqvae.config)
+    if stage == "distillation":  # its checkpoints know the teacher's weights
+        return run_inputs(args)
     if stage == "texture":
         with torch.device("meta"):
             texture_unet = make_texture_unet(args, vqvae)
         return run_inputs(args) | configuration("texture_unet", texture_unet.config)
     with torch.device("meta"):
-        unet = make_unet(args, vqvae, num_classes)
+        unet = make_unet(args, vqvae, num_classes, num_features)
     networks = configuration("unet", unet.config) | configuration("scheduler", make_noise_scheduler(args).config)
     scaling = {f"vqvae.{name}": vqvae.config[name] for name in ("latent_scaling", "latent_range")}
     return run_inputs(args) | networks | scaling
@@ -313,4 +178,8 @@ def describe_training(args: argparse.Namespace) -> str:
         time_limit = f" or {settings.max_train_minutes:g} minutes" if settings.max_train_minutes else ""
         steps = f"{settings.max_train_steps} steps{time_limit}"
         parts.append(f"{steps} of the {stage} (learning rate {settings.learning_rate})")
-    return f"{', '.join(parts)}, seed {args.seed}"
+    if args.stage == "distillation":
+        parts.append(f"from {args.num_teacher_steps} steps of {args.pretrained} to {args.num_distilled_steps}")
+    adapter = f"as an adapter of {args.pretrained}" if args.train_lora else ""
+    adapter += f" from its class {args.lora_class}" if args.lora_class else ""
+    return ", ".join(filter(None, [*parts, adapter, f"seed {args.seed}"]))

@@ -68,9 +68,10 @@ def data_inputs(args: argparse.Namespace) -> dict:
     """The arguments that make other cells of the same files, by name; split and files are checked elsewhere."""
     names = ["sample_size", "voxel_size_um", "oversize", "label", "image_column", "label_column", "streaming"]
     if not (args.train_data_dir or args.dataset_name):
-        names.append("num_phantoms")
+        names += ["num_phantoms", "phantom_doses"]
     if args.streaming:  # whose order depends on them
         names += ["dataloader_num_workers", "shuffle_buffer_size"]
+    names += ["condition_columns"] if "condition_columns" in args else []  # which not every generator takes
     return {name: getattr(args, name) for name in names}
 
 
@@ -106,7 +107,7 @@ def read_training_cells(
     if state.is_main_process:
         remove_left_overs(Path(args.output_dir))
     with one_line_errors(ValueError, ImportError):
-        everything = read_cells(args, tuple(channel_names), args.streaming)
+        everything = read_cells(args, tuple(channel_names), args.streaming, vars(args).get("condition_columns", ()))
         cells, held_out_cells = split_for_training(args, everything, args.output_dir, resumes)
     num_held_out = len(held_out_cells) if held_out_cells else 0
     logger.info(f"{len(cells)} cells, {num_held_out} more held out: {', '.join(cells.class_names)}")
@@ -169,7 +170,8 @@ def finish_run(
     origin = "phantoms" if cells.is_phantom else "cells"
     minutes = (time.perf_counter() - started) / 60
     options = {"num_samples": args.num_samples, "seed": args.seed, "cell_threshold": args.cell_threshold}
-    what = f"{len(cells)} {origin} ({', '.join(cells.class_names)})"
+    names = (cells.class_names[label] for label in sorted(set(cells.labels)))
+    what = f"{len(cells)} {origin} ({', '.join(names)})"
     write_report(
         pipeline, cells, args.output_dir, f"Trained on {what}: {training}, in {minutes:.1f} minutes.", **options
     )

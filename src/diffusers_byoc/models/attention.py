@@ -73,6 +73,7 @@ class AxialAttention(nn.Module, AttentionModuleMixin):
 
     _default_processor_cls = AxialAttnProcessor
     _available_processors = [AxialAttnProcessor]
+    is_cross_attention = False  # diffusers' layer skipping asks
 
     def __init__(self, num_features: int, head_dim: int, axes: str):
         super().__init__()

@@ -95,18 +95,24 @@ class DualChannelUNet3D(CheckedModelMixin, AttentionMixin, ConfigMixin, PeftAdap
         norm_num_groups: groups of the group norm; `None` is instance normalisation (Table 3).
         attention_head_dim: features per attention head.
         num_class_embeds: number of classes (drugs) that can be given as `class_labels`; `None` for none.
+        class_embed_type: "projection" for a vector (a dose, a time, an embedding) that can be given as `conditions`,
+            with classes or without; `None` for none.
+        projection_class_embeddings_input_dim: length of that vector.
+        conditioning_dropout_prob: share of the samples that training gives no condition; above 0 conditions can be
+            left out, and what is predicted without them guides what is predicted with them.
         act_fn: activation, by diffusers' names.
 
     Raises:
         ValueError: for a `sample_size` that cannot be halved so often, or that reaches 1³ under instance norm, or for
-            `layers_per_block` of another length than `block_out_channels`.
+            `layers_per_block` of another length than `block_out_channels`, or for conditions that contradict each
+            other.
 
     Source: BYOC, section 3.2, eq. 13, Table 3.
     """
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["UNetBlock"]
-    _skip_layerwise_casting_patterns = ["norm", "time_embedding", "class_embedding"]
+    _skip_layerwise_casting_patterns = ["norm", "time_embedding", "class_embedding", "condition_embedding"]
     _supports_group_offloading = True
 
     @register_to_config
@@ -121,8 +127,12 @@ class DualChannelUNet3D(CheckedModelMixin, AttentionMixin, ConfigMixin, PeftAdap
         attention_head_dim: int = 32,
         num_class_embeds: int | None = None,
         act_fn: str = "silu",
+        class_embed_type: str | None = None,
+        projection_class_embeddings_input_dim: int | None = None,
+        conditioning_dropout_prob: float = 0.0,
     ):
         super().__init__()
+        self._check_conditions_of_config()
         widths = tuple(block_out_channels)
         self.downsampling_factor = 2 ** (len(widths) - 1)
         self._check_grid((sample_size,) * 3, "sample_size")
@@ -135,11 +145,18 @@ class DualChannelUNet3D(CheckedModelMixin, AttentionMixin, ConfigMixin, PeftAdap
             )
         self._layers = tuple(layers_per_block)
 
-        # 1. time and class
+        # 1. time and conditions
         time_dim = 4 * widths[0]
         self.time_proj = Timesteps(widths[0], flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(widths[0], time_dim, act_fn=act_fn)
         self.class_embedding = nn.Embedding(num_class_embeds, time_dim) if num_class_embeds is not None else None
+        self.condition_embedding = None
+        if class_embed_type == "projection":
+            self.condition_embedding = TimestepEmbedding(
+                projection_class_embeddings_input_dim, time_dim, act_fn=act_fn
+            )
+            nn.init.zeros_(self.condition_embedding.linear_2.weight)  # so that a trained U-Net can go on
+            nn.init.zeros_(self.condition_embedding.linear_2.bias)
 
         # 2. in
         self.conv_in = Conv3d(num_channels * latent_channels, widths[0], 3, padding=1)
@@ -182,25 +199,30 @@ class DualChannelUNet3D(CheckedModelMixin, AttentionMixin, ConfigMixin, PeftAdap
         timestep: Tensor | float | int,
         class_labels: Tensor | None = None,
         return_dict: bool = True,
+        conditions: Tensor | None = None,
     ) -> DualChannelUNet3DOutput | tuple[Tensor]:
         """Predict the noise in `sample`.
 
         Args:
             sample: (B, M*n, d, h, w) noisy normalised latents.
             timestep: one for all samples, or (B,).
-            class_labels: (B,) int64 in [0, num_class_embeds); required exactly if the model has classes.
+            class_labels: (B,) int64 in [0, num_class_embeds), or (B, num_class_embeds) weights of the classes, of
+                which 0 for all is no class. Required of a model with classes, unless its `conditioning_dropout_prob`
+                is above 0.
             return_dict: return the dataclass, or a plain tuple.
+            conditions: (B, projection_class_embeddings_input_dim), each number about standard normal; a row with NaN
+                is none. Required likewise.
 
         Returns:
             `sample` (B, M*n, d, h, w).
 
         Raises:
-            ValueError: for a sample of another shape, or class labels where there should be none (or the reverse).
+            ValueError: for a sample of another shape, or conditions where there should be none (or the reverse).
         """
         self._check_sample(sample)
 
-        # 1. time and class
-        embedding = self.embed_conditions(sample, timestep, class_labels)
+        # 1. time and conditions
+        embedding = self.embed_conditions(sample, timestep, class_labels, conditions)
 
         # 2. in
         hidden_states = self.conv_in(to_fast_memory_format(sample))
@@ -235,7 +257,11 @@ class DualChannelUNet3D(CheckedModelMixin, AttentionMixin, ConfigMixin, PeftAdap
         return DualChannelUNet3DOutput(sample=sample) if return_dict else (sample,)
 
     def embed_conditions(
-        self, sample: Tensor, timestep: Tensor | float | int, class_labels: Tensor | None = None
+        self,
+        sample: Tensor,
+        timestep: Tensor | float | int,
+        class_labels: Tensor | None = None,
+        conditions: Tensor | None = None,
     ) -> Tensor:
         """All that the prediction depends on beside the latents, as one vector a sample; every block takes it.
 
@@ -244,33 +270,65 @@ class DualChannelUNet3D(CheckedModelMixin, AttentionMixin, ConfigMixin, PeftAdap
         Args:
             sample: (B, M*n, d, h, w); says how many samples there are, where, and in what arithmetic.
             timestep: one for all samples, or (B,).
-            class_labels: (B,) int64 in [0, num_class_embeds).
+            class_labels, conditions: as in `forward`.
 
         Returns:
             (B, 4 * block_out_channels[0]).
 
         Raises:
-            ValueError: for class labels where there should be none, or the reverse.
+            ValueError: for conditions where there should be none, or the reverse.
         """
         if not torch.is_tensor(timestep):
             timestep = torch.tensor([timestep], device=sample.device)
         timesteps = timestep.reshape(-1).to(sample.device).expand(len(sample))
         time_features = self.time_proj(timesteps).to(sample.dtype)  # sines are computed in float32
         embedding = self.time_embedding(time_features)  # (B, time_dim)
-        if (self.class_embedding is None) != (class_labels is None):
-            wanted = "no class_labels" if self.class_embedding is None else "class_labels (B,)"
-            raise ValueError(
-                f"Expected {wanted} for num_class_embeds={self.config.num_class_embeds}, got {class_labels!r}. "
-                "Pass class labels exactly to a model that was built with num_class_embeds."
-            )
+        config = self.config
+        self._check_given("class_labels", class_labels, config.num_class_embeds, "num_class_embeds")
+        length = config.projection_class_embeddings_input_dim
+        self._check_given("conditions", conditions, length, "projection_class_embeddings_input_dim")
         if class_labels is not None:
-            embedding = embedding + self.class_embedding(class_labels).to(embedding.dtype)
+            if class_labels.is_floating_point():
+                classes = torch.arange(config.num_class_embeds, device=sample.device)
+                class_embedding = class_labels @ self.class_embedding(classes).to(class_labels.dtype)
+            else:
+                class_embedding = self.class_embedding(class_labels)
+            embedding = embedding + class_embedding.to(embedding.dtype)
+        if conditions is not None:
+            is_given = conditions.isfinite().all(1, keepdim=True)
+            condition_embedding = self.condition_embedding(conditions.nan_to_num().to(sample.dtype))
+            embedding = embedding + condition_embedding * is_given
         return self.nonlinearity(embedding)
 
     def _run(self, block: nn.Module, hidden_states: Tensor, embedding: Tensor) -> Tensor:
         if torch.is_grad_enabled() and self.gradient_checkpointing:
             return self._gradient_checkpointing_func(block, hidden_states, embedding)
         return block(hidden_states, embedding)
+
+    def _check_conditions_of_config(self) -> None:
+        config = self.config
+        length, kind = config.projection_class_embeddings_input_dim, config.class_embed_type
+        if kind not in (None, "projection") or (kind is None) != (length is None):
+            raise ValueError(
+                "Expected class_embed_type None, or 'projection' with projection_class_embeddings_input_dim, got "
+                f"{kind!r} with {length!r}. Give both, or none of them."
+            )
+        num_kinds = (config.num_class_embeds is not None) + (length is not None)
+        largest = (1.0, 1.0, 1 / 3)[num_kinds]
+        if not 0 <= config.conditioning_dropout_prob <= largest:
+            raise ValueError(
+                f"Expected a conditioning_dropout_prob from 0 to {largest:.2g}, got "
+                f"{config.conditioning_dropout_prob}. Correct it."
+            )
+
+    def _check_given(self, name: str, condition: Tensor | None, size: int | None, argument: str) -> None:
+        can_lack = size is None or self.config.conditioning_dropout_prob > 0
+        if (condition is not None and size is None) or (condition is None and not can_lack):
+            wanted = f"no {name}" if size is None else name
+            raise ValueError(
+                f"Expected {wanted} for {argument}={size}, got {condition!r}. Pass {name} exactly to a model that was "
+                f"built with {argument}; to leave them out, train with a conditioning_dropout_prob."
+            )
 
     def _check_sample(self, sample: Tensor) -> None:
         num_features = self.config.num_channels * self.config.latent_channels

@@ -4,6 +4,7 @@ import inspect
 from pathlib import Path
 
 from ..data import VolumeProcessor
+from .conditions import num_condition_features
 from .schedulers import SCHEDULERS_FOR, check_texture_scheduler
 
 
@@ -55,6 +56,12 @@ def check_fit(pipeline) -> None:
             f"Expected a U-Net with sample_size {grid}, as an autoencoder for {sample_size} voxels that halves them "
             f"to 1/{vqvae.downsampling_factor} has latents of that size ({vqvae_file}), got {unet.config.sample_size} "
             f"({unet_file}). Use the files that were saved together."
+        )
+    ours, theirs = num_condition_features(config.conditions or ()), unet.config.projection_class_embeddings_input_dim
+    if ours != (theirs or 0):
+        raise ValueError(
+            f"Expected conditions of {theirs or 0} numbers in {index}, as the U-Net takes ({unet_file}), got {ours}. "
+            "Use the files that were saved together."
         )
     num_classes, indices = unet.config.num_class_embeds, sorted((config.label2id or {}).values())
     if num_classes is not None and indices and not (indices[0] >= 0 and indices[-1] < num_classes):

@@ -1,7 +1,7 @@
 """Many cells from one pipeline: a file each, the same ones in any batch, after any interruption."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +36,8 @@ def generate_cells(
     suffix: str = ".ome.tif",
     voxel_size_um: tuple[float, float, float] | None = None,
     share: tuple[int, int] = (0, 1),
+    conditions: Mapping[str, float] | None = None,
+    guidance_scale: float | None = None,
 ) -> list[Path]:
     """Generate what is missing of a series of cells in `folder`.
 
@@ -56,6 +58,8 @@ def generate_cells(
         suffix: of the files, one that `write_volume` knows.
         voxel_size_um: for the files; None for what the pipeline's `volume_processor` says.
         share: (process, number of processes); each makes its own cells of the series.
+        conditions: of a `BYOCPipeline` that takes some: name -> value in its own unit, of all cells.
+        guidance_scale: of a `BYOCPipeline`; None for the pipeline's own.
 
     Returns:
         All files of the series, those of the other processes too.
@@ -83,6 +87,13 @@ def generate_cells(
         "seed": seed,
         "suffix": suffix,
     }
+    arguments_of_all = {"conditions": conditions and dict(conditions), "guidance_scale": guidance_scale}
+    arguments_of_all = {name: value for name, value in arguments_of_all.items() if value is not None}
+    record |= arguments_of_all
+    if guidance_scale is None and pipeline.config.get("default_guidance_scale", 1.0) != 1.0:
+        record["guidance_scale"] = pipeline.config["default_guidance_scale"]
+    if guider := getattr(pipeline, "guider", None):
+        record["guider"] = {"name": type(guider).__name__} | _public(guider.config)
     record = json.loads(json.dumps(record, default=str))  # as it is read again
     _check(record, folder / RECORD_NAME)
     processor = getattr(pipeline, "volume_processor", None)
@@ -93,6 +104,7 @@ def generate_cells(
     for start in tqdm(range(0, len(missing), batch_size), "Generating", unit="batch", disable=share[0] > 0):
         batch = missing[start : start + batch_size]
         arguments = {"num_samples": len(batch), "generator": [cell_generator(seed, index) for index in batch]}
+        arguments |= arguments_of_all
         if num_inference_steps is not None:
             arguments["num_inference_steps"] = num_inference_steps
         if num_texture_steps is not None:
@@ -116,7 +128,7 @@ def _public(config: dict) -> dict:
 def _check(record: dict, path: Path) -> None:
     """Refuse a folder whose cells were made with anything else."""
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else record
-    differing = [name for name in record if known.get(name) != record[name]]
+    differing = [name for name in known | record if known.get(name) != record.get(name)]
     if differing:
         raise ValueError(
             f"Expected {path.parent} to hold cells of the same {', '.join(differing)}, got others (see {path.name} "

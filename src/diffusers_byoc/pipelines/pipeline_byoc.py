@@ -1,31 +1,43 @@
 """BYOC inference (section 3.2, "Final assembly"): noise to latents (eq. 13), latents to codes, codes to cells."""
 
 import inspect
-import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
+from diffusers import BaseGuidance, DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..data import VolumeProcessor
 from ..models import DualChannelUNet3D, MultiCodebookVQModel, TextureUNet3D
 from . import schedulers
+from .class_labels import prepare_class_labels, read_class_labels, whole_number
+from .conditions import prepare_conditions, read_conditions
 from .fit import check_fit
+from .guidance import guide, prepare_guidance_scale
+from .interpolation import path_batches
+from .lora import BYOCLoraLoaderMixin
 from .texture import add_texture
 
 
 @dataclass
 class BYOCPipelineOutput(BaseOutput):
-    """`volumes` (num_samples, M, D, H, W) in [0, 1] (or latents, for `output_type="latent"`)."""
+    """What a call returns.
+
+    Args:
+        volumes: (num_samples, M, D, H, W) in [0, 1]; or latents, for `output_type="latent"`.
+        extrapolated: for each name in the call's `conditions`, whether each sample's value lies beyond those that the
+            model was trained on; None where the call has no conditions.
+    """
 
     volumes: np.ndarray | torch.Tensor
+    extrapolated: dict[str, list[bool]] | None = None
 
 
-class BYOCPipeline(DiffusionPipeline):
+class BYOCPipeline(DiffusionPipeline, BYOCLoraLoaderMixin):
     """Generate multichannel volumes of single cells.
 
     Args:
@@ -45,6 +57,13 @@ class BYOCPipeline(DiffusionPipeline):
         label2id: names of the classes (drugs), for `class_labels`; `None` for a model without names.
         volume_processor_config: configuration of the `VolumeProcessor` the training volumes went through, with the
             voxel size that they had; see `volume_processor`.
+        guider: any of diffusers' guiders (`ClassifierFreeGuidance`, `AdaptiveProjectedGuidance`, `AutoGuidance`, ...),
+            in place of `guidance_scale`; `None` for none.
+        default_guidance_scale: `guidance_scale` of a call that names none and has conditions.
+        conditions: names, scale and range of the numbers that the model was trained on beside classes, as
+            `measure_conditions` makes them; `None` for none.
+        num_distilled_steps: denoising steps that `unet` was distilled to, the only ones that it is for; `None` for a
+            U-Net that takes any.
 
     Raises:
         ValueError: if the components, or what the configuration says of them, do not fit together.
@@ -53,8 +72,9 @@ class BYOCPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "unet->vqvae->texture_unet"
-    _optional_components = ["texture_unet", "texture_scheduler"]
+    _optional_components = ["texture_unet", "texture_scheduler", "guider"]
     _callback_tensor_inputs = ["latents"]
+    _guidance_scale = 1.0
 
     def __init__(
         self,
@@ -69,6 +89,10 @@ class BYOCPipeline(DiffusionPipeline):
         noise_schedule: dict | None = None,
         label2id: dict[str, int] | None = None,
         volume_processor_config: dict | None = None,
+        guider: BaseGuidance | None = None,
+        default_guidance_scale: float = 1.0,
+        conditions: list[dict] | None = None,
+        num_distilled_steps: int | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -77,6 +101,7 @@ class BYOCPipeline(DiffusionPipeline):
             scheduler=scheduler,
             texture_unet=texture_unet,
             texture_scheduler=texture_scheduler,
+            guider=guider,
         )
         if prediction_type is None:
             prediction_type = scheduler.config.get("prediction_type", "epsilon")
@@ -89,6 +114,9 @@ class BYOCPipeline(DiffusionPipeline):
             # without its private keys: "_use_default_values" makes `from_config` forget what was changed since
             volume_processor_config=volume_processor_config
             and {key: value for key, value in volume_processor_config.items() if not key.startswith("_")},
+            default_guidance_scale=default_guidance_scale,
+            conditions=conditions,
+            num_distilled_steps=num_distilled_steps,
         )
         check_fit(self)
 
@@ -114,19 +142,42 @@ class BYOCPipeline(DiffusionPipeline):
         """Denoising steps of the latest call."""
         return self._num_timesteps
 
-    def predict(self, latents: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None = None):
+    @property
+    def guidance_scale(self) -> float:
+        """Of the latest call; 1 is no guidance."""
+        return self._guidance_scale
+
+    def predict(
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        conditions: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """What the U-Net makes of the latents at one step: the place where conditions and guidance come in.
 
         Args:
             latents: (B, M*n, d, h, w) float32, in the scheduler's units.
             timestep: scalar, of the scheduler's `timesteps`.
-            class_labels: (B,) int64, for a model with classes.
+            class_labels: of the U-Net, for a model with classes.
+            conditions: of the U-Net, for a model of numbers.
 
         Returns:
             (B, M*n, d, h, w) float32, of the pipeline's `prediction_type`.
         """
         model_input = self.scheduler.scale_model_input(latents, timestep).to(self.unet.dtype)
-        return self.unet(model_input, timestep, class_labels=class_labels, return_dict=False)[0].float()
+        given = {"class_labels": class_labels, "conditions": conditions}
+        given = {name: condition for name, condition in given.items() if condition is not None}
+
+        def ask(**given: torch.Tensor | None) -> torch.Tensor:
+            return self.unet(model_input, timestep, **given, return_dict=False)[0].float()
+
+        if self.guider is not None:
+            return guide(self.guider, self.unet, ask, given)
+        prediction = ask(**given)
+        if not given or self.guidance_scale == 1:
+            return prediction
+        return torch.lerp(ask(), prediction, self.guidance_scale)  # beyond 1 away from the prediction without them
 
     @torch.no_grad()
     def __call__(
@@ -141,13 +192,17 @@ class BYOCPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[["BYOCPipeline", int, int, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
+        conditions: Mapping[str, Any] | None = None,
+        guidance_scale: float | None = None,
     ) -> BYOCPipelineOutput | tuple:
         """Generate cells.
 
         Args:
-            num_samples: how many; `None` makes as many as there are `class_labels`, `latents` or generators, or one.
+            num_samples: how many; `None` makes as many as there are `class_labels`, `latents`, generators or
+                `conditions`, or one.
             class_labels: the class (drug) of every cell, or a list with one for each: an index, or a name in the
-                pipeline's `label2id`. Required exactly if the model was trained with classes.
+                pipeline's `label2id`; or (num_samples, number of classes) weights, a mixture of drugs. Required of a
+                model with classes that was trained without leaving them out.
             num_inference_steps: denoising steps; `None` takes the pipeline's `default_num_inference_steps`.
             num_texture_steps: steps of the texture; `None` takes the pipeline's `default_num_texture_steps`, 0 leaves
                 the cells as decoded.
@@ -158,28 +213,38 @@ class BYOCPipeline(DiffusionPipeline):
             callback_on_step_end: called as `callback(pipeline, step, timestep, tensors)` after each step; what it
                 returns replaces the tensors.
             callback_on_step_end_tensor_inputs: names of the tensors it gets, among `_callback_tensor_inputs`.
+            conditions: name -> value of each number that the model was trained on, in its own unit
+                (``{"dose_um": 2.5}``), for all cells or for each. Values beyond those of the training are allowed;
+                the output says so. Required like `class_labels`.
+            guidance_scale: how far the prediction moves away from the one without class and conditions: 1 not at all,
+                more makes what is typical of them stronger and cells more alike. Of models trained with a
+                `conditioning_dropout_prob`; `None` takes the pipeline's `default_guidance_scale`.
 
         Returns:
-            `volumes` (num_samples, M, D, H, W) in [0, 1], M as in the autoencoder's `channel_names`.
+            `volumes` (num_samples, M, D, H, W) in [0, 1], M as in the autoencoder's `channel_names`; `extrapolated`.
 
         Raises:
             ValueError: for arguments that fit neither each other nor the model.
         """
         # 1. check
-        if hasattr(class_labels, "tolist"):  # a tensor or an array
-            class_labels = class_labels.tolist()
-        if isinstance(class_labels, (list, tuple)):
-            class_labels = list(_flat(class_labels))
+        class_labels = read_class_labels(class_labels)
         if num_samples is None:
-            lists = (x for x in (class_labels, latents, generator) if isinstance(x, (list, torch.Tensor)))
-            num_samples = len(next(lists, [None]))
+            lists = [x for x in (class_labels, latents, generator) if isinstance(x, (list, torch.Tensor))]
+            if conditions is not None and self.config.conditions:
+                lists += read_conditions(self.config.conditions, conditions).values()
+            num_samples = max(map(len, lists), default=1)
         callback_on_step_end_tensor_inputs = callback_on_step_end_tensor_inputs or ["latents"]
         steps = self.config.default_num_inference_steps if num_inference_steps is None else num_inference_steps
         texture_steps = self.config.default_num_texture_steps if num_texture_steps is None else num_texture_steps
         self.check_inputs(num_samples, steps, output_type, callback_on_step_end_tensor_inputs, texture_steps)
         schedulers.check_scheduler(self.scheduler, self.config.prediction_type, self.config.noise_schedule, steps)
+        if self.config.num_distilled_steps is not None:
+            schedulers.check_distilled(self.scheduler, self.config.num_distilled_steps, steps)
         device = self._execution_device
-        class_labels = self.prepare_class_labels(class_labels, num_samples, device)
+        given = {"class_labels": prepare_class_labels(self, class_labels, num_samples, device)}
+        given["conditions"], extrapolated = prepare_conditions(self, conditions, num_samples, device)
+        given = {name: condition for name, condition in given.items() if condition is not None}
+        self._guidance_scale = prepare_guidance_scale(self, guidance_scale, bool(given))
 
         # 2. noise, and the scheduler's steps
         self.scheduler.set_timesteps(steps, device=device)
@@ -192,7 +257,9 @@ class BYOCPipeline(DiffusionPipeline):
         # 3. denoise; the latents stay in float32, as some schedulers start near 20,000
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for step, timestep in enumerate(timesteps):
-                prediction = self.predict(latents, timestep, class_labels)
+                if self.guider is not None:
+                    self.guider.set_state(step, len(timesteps), timestep)
+                prediction = self.predict(latents, timestep, **given)
                 latents = self.scheduler.step(prediction, timestep, latents, **step_arguments, return_dict=False)[0]
                 if callback_on_step_end is not None:
                     tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
@@ -213,7 +280,7 @@ class BYOCPipeline(DiffusionPipeline):
             volumes = self.volume_processor.postprocess(volumes, output_type)
 
         self.maybe_free_model_hooks()
-        return BYOCPipelineOutput(volumes=volumes) if return_dict else (volumes,)
+        return BYOCPipelineOutput(volumes=volumes, extrapolated=extrapolated) if return_dict else (volumes,)
 
     @torch.no_grad()
     def reconstruct(
@@ -239,6 +306,62 @@ class BYOCPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return volumes
 
+    @torch.no_grad()
+    def interpolate(
+        self,
+        num_frames: int = 16,
+        class_labels: int | str | list[int | str] | None = None,
+        conditions: Mapping[str, Any] | None = None,
+        num_inference_steps: int | None = None,
+        num_texture_steps: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        guidance_scale: float | None = None,
+        output_type: str = "np",
+        return_dict: bool = True,
+        batch_size: int = 8,
+    ) -> BYOCPipelineOutput | tuple:
+        """Walk from one cell, drug or dose to another: spherical through the noise, linear through the conditions.
+
+        Whatever else is drawn (texture, the noise of ancestral schedulers) is the same for all frames.
+
+        Args:
+            num_frames: at least 2, both ends included.
+            class_labels: the class of all frames, or those of both ends; or (2, number of classes) weights of them.
+            conditions: name -> value for all frames, or ``[start, end]``; `None` for none.
+            num_inference_steps, num_texture_steps, output_type, return_dict: as in a call.
+            generator: a list of two, one for the noise of each end, between two cells; one, whose noise all frames
+                share: one cell under two drugs or doses. `None` draws another noise for each end.
+            latents: (2, M*n, d, h, w) noise of both ends, or (1, M*n, d, h, w) of all frames, instead.
+            guidance_scale: as in a call.
+            batch_size: frames at a time.
+
+        Returns:
+            `volumes` (num_frames, M, D, H, W) in [0, 1], in order; `extrapolated`.
+
+        Raises:
+            ValueError: for arguments that fit neither each other nor the model, or if both ends are the same.
+
+        Source: BYOC, Figure 1 (a continuous transformation between cells).
+        """
+        path = path_batches(self, num_frames, batch_size, class_labels, conditions, generator, latents)
+        outputs = [
+            self(
+                **arguments,
+                num_inference_steps=num_inference_steps,
+                num_texture_steps=num_texture_steps,
+                guidance_scale=guidance_scale,
+                output_type=output_type,
+            )
+            for arguments in path
+        ]
+        volumes = [output.volumes for output in outputs]
+        volumes = np.concatenate(volumes) if output_type == "np" else torch.cat(volumes)
+        extrapolated = None
+        if outputs[0].extrapolated is not None:
+            extrapolated = {name: sum((x.extrapolated[name] for x in outputs), []) for name in outputs[0].extrapolated}
+        return BYOCPipelineOutput(volumes=volumes, extrapolated=extrapolated) if return_dict else (volumes,)
+
     def _add_texture(self, decoded, num_texture_steps, generator) -> torch.Tensor:
         """Decoded volumes (B, M, D, H, W) with texture, if there is a network for it, in [-1, 1]."""
         if self.texture_unet is None or num_texture_steps == 0:
@@ -249,11 +372,11 @@ class BYOCPipeline(DiffusionPipeline):
         self, num_samples, num_inference_steps, output_type, callback_on_step_end_tensor_inputs, num_texture_steps=0
     ) -> None:
         """Raise `ValueError` for arguments outside their ranges."""
-        if _whole_number(num_samples) < 1:
+        if whole_number(num_samples) < 1:
             raise ValueError(f"Expected num_samples of at least 1, got {num_samples!r}. Ask for one or more cells.")
-        if _whole_number(num_inference_steps) < 1:
+        if whole_number(num_inference_steps) < 1:
             raise ValueError(f"Expected num_inference_steps of at least 1, got {num_inference_steps!r}. Raise it.")
-        if _whole_number(num_texture_steps) < 0:
+        if whole_number(num_texture_steps) < 0:
             raise ValueError(f"Expected num_texture_steps of at least 0, got {num_texture_steps!r}. Raise it.")
         if output_type not in ("np", "pt", "latent"):
             raise ValueError(f"Expected output_type 'np', 'pt' or 'latent', got {output_type!r}. Choose one.")
@@ -280,46 +403,3 @@ class BYOCPipeline(DiffusionPipeline):
                 f"{tuple(latents.shape)}. Change num_samples or draw latents of that shape."
             )
         return latents.to(device, torch.float32) * self.scheduler.init_noise_sigma
-
-    def prepare_class_labels(self, class_labels, num_samples, device) -> torch.Tensor | None:
-        """Indices (num_samples,) of the classes, int64, or None for a model without classes."""
-        num_classes = self.unet.config.num_class_embeds
-        if (class_labels is None) != (num_classes is None):
-            wanted = (
-                "no class_labels" if num_classes is None else f"class_labels (this model has {num_classes} classes)"
-            )
-            raise ValueError(f"Expected {wanted}, got {class_labels!r}. Known names: {self._class_names()}.")
-        if class_labels is None:
-            return None
-        labels = class_labels if isinstance(class_labels, list) else [class_labels] * num_samples
-        if len(labels) != num_samples:
-            raise ValueError(
-                f"Expected one class label, or one per sample ({num_samples}), got {len(labels)}. Match their number."
-            )
-        indices = [self._class_index(label, num_classes) for label in labels]
-        return torch.tensor(indices, device=device)
-
-    def _class_index(self, label: int | str, num_classes: int) -> int:
-        index = (self.config.label2id or {}).get(label, -1) if isinstance(label, str) else _whole_number(label)
-        if not 0 <= index < num_classes:
-            raise ValueError(
-                f"Expected a class label in [0, {num_classes}) or one of {self._class_names()}, got {label!r}. "
-                "Choose one of these."
-            )
-        return index
-
-    def _class_names(self) -> list[str]:
-        return sorted(self.config.label2id or {})
-
-
-def _flat(labels):
-    for label in labels:
-        yield from _flat(label) if isinstance(label, (list, tuple)) else (label,)
-
-
-def _whole_number(value) -> int:
-    """An integer of any library as Python's; -1 for what is none."""
-    try:
-        return operator.index(value)
-    except TypeError:
-        return -1

@@ -135,5 +135,35 @@ def check_scheduler(scheduler, prediction_type: str, trained_noise_schedule: dic
         )
 
 
+def check_distilled(scheduler, num_distilled_steps: int, num_inference_steps: int) -> None:
+    """Refuse what a U-Net that was distilled to few steps was not distilled for.
+
+    Args:
+        scheduler: that `check_scheduler` has accepted.
+        num_distilled_steps: of the U-Net, a divisor of the scheduler's timesteps.
+        num_inference_steps: of the call.
+
+    Raises:
+        ValueError: naming what was asked for, and what works.
+    """
+    name, wanted = type(scheduler).__name__, {"timestep_spacing": "trailing", "set_alpha_to_one": True}
+    if name != "DDIMScheduler":
+        raise ValueError(
+            f"Expected DDIMScheduler, whose {num_distilled_steps} steps the unet was distilled to, got {name}. Make it"
+            f" with DDIMScheduler.from_config(pipe.scheduler.config, {_listed(wanted)})."
+        )
+    if any(scheduler.config[key] != value for key, value in wanted.items()):
+        raise ValueError(
+            f"Expected a scheduler with {_listed(wanted)} (whose steps the unet was distilled to), got {name} with "
+            f"{_listed({key: scheduler.config[key] for key in wanted})}. Make it with "
+            f"{name}.from_config(pipe.scheduler.config, {_listed(wanted)})."
+        )
+    if num_inference_steps != num_distilled_steps:
+        raise ValueError(
+            f"Expected {num_distilled_steps} num_inference_steps, as the unet was distilled to, got"
+            f" {num_inference_steps}. Leave them out, or load a pipeline of that many steps."
+        )
+
+
 def _listed(settings: dict) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in sorted(settings.items()))

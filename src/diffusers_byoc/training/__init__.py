@@ -8,6 +8,7 @@ from .losses import (
     adversarial_surrogate,
     diffusion_loss,
     discriminator_loss,
+    drop_conditions,
     min_snr_weights,
     reconstruction_loss,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "cache_latents",
     "diffusion_loss",
     "discriminator_loss",
+    "drop_conditions",
     "encode_batches",
     "fair_num_threads",
     "fastest_precision",

@@ -1,6 +1,7 @@
 """The batches that a stage is fed with: each a function of its number, shared out among the processes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -10,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from ..data import Cells, augment_cells, draw_augmentation
 from ..data.sets.batches import StepBatches
 from ..models import MultiCodebookVQModel
+from ..pipelines.conditions import standardize_conditions
 from ..randomness import process_share, step_generator
 from .interruptions import ignore_termination
 from .latents import CachedLatents
@@ -39,7 +41,8 @@ def latent_batches(
     vqvae: MultiCodebookVQModel,
     latents: CachedLatents | None,
     first_step: int,
-) -> Iterator[tuple[Tensor, Tensor]]:
+    conditions: Sequence[Mapping[str, Any]] | None = None,
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
     """What this process has left to see of a stage that trains on latents.
 
     Args:
@@ -49,19 +52,34 @@ def latent_batches(
         vqvae: trained, on the device.
         latents: those of all `cells`, once or several times; None to encode augmented batches.
         first_step: steps made before.
+        conditions: of the pipeline; None for a U-Net that takes none.
 
     Yields:
-        Normalised latents (B, M*n, d, h, w) and class labels (B,).
+        Normalised latents (B, M*n, d, h, w), class labels (B,), and conditions (B, P) as the U-Net takes them, or
+        None.
     """
+
+    def vectors(values: Mapping[str, Tensor]) -> Tensor | None:
+        if not conditions:
+            return None
+        numbers = {name: value.numpy() for name, value in values.items()}
+        return standardize_conditions(conditions, numbers).to(accelerator.device)
+
     if latents is None:
         loader = remaining_batches(cells, settings, first_step)
         for micro_step, batch in enumerate(loader, first_step * settings.gradient_accumulation_steps):
             volumes = augment(batch["volumes"].to(accelerator.device), settings, micro_step)
             with torch.no_grad(), accelerator.autocast():
                 clean = vqvae.encode(volumes).latents.float()
-            yield vqvae.normalize_latents(clean), batch["class_labels"].to(accelerator.device)
+            yield (
+                vqvae.normalize_latents(clean),
+                batch["class_labels"].to(accelerator.device),
+                vectors(batch.get("conditions", {})),
+            )
     else:
-        labels = torch.tensor(cells.labels).repeat(len(latents) // len(cells))
+        labels, num_copies = torch.tensor(cells.labels), len(latents) // len(cells)
+        labels = labels.repeat(num_copies)
+        values = {name: torch.from_numpy(x).repeat(num_copies, 1) for name, x in cells.conditions.items()}
         state, accumulation = PartialState(), settings.gradient_accumulation_steps
         batches = StepBatches(
             len(latents),
@@ -74,7 +92,8 @@ def latent_batches(
         )
         for indices in batches:
             clean = latents[indices].to(accelerator.device)
-            yield vqvae.normalize_latents(clean), labels[indices].to(accelerator.device)
+            given = vectors({name: value[indices] for name, value in values.items()})
+            yield vqvae.normalize_latents(clean), labels[indices].to(accelerator.device), given
 
 
 def augment(volumes: Tensor, settings: StageSettings, micro_step: int) -> Tensor:

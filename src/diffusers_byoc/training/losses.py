@@ -82,6 +82,7 @@ def diffusion_loss(
     class_labels: Tensor | None = None,
     loss_type: str = "l1",
     snr_gamma: float | None = None,
+    conditions: Tensor | None = None,
 ) -> Tensor:
     """Error of the predicted noise (or v, or sample, by the scheduler's `prediction_type`), a scalar.
 
@@ -91,9 +92,10 @@ def diffusion_loss(
         latents: (B, M*n, d, h, w) normalised.
         noise: (B, M*n, d, h, w) standard normal.
         timesteps: (B,) int64.
-        class_labels: (B,) int64, or None.
+        class_labels: of the U-Net: (B,) int64, or weights of the classes, or None.
         loss_type: "l1" (Table 3) or "l2".
         snr_gamma: weigh every cell by `min_snr_weights` of its timestep; None weighs all alike.
+        conditions: of the U-Net, (B, P), or None.
 
     Raises:
         ValueError: for another `loss_type` or `prediction_type`.
@@ -101,7 +103,9 @@ def diffusion_loss(
     Source: BYOC, eq. 9 and 13, Table 3.
     """
     noisy_latents = scheduler.add_noise(latents, noise, timesteps)
-    prediction = unet(noisy_latents, timesteps, class_labels=class_labels, return_dict=False)[0].float()
+    given = {"class_labels": class_labels, "conditions": conditions}
+    given = {name: condition for name, condition in given.items() if condition is not None}
+    prediction = unet(noisy_latents, timesteps, **given, return_dict=False)[0].float()
     prediction_type = scheduler.config.prediction_type
     if prediction_type == "epsilon":
         target = noise
@@ -140,6 +144,36 @@ def flow_matching_loss(
     noisy = (1 - share) * texture + share * noise
     velocity = texture_unet(noisy, 1000 * times, reconstruction, return_dict=False)[0]
     return F.mse_loss(velocity.float(), noise - texture)
+
+
+def drop_conditions(
+    class_labels: Tensor | None, conditions: Tensor | None, num_classes: int | None, chances: Tensor, share: float
+) -> tuple[Tensor | None, Tensor | None]:
+    """Leave a share of a batch without conditions, as classifier-free guidance needs it (Ho & Salimans 2022).
+
+    With both kinds, so many samples lack both, and as many again each of the two alone, so that either may be left
+    out when sampling.
+
+    Args:
+        class_labels: (B,) int64, or None.
+        conditions: (B, P), or None.
+        num_classes: how many; None without.
+        chances: (B,) uniform in [0, 1).
+        share: `conditioning_dropout_prob` of the U-Net.
+
+    Returns:
+        (B, num_classes) weights of the classes, 0 where dropped, and conditions with NaN where dropped; None for None.
+    """
+    has_both = class_labels is not None and conditions is not None
+    if class_labels is not None:
+        is_kept = chances >= (2 * share if has_both else share)
+        class_labels = F.one_hot(class_labels, num_classes) * is_kept[:, None].float()
+    if conditions is not None:
+        is_dropped = chances < share
+        if has_both:
+            is_dropped |= (2 * share <= chances) & (chances < 3 * share)
+        conditions = conditions.masked_fill(is_dropped[:, None], torch.nan)
+    return class_labels, conditions
 
 
 def min_snr_weights(snr: Tensor, prediction_type: str, gamma: float) -> Tensor:

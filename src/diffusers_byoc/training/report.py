@@ -40,8 +40,15 @@ def write_report(
     class_labels, arguments = None, {"generator": torch.Generator().manual_seed(seed)}
     is_ours = isinstance(pipeline, BYOCPipeline)
     if is_ours and pipeline.unet.config.num_class_embeds is not None:
-        class_labels = [index % len(cells.class_names) for index in range(num_samples)]
+        present = sorted(set(cells.labels))
+        class_labels = [present[index % len(present)] for index in range(num_samples)]
         arguments["class_labels"] = class_labels
+    if is_ours and pipeline.config.conditions:  # those of the cells beside them
+        labels = class_labels or [None] * num_samples
+        rows = [_nth_cell(cells, index // len(set(labels)), label) for index, label in enumerate(labels)]
+        arguments["conditions"] = {
+            condition["name"]: cells.conditions[condition["name"]][rows] for condition in pipeline.config.conditions
+        }
     generated = pipeline(num_samples, **arguments).volumes
 
     batch = next(iter(DataLoader(cells, batch_size=min(64, len(cells)))))
@@ -106,6 +113,12 @@ def write_report(
     ]
     (output_dir / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"Wrote {output_dir / 'report.md'}, {output_dir / 'cells.png'} and {len(generated)} volumes.")
+
+
+def _nth_cell(cells: Cells, number: int, label: int | None) -> int:
+    """Index of a cell of a label (None: of any), counted within the label, again from the first after the last."""
+    own = [index for index, known in enumerate(cells.labels) if label in (None, known)]
+    return own[number % len(own)]
 
 
 def _row(name: str, measured: list[CellMorphology]) -> str:

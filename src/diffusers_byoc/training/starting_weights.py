@@ -17,7 +17,7 @@ def take_unet_weights(
     network without classes begins as the mean of those it will see: of one class, exactly as that class.
 
     Args:
-        unet: of the same configuration, but for `num_class_embeds`.
+        unet: of the same configuration, but for its conditions. Vectors that `trained` does not take begin as nothing.
         trained: the weights.
         label2id: the classes of `trained`, by name; None where it has none, or they have no names.
         class_names: of the cells that `unet` will be trained on.
@@ -31,4 +31,9 @@ def take_unet_weights(
         weights["time_embedding.linear_2.bias"] = bias + embeddings.mean(0)  # where the embedding would be added
     else:
         weights["class_embedding.weight"] = embeddings
+    length = unet.config.projection_class_embeddings_input_dim
+    if length is None or length != trained.config.projection_class_embeddings_input_dim:
+        weights = {name: weight for name, weight in weights.items() if not name.startswith("condition_embedding.")}
+        own = {} if length is None else unet.condition_embedding.state_dict(prefix="condition_embedding.")
+        weights |= own
     unet.load_state_dict(weights)

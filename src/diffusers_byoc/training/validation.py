@@ -67,6 +67,7 @@ def validate_diffusion(
     seed: int,
     loss_type: str = "l1",
     snr_gamma: float | None = None,
+    conditions: Tensor | None = None,
 ) -> dict[str, float]:
     """`validation/diffusion`: the training loss of every cell at four timesteps, evenly apart.
 
@@ -80,6 +81,7 @@ def validate_diffusion(
         seed: of the noise.
         loss_type: see `diffusion_loss`.
         snr_gamma: see `diffusion_loss`.
+        conditions: (N, P) of the same cells, as the U-Net takes them; None for a model without.
     """
     was_training = unet.training
     unet.eval()
@@ -93,8 +95,11 @@ def validate_diffusion(
         labels = None
         if class_labels is not None:
             labels = torch.full((_NUM_TIMESTEPS,), class_labels[row], device=accelerator.device)
+        vectors = None
+        if conditions is not None:
+            vectors = conditions[row].to(accelerator.device).expand(_NUM_TIMESTEPS, -1)
         with accelerator.autocast():
-            loss = diffusion_loss(unet, scheduler, clean, noise, timesteps, labels, loss_type, snr_gamma)
+            loss = diffusion_loss(unet, scheduler, clean, noise, timesteps, labels, loss_type, snr_gamma, vectors)
         total += torch.stack([loss, torch.ones_like(loss)])
     unet.train(was_training)
     return {"validation/diffusion": _mean(accelerator, total)}

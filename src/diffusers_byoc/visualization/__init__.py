@@ -6,6 +6,7 @@ writes a 3D model.
 
 from .canvas import CHANNEL_COLORS, composite_channels, write_png
 from .charts import SERIES_COLORS, degradation_curves, feature_distributions, metric_bars
+from .films import frame_strip, write_film
 from .galleries import depth_planes, sample_library
 from .meshes import surface_meshes, write_glb
 from .slices import PLANE_COLORS, compare_pairs, compare_volumes, orthogonal_slices
@@ -22,6 +23,7 @@ __all__ = [
     "degradation_curves",
     "depth_planes",
     "feature_distributions",
+    "frame_strip",
     "metric_bars",
     "orthogonal_slices",
     "render_surfaces",
@@ -29,6 +31,7 @@ __all__ = [
     "surface_library",
     "surface_meshes",
     "surface_views",
+    "write_film",
     "write_glb",
     "write_png",
 ]

@@ -397,3 +397,19 @@ for reader in (StreamedCells, CellTable):
     streamed, error, whole, other_error = (json.loads(line) for line in printed.splitlines())
     assert streamed == whole and streamed[:2] == [11, ["b"]]
     assert "got org/nothing, which is none" in error and "got org/nothing, which is none" in other_error
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_cells_in_other_classes(shards, reader):
+    cells = reader(str(shards), PROCESSOR)
+    names = ["new", *reversed(cells.class_names)]
+    indices = [names.index(name) for name in cells.class_names]
+    same = cells.with_classes(names, indices)
+    assert [names[label] for label in same.labels] == [cells.class_names[label] for label in cells.labels]
+    assert same.ids == cells.ids and 0 not in same.labels
+    (item,), (before,) = (
+        part.indexable(1, seed=0)[:1] if reader is StreamedCells else [part[0]] for part in (same, cells)
+    )
+    assert names[int(item["class_labels"])] == cells.class_names[int(before["class_labels"])]
+    part = cells.subset(cells.ids[:2]).with_classes(names, [0] * len(cells.class_names))
+    assert part.labels == [0, 0] and len(part) == 2

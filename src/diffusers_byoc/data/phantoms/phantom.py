@@ -7,7 +7,7 @@ import numpy as np
 
 from .image import CAMERA_OFFSET, draw_densities, photograph
 from .measurement import PhantomTruth, measure
-from .shape import MARGIN_VOXELS, RECIPES, distances, draw_geometry, fit
+from .shape import MARGIN_VOXELS, RECIPES, distances, draw_geometry, fit, recipe_at
 
 
 PHENOTYPES = tuple(RECIPES)
@@ -28,6 +28,7 @@ class Phantom:
         seed: the seed it was made from.
         voxel_size_um: edge of its cubic voxels.
         truth: what the masks measure.
+        dose: it was made with, µM; None for the full effect.
     """
 
     volume: np.ndarray
@@ -36,13 +37,16 @@ class Phantom:
     seed: int
     voxel_size_um: float
     truth: PhantomTruth
+    dose: float | None = None
 
 
-def _check(phenotype: str, seed: int, max_size: int, voxel_size_um: float) -> None:
+def _check(phenotype: str, seed: int, max_size: int, voxel_size_um: float, dose: float | None) -> None:
     if phenotype not in RECIPES:
         raise ValueError(f"Expected `phenotype` {', '.join(PHENOTYPES)}, got {phenotype!r}. Choose one.")
     if seed < 0:
         raise ValueError(f"Expected `seed` of at least 0, got {seed}. Number the cells of a set from 0.")
+    if dose is not None and not 0 <= dose < math.inf:
+        raise ValueError(f"Expected `dose` of at least 0 µM, got {dose}. Correct it, or leave it out.")
     if max_size < MIN_SIZE:
         raise ValueError(f"Expected `max_size` of at least {MIN_SIZE} voxels, got {max_size}. Raise it.")
     if not 0 < voxel_size_um <= MAX_VOXEL_SIZE_UM:
@@ -59,7 +63,13 @@ def _check(phenotype: str, seed: int, max_size: int, voxel_size_um: float) -> No
 
 
 def make_phantom(
-    phenotype: str, seed: int, *, max_size: int = 64, voxel_size_um: float = 1.0, mask_background: bool = True
+    phenotype: str,
+    seed: int,
+    *,
+    max_size: int = 64,
+    voxel_size_um: float = 1.0,
+    mask_background: bool = True,
+    dose: float | None = None,
 ) -> Phantom:
     """One phantom cell, the same for the same arguments.
 
@@ -77,20 +87,26 @@ def make_phantom(
         mask_background: True, as data sets of segmented single cells come: the camera's offset is subtracted and
             voxels further than 1.5 voxels outside the cell are 0. False keeps the raw counts, offset and background
             included.
+        dose: of the drug, µM, at least 0; None for its full effect. Of the share h = dose / (dose + `EC50_UM`) of the
+            effect (Hill's law), every number and range of the recipe is (1 - h) times that of an untreated cell plus h
+            times that of the phenotype, and each protrusion exists with probability h. So the median of the body's
+            volume is linear in h, and so is the mean number of protrusions. An untreated cell (dose 0) is the same
+            for all phenotypes; the same seed at another dose is the same cell under another dose, but for its
+            protrusions.
 
     Returns:
         The phantom: (2, d, h, w) uint16 volume with d, h, w <= max_size, true masks and true measurements. Cell and
         nucleus are one connected piece each, the nucleus inside the cell at 0.15 to 0.45 of its volume.
 
     Raises:
-        ValueError: if the phenotype is unknown, the seed negative, or the sizes leave no room for a cell.
+        ValueError: if the phenotype is unknown, the seed or the dose negative, or the sizes leave no room for a cell.
     """
-    _check(phenotype, seed, max_size, voxel_size_um)
+    _check(phenotype, seed, max_size, voxel_size_um, dose)
     streams = np.random.SeedSequence([PHENOTYPES.index(phenotype), seed]).spawn(3)
     shape_rng, texture_rng, camera_rng = (np.random.default_rng(stream) for stream in streams)
 
     # 1. shape, and the crop around it
-    geometry = fit(draw_geometry(RECIPES[phenotype], shape_rng), max_size, voxel_size_um)
+    geometry = fit(draw_geometry(recipe_at(phenotype, dose), shape_rng), max_size, voxel_size_um)
     low, high = geometry.bounds()
     sizes = np.ceil((high - low) / voxel_size_um).astype(int) + 2 * MARGIN_VOXELS
     grid = [
@@ -108,4 +124,4 @@ def make_phantom(
     volume = np.clip(counts, 0, np.iinfo(np.uint16).max).astype(np.uint16)
 
     truth = measure(masks, voxel_size_um, geometry.num_protrusions)
-    return Phantom(volume, masks, phenotype, seed, voxel_size_um, truth)
+    return Phantom(volume, masks, phenotype, seed, voxel_size_um, truth, dose)

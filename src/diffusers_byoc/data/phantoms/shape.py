@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -27,6 +27,7 @@ class Recipe:
     root_radius: tuple[float, float]  # µm, of a protrusion
     tip_radius: tuple[float, float]  # µm
     branch_probability: float
+    protrusion_probability: float = 1.0  # of each one that would be there
 
 
 RECIPES = {
@@ -82,6 +83,44 @@ RECIPES = {
         branch_probability=0.0,
     ),
 }
+
+#: What a cell is drawn from that no drug has reached. Its protrusions would be the drug's; it has none of them.
+UNTREATED = Recipe(
+    body_volume_um3=6000.0,
+    middle_axis=(0.78, 0.92),
+    short_axis=(0.60, 0.74),
+    irregularity=(0.08, 0.16),
+    bend=0.05,
+    nucleus_fraction=(0.26, 0.36),
+    nucleus_axes=(0.84, 0.72),
+    tilt_degrees=15.0,
+    roll_degrees=25.0,
+    num_polar=(0, 0),
+    num_lateral=(0, 0),
+    protrusion_length=(0.0, 0.0),
+    root_radius=(0.0, 0.0),
+    tip_radius=(0.0, 0.0),
+    branch_probability=0.0,
+    protrusion_probability=0.0,
+)
+EC50_UM = 2.0  # dose of half the effect, µM
+_OF_PROTRUSIONS = ("num_polar", "num_lateral", "protrusion_length", "root_radius", "tip_radius", "branch_probability")
+
+
+def recipe_at(phenotype: str, dose: float | None) -> Recipe:
+    """The recipe of a phenotype at a dose in µM: between `UNTREATED` and its own, as `make_phantom` says."""
+    full = RECIPES[phenotype]
+    if dose is None:
+        return full
+    effect = dose / (dose + EC50_UM)
+    mixed = {}
+    for field in fields(Recipe):
+        if field.name not in _OF_PROTRUSIONS:
+            none, all_of_it = (np.array(getattr(recipe, field.name)) for recipe in (UNTREATED, full))
+            value = ((1 - effect) * none + effect * all_of_it).tolist()
+            mixed[field.name] = tuple(value) if isinstance(value, list) else value
+    return replace(full, **mixed)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # geometry
@@ -278,6 +317,8 @@ def _draw_tube(
 def _draw_tubes(recipe: Recipe, body: _Star, rng: np.random.Generator) -> tuple[tuple[_Tube, ...], int]:
     num_polar = int(rng.integers(recipe.num_polar[0], recipe.num_polar[1] + 1))
     num_lateral = int(rng.integers(recipe.num_lateral[0], recipe.num_lateral[1] + 1))
+    if recipe.protrusion_probability < 1:  # whose numbers a cell of the full effect does not draw
+        num_polar, num_lateral = rng.binomial((num_polar, num_lateral), recipe.protrusion_probability).tolist()
     first_pole = rng.choice([-1.0, 1.0])
     headings = [
         np.array([first_pole * (-1) ** i, *rng.normal(0.0, 0.15 if i < 2 else 0.5, 2)]) for i in range(num_polar)

@@ -28,6 +28,7 @@ class Cells(Protocol):
         class_names: names of the classes; a class label is an index into it.
         labels: class label of every cell.
         ids: what tells the cells apart, see `Population`.
+        conditions: name -> (N, length) numbers of every cell, see `Population`.
         voxel_size_um: (z, y, x) edge of a voxel of the preprocessed cells in µm where all agree, otherwise None.
         is_indexable: cells can be read in any order, ``cells[index]``; otherwise they can be iterated over.
         is_phantom: they are drawn by a formula, not seen through a microscope.
@@ -38,6 +39,7 @@ class Cells(Protocol):
     class_names: list[str]
     labels: list[int]
     ids: list[str]
+    conditions: dict[str, np.ndarray]
     voxel_size_um: tuple[float, float, float] | None
     is_indexable: bool
     is_phantom: bool
@@ -46,6 +48,9 @@ class Cells(Protocol):
 
     def subset(self, ids: Iterable[str]) -> "Cells":
         """The cells among `ids`; classes are shared. Other ids are ignored."""
+
+    def with_classes(self, class_names: Sequence[str], indices: Sequence[int]) -> "Cells":
+        """The same cells in other classes: those of class i, as it was, in class ``indices[i]`` of `class_names`."""
 
     def loader(
         self,
@@ -78,7 +83,8 @@ class Cells(Protocol):
 class CellDataset(Dataset):
     """`Cells` that can be read in any order; `CellFolder`, `CellTable` and `PhantomCells` say where they come from.
 
-    An item is ``{"volumes": (M, S, S, S) float32 in [-1, 1], "class_labels": () int64}``.
+    An item is ``{"volumes": (M, S, S, S) float32 in [-1, 1], "class_labels": () int64}``, and of cells with conditions
+    also ``"conditions": name -> (length,) float64``.
 
     A subclass may call `_prepare` at the end of its constructor: it reads and preprocesses every cell once, so that a
     bad one is found before training and not hours into it, and keeps as many of them in memory as `cache_gb` allows.
@@ -93,7 +99,8 @@ class CellDataset(Dataset):
         class_names: all classes, where the source has classes without cells; None for those of the cells kept.
 
     Attributes:
-        processor, population, class_names, labels, ids, voxel_size_um, is_indexable, is_phantom: see `Cells`.
+        processor, population, class_names, labels, ids, conditions, voxel_size_um, is_indexable, is_phantom: see
+            `Cells`.
     """
 
     is_indexable, is_phantom = True, False
@@ -117,6 +124,10 @@ class CellDataset(Dataset):
     def ids(self) -> list[str]:
         return [self.population.ids[row] for row in self._rows]
 
+    @property
+    def conditions(self) -> dict[str, np.ndarray]:
+        return {name: values[self._rows] for name, values in self.population.conditions.items()}
+
     def subset(self, ids: Iterable[str]) -> "CellDataset":
         """The cells among `ids`, in this data set's order; classes and memory are shared. Other ids are ignored."""
         wanted = set(ids)
@@ -125,6 +136,12 @@ class CellDataset(Dataset):
         subset._rows = [self._rows[index] for index in kept]
         subset.labels = [self.labels[index] for index in kept]
         return subset
+
+    def with_classes(self, class_names: Sequence[str], indices: Sequence[int]) -> "CellDataset":
+        """See `Cells.with_classes`; memory is shared."""
+        same = copy.copy(self)
+        same.class_names, same.labels = list(class_names), [indices[label] for label in self.labels]
+        return same
 
     def loader(
         self,
@@ -155,7 +172,9 @@ class CellDataset(Dataset):
             volume = self._cache[row].clone()
         else:
             volume = self._preprocess(self._read(row), row)[0]
-        return {"volumes": volume, "class_labels": torch.tensor(self.labels[index])}
+        return {"volumes": volume, "class_labels": torch.tensor(self.labels[index])} | conditions_item(
+            self.population, row
+        )
 
     def _read(self, row: int) -> Volume:
         """The raw crop of one cell of the population."""
@@ -183,6 +202,12 @@ class CellDataset(Dataset):
                 cache[index] = preprocessed
         self._cache = dict(zip(self._rows, cache, strict=False))
         self.voxel_size_um = voxel_sizes.pop() if len(voxel_sizes) == 1 else None
+
+
+def conditions_item(population: Population, row: int) -> dict[str, dict[str, Tensor]]:
+    """What a cell's conditions add to its item: nothing, where it has none."""
+    conditions = {name: torch.from_numpy(values[row]) for name, values in population.conditions.items()}
+    return {"conditions": conditions} if conditions else {}
 
 
 def preprocess(volume: Volume, processor: VolumeProcessor, where: str) -> tuple[Tensor, PreprocessingRecord]:

@@ -10,6 +10,7 @@ from ..formats.volume import Volume
 from ..processor import VolumeProcessor
 from .cells import ONLY_CLASS, CellDataset
 from .splits import Population
+from .table import condition_values
 
 
 METADATA_NAME = "metadata.csv"
@@ -19,7 +20,8 @@ class CellFolder(CellDataset):
     """A folder of volume files, one cell each.
 
     With a ``metadata.csv`` (the convention of 🤗 Datasets) its rows are the cells: column `file_name`, relative to the
-    folder, and optionally a label and the group that a split keeps together; other columns are ignored. Without one,
+    folder, and optionally a label, the group that a split keeps together, and conditions; other columns are ignored.
+    Without one,
     every ``.tif``, ``.tiff``, ``.npy`` and ``.npz`` file below the folder is a cell, labelled by the sub-folder it
     lies in, or not at all.
 
@@ -30,6 +32,7 @@ class CellFolder(CellDataset):
         cache_gb: memory for preprocessed cells, in 10⁹ bytes; at 64³ and two channels a cell takes 2.1 MB.
         label_column: column of the labels; None for `label`, if there is one.
         group_column: column of the groups; None for `source`, if there is one. Without it every cell is a group.
+        condition_columns: columns of the cells' `conditions`, of numbers.
 
     Attributes:
         paths: file of every cell.
@@ -48,17 +51,15 @@ class CellFolder(CellDataset):
         cache_gb: float = 1.0,
         label_column: str | None = None,
         group_column: str | None = None,
+        condition_columns: Sequence[str] = (),
     ):
         self.root = Path(root)
         if not self.root.is_dir():
             raise FileNotFoundError(f"Expected a folder of cells, got {root}, which does not exist. Check the path.")
         if (self.root / METADATA_NAME).is_file():
-            population = _cells_of_metadata(self.root, label_column, group_column)
-        elif label_column or group_column:
-            raise ValueError(
-                f"Expected {METADATA_NAME} with the column {label_column or group_column} in {root}, got none. Write"
-                " it."
-            )
+            population = _cells_of_metadata(self.root, label_column, group_column, condition_columns)
+        elif columns := [*filter(None, (label_column, group_column)), *condition_columns]:
+            raise ValueError(f"Expected {METADATA_NAME} with the column {columns[0]} in {root}, got none. Write it.")
         else:
             population = _cells_of_folder(self.root)
         super().__init__(processor, population, label, str(root))
@@ -107,9 +108,11 @@ def _cells_of_folder(root: Path) -> Population:
     return Population(ids, tuple(part[0] if len(part) > 1 else ONLY_CLASS for part in parts), groups=ids)
 
 
-def _cells_of_metadata(root: Path, label_column: str | None, group_column: str | None) -> Population:
+def _cells_of_metadata(
+    root: Path, label_column: str | None, group_column: str | None, condition_columns: Sequence[str]
+) -> Population:
     metadata_path = root / METADATA_NAME
-    rows = read_metadata(metadata_path, *filter(None, (label_column, group_column)))
+    rows = read_metadata(metadata_path, *filter(None, (label_column, group_column)), *condition_columns)
     columns = rows[0][1]
     label_column = label_column or ("label" if "label" in columns else None)
     group_column = group_column or ("source" if "source" in columns else None)
@@ -135,4 +138,11 @@ def _cells_of_metadata(root: Path, label_column: str | None, group_column: str |
         line_of[name] = line
         labels.append(row[label_column] if label_column else ONLY_CLASS)
         groups.append(row[group_column] if group_column else name)
-    return Population(tuple(Path(name).as_posix() for name in line_of), tuple(labels), tuple(groups))
+    lines = list(line_of.values())
+    conditions = {
+        column: condition_values(
+            column, (row[column] for _, row in rows), lambda row: f"{metadata_path}, line {lines[row]}"
+        )
+        for column in condition_columns
+    }
+    return Population(tuple(Path(name).as_posix() for name in line_of), tuple(labels), tuple(groups), conditions)

@@ -23,6 +23,8 @@ class PhantomCells(CellDataset):
         phenotypes: some of `PHENOTYPES`; None for all. They are the classes.
         seed: 0 or more; sets of different seeds have no cell in common.
         cache_gb: memory for preprocessed cells, in 10⁹ bytes; at 64³ and two channels a cell takes 2.1 MB.
+        doses: of `make_phantom`, which the cells of each phenotype have in turn, as the condition `dose_um`; None for
+            cells of the full effect, without a dose.
 
     Attributes:
         truths: `PhantomTruth` of every cell.
@@ -41,6 +43,7 @@ class PhantomCells(CellDataset):
         phenotypes: Sequence[str] | None = None,
         seed: int = 0,
         cache_gb: float = 1.0,
+        doses: Sequence[float] | None = None,
     ):
         phenotypes = PHENOTYPES if phenotypes is None else tuple(phenotypes)
         if num_cells < 1:
@@ -49,6 +52,8 @@ class PhantomCells(CellDataset):
             raise ValueError(f"Expected `phenotypes` among {', '.join(PHENOTYPES)}, got {phenotypes}. Choose some.")
         if seed < 0:
             raise ValueError(f"Expected `seed` of at least 0, got {seed}. Raise it.")
+        if doses is not None and not len(doses):
+            raise ValueError("Expected a dose or more as `doses`, got none. Give some, or None.")
         self._phantom_voxel_size_um = processor.voxel_size_um or (1.0,) * 3
         if len(set(self._phantom_voxel_size_um)) != 1:
             raise ValueError(
@@ -65,6 +70,11 @@ class PhantomCells(CellDataset):
             ids=tuple(f"phantom {row} of seed {seed}" for row in range(num_cells)),
             labels=tuple(phenotypes[row % len(phenotypes)] for row in range(num_cells)),
             groups=tuple(map(str, range(num_cells))),
+            conditions={}
+            if doses is None
+            else {
+                "dose_um": np.array([[doses[row // len(phenotypes) % len(doses)]] for row in range(num_cells)], float)
+            },
         )
         super().__init__(processor, population, None, "phantoms", sorted(set(phenotypes)))
         self._prepare(cache_gb, "Making phantoms")
@@ -83,6 +93,7 @@ class PhantomCells(CellDataset):
             seed=int(np.random.SeedSequence([self.seed, row]).generate_state(1, np.uint64)[0]),
             max_size=self.processor.config.sample_size,
             voxel_size_um=self._phantom_voxel_size_um[0],
+            dose=float(dose[row, 0]) if (dose := self.population.conditions.get("dose_um")) is not None else None,
         )
 
     def _read(self, row: int) -> Volume:

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,14 @@ class Population:
         ids: what tells the cells apart, the same wherever the data set lies: a file's name, a row's number.
         labels: names of their classes.
         groups: cells of one group (source image, plate, donor) are never separated by a split.
+        conditions: name -> (N, length) float64, numbers that a model can be trained on beside the label (a dose, a
+            time; an embedding, of more than one), in their own units.
     """
 
     ids: tuple[str, ...]
     labels: tuple[str, ...]
     groups: tuple[str, ...]
+    conditions: Mapping[str, np.ndarray] = field(default_factory=dict, compare=False)
 
     @property
     def fingerprint(self) -> str:

@@ -6,12 +6,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..formats.shards import find_shards, is_saved_dataset, open_shards
 from ..processor import VolumeProcessor
 from .batches import StreamBatches
-from .cells import keep_labels, preprocess
+from .cells import conditions_item, keep_labels, preprocess
 from .table import check_cells, open_saved_dataset, population_of
 
 
@@ -22,10 +23,12 @@ class StreamedCells(IterableDataset):
     `StreamBatches` is for training. Labels, groups and the like are read at construction, the volumes in passing.
 
     Args:
-        name, processor, label, config_name, volume_column, label_column, group_column: as for `CellTable`.
+        name, processor, label, config_name, volume_column, label_column, group_column, condition_columns: as for
+            `CellTable`.
 
     Attributes:
-        processor, population, class_names, labels, ids, voxel_size_um, is_indexable, is_phantom: see `Cells`.
+        processor, population, class_names, labels, ids, conditions, voxel_size_um, is_indexable, is_phantom: see
+            `Cells`.
 
     Raises:
         OSError: if there is no such data set, or the Hub cannot be reached.
@@ -44,13 +47,14 @@ class StreamedCells(IterableDataset):
         volume_column: str = "volume",
         label_column: str | None = None,
         group_column: str | None = None,
+        condition_columns: Sequence[str] = (),
     ):
         self.processor = processor
         if is_saved_dataset(name):
             self._shards = open_saved_dataset(name, volume_column)
         else:
             self._shards = open_shards(find_shards(name, config_name), volume_column)
-        self.population, class_names = population_of(self._shards, name, label_column, group_column)
+        self.population, class_names = population_of(self._shards, name, label_column, group_column, condition_columns)
         rows, names = keep_labels(self.population, label, name)
         self.class_names = sorted(set(names)) if label else class_names
         index_of = {name: index for index, name in enumerate(self.class_names)}
@@ -66,6 +70,10 @@ class StreamedCells(IterableDataset):
     def ids(self) -> list[str]:
         return [self.population.ids[row] for row in np.flatnonzero(self._class_of >= 0)]
 
+    @property
+    def conditions(self) -> dict[str, np.ndarray]:
+        return {name: values[self._class_of >= 0] for name, values in self.population.conditions.items()}
+
     def subset(self, ids: Iterable[str]) -> "StreamedCells":
         """The cells among `ids`; classes are shared. Other ids are ignored."""
         wanted = set(ids)
@@ -73,6 +81,13 @@ class StreamedCells(IterableDataset):
         subset = copy.copy(self)
         subset._class_of = np.where(is_wanted, self._class_of, -1).astype(np.int32)
         return subset
+
+    def with_classes(self, class_names: Sequence[str], indices: Sequence[int]) -> "StreamedCells":
+        """See `Cells.with_classes`."""
+        same = copy.copy(self)
+        same.class_names = list(class_names)
+        same._class_of = np.array([*indices, -1], np.int32)[self._class_of]  # -1, of no class, is the last
+        return same
 
     def loader(
         self,
@@ -94,7 +109,7 @@ class StreamedCells(IterableDataset):
     def indexable(self, num_cells: int, seed: int) -> list[dict[str, Tensor]]:
         """Up to `num_cells` random cells, in memory."""
         batches = StreamBatches(self, 1, 0, min(num_cells, len(self)), seed)
-        return [{name: value[0] for name, value in batch.items()} for batch in batches]
+        return [tree_map(lambda value: value[0], batch) for batch in batches]
 
     def __len__(self) -> int:
         return int((self._class_of >= 0).sum())
@@ -138,4 +153,5 @@ class StreamedCells(IterableDataset):
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         volume = preprocess(volume, self.processor, where)[0]
-        return {"volumes": volume, "class_labels": torch.tensor(int(self._class_of[row]))}
+        item = {"volumes": volume, "class_labels": torch.tensor(int(self._class_of[row]))}
+        return item | conditions_item(self.population, row)

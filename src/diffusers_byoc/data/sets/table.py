@@ -1,7 +1,7 @@
 """A table of cells, one row each, as a data set: Parquet or webdataset, from a folder or from the Hub."""
 
 import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -42,6 +42,7 @@ class CellTable(CellDataset):
         label_column: column of the classes; None for `label`, if there is one.
         group_column: column of the groups that a split keeps together; None for `source`, if there is one. Without it
             every cell is a group.
+        condition_columns: columns of the cells' `conditions`: of numbers, or of lists of numbers of one length.
 
     Raises:
         OSError: if there is no such data set, or the Hub cannot be reached.
@@ -58,9 +59,10 @@ class CellTable(CellDataset):
         volume_column: str = "volume",
         label_column: str | None = None,
         group_column: str | None = None,
+        condition_columns: Sequence[str] = (),
     ):
         self._table = _open_table(name, config_name, volume_column)
-        population, class_names = population_of(self._table, name, label_column, group_column)
+        population, class_names = population_of(self._table, name, label_column, group_column, condition_columns)
         super().__init__(processor, population, label, name, None if label else class_names)
         self.voxel_size_um = check_cells(self._table, processor, self._rows)
 
@@ -153,7 +155,7 @@ class ArrowTable:
 
 
 def population_of(
-    table, name: str, label_column: str | None, group_column: str | None
+    table, name: str, label_column: str | None, group_column: str | None, condition_columns: Sequence[str] = ()
 ) -> tuple[Population, list[str]]:
     """The cells of a table without their voxels, and the sorted names of their classes.
 
@@ -183,7 +185,43 @@ def population_of(
     ids = table.ids
     labels = values_of(label_column, "label") or (ONLY_CLASS,) * len(ids)
     groups = values_of(group_column, "source") or ids
-    return Population(ids, labels, groups), sorted(set(labels))
+    conditions = {}
+    for column in condition_columns:
+        if column not in names:
+            raise ValueError(f"Expected a column {column} in {name}, got {', '.join(names)}. Name one of these.")
+        conditions[column] = condition_values(column, table.column(column), table.where)
+    return Population(ids, labels, groups, conditions), sorted(set(labels))
+
+
+def condition_values(column: str, values: Iterable, where: Callable[[int], str]) -> np.ndarray:
+    """The numbers of a condition, (N, length) float64.
+
+    Args:
+        column: its name.
+        values: of every cell, a number or its text, or a list of them.
+        where: row -> how an error message names it.
+
+    Raises:
+        ValueError: if one is no finite number, or a list of another length. The message names the row.
+    """
+    rows = []
+    for row, value in enumerate(values):
+        try:
+            numbers = np.atleast_1d(np.array(value, np.float64))
+        except (TypeError, ValueError):
+            numbers = np.array([np.nan])
+        if numbers.ndim != 1 or not np.isfinite(numbers).all():
+            raise ValueError(
+                f"Expected a finite number, or a list of them, in the column {column} of {where(row)}, got {value!r}."
+                " Fill it in, or leave the cell out."
+            )
+        rows.append(numbers)
+        if len(numbers) != len(rows[0]):
+            raise ValueError(
+                f"Expected {len(rows[0])} numbers in the column {column} of {where(row)}, as before, got"
+                f" {len(numbers)}. Correct it."
+            )
+    return np.stack(rows)
 
 
 def check_cells(table, processor: VolumeProcessor, rows: Sequence[int]) -> tuple[float, float, float] | None:

@@ -13,11 +13,13 @@ from ...data import Cells
 from ...models import DualChannelUNet3D, MultiCodebookVQModel, TextureUNet3D
 from ...models.fingerprint import fingerprint_weights
 from ...pipelines import BYOCPipeline
+from ...pipelines.conditions import measure_conditions, standardize_conditions, typical_conditions
 from ...pipelines.schedulers import make_texture_scheduler
 from ...randomness import process_share
 from ..batches import AugmentedCopies, latent_batches, sample_cells
 from ..latents import cache_latents, latent_statistics, measure_latents
-from ..losses import diffusion_loss
+from ..lora import add_adapter, save_adapter
+from ..losses import diffusion_loss, drop_conditions
 from ..optimizers import make_optimizer
 from ..settings import StageSettings
 from ..stage import Stage
@@ -33,6 +35,8 @@ class DiffusionSettings(StageSettings):
 
     Args:
         class_conditional: give the labels to the U-Net.
+        train_lora: train an adapter of the U-Net in its place.
+        rank: of the adapter.
         num_augmented_copies: augmentations of every cell, whose latents are encoded once; None to draw another in
             every epoch and to encode it on the way.
         loss_type, snr_gamma: see `diffusion_loss`.
@@ -44,6 +48,8 @@ class DiffusionSettings(StageSettings):
     """
 
     class_conditional: bool = False
+    train_lora: bool = False
+    rank: int | None = None
     num_augmented_copies: int | None = None
     loss_type: str = "l1"
     snr_gamma: float | None = None
@@ -65,26 +71,37 @@ def train_diffusion(
     cells: Cells,
     held_out_cells: Cells | None = None,
     texture_unet: TextureUNet3D | None = None,
+    conditions: list[dict] | None = None,
 ) -> BYOCPipeline:
-    """Train `unet` on the latents of `cells`.
+    """Train `unet` on the latents of `cells`, and on their conditions where it takes some.
+
+    The `conditioning_dropout_prob` of `unet` is the share that sees none; see `drop_conditions`.
 
     Args:
         stage: entered, with `DiffusionSettings`.
-        unet: untrained.
+        unet: untrained; trained for an adapter.
         noise_scheduler: adds the noise.
         vqvae: trained; it stays as it is, but for the statistics of its latents.
         cells: to train on.
         held_out_cells: for the validation losses; None for none.
         texture_unet: trained, or None; a part of the pipeline that has nothing to do here.
+        conditions: of the pipeline that `unet` comes from, whose scale it knows; None measures those of `cells`.
 
     Returns:
-        The pipeline, also saved to OUTPUT_DIR.
+        The pipeline, also saved to OUTPUT_DIR; of an adapter only itself is saved.
     """
     settings, accelerator = stage.settings, stage.accelerator
+    num_classes, share = unet.config.num_class_embeds, unet.config.conditioning_dropout_prob
+    if unet.config.class_embed_type is None:
+        conditions = None
+    elif conditions is None:
+        conditions = measure_conditions(cells.conditions)
 
     # 1. optimizer, moving average
     if settings.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
+    if settings.train_lora:
+        add_adapter(unet, settings.rank)
     if settings.compile:
         unet.compile()
     optimizer, lr_scheduler = make_optimizer(settings, unet.parameters(), settings.max_train_steps)
@@ -108,7 +125,8 @@ def train_diffusion(
         known = cells if is_kept else sample_cells(cells, 256, settings.seed)
     folder, workers = stage.output_dir / "latents", settings.dataloader_num_workers
     latents = cache_latents(vqvae, known, folder / "train", accelerator, num_workers=workers)
-    measure_latents(vqvae, latents)
+    if not settings.train_lora:  # whose pipeline has its own scaling
+        measure_latents(vqvae, latents)
     statistics = latent_statistics(vqvae, latents.chunks())
     accelerator.log(statistics, step=0)
     logger.info(f"latents, normalised: {', '.join(f'{name} {value:.3f}' for name, value in statistics.items())}")
@@ -116,29 +134,36 @@ def train_diffusion(
         validation_cells = held_out_cells.indexable(settings.num_validation_cells, settings.seed)
         rows = range(min(len(validation_cells), settings.num_validation_cells))
         held_out_latents = cache_latents(vqvae, Subset(validation_cells, rows), folder / "held_out", accelerator)
-        held_out_labels = None
+        held_out_labels = held_out_vectors = None
         if settings.class_conditional:
             held_out_labels = [int(validation_cells[row]["class_labels"]) for row in rows]
-    batches = latent_batches(accelerator, settings, cells, vqvae, latents if is_kept else None, stage.first_step)
+        if conditions:
+            held_out = [validation_cells[row]["conditions"] for row in rows]
+            stacked = {name: torch.stack([each[name] for each in held_out]).numpy() for name in held_out[0]}
+            held_out_vectors = standardize_conditions(conditions, stacked)
+    kept = latents if is_kept else None
+    batches = latent_batches(accelerator, settings, cells, vqvae, kept, stage.first_step, conditions)
 
     # 3. train
     unet.train()
     global_batch_size = settings.train_batch_size * accelerator.num_processes
-    for step, (clean, class_labels) in stage.steps(batches):
+    for step, (clean, class_labels, vectors) in stage.steps(batches):
         class_labels = class_labels if settings.class_conditional else None
         # drawn for all processes, then shared out, so that their number does not change the run
         generator = stage.generator("diffusion")
         noise = torch.randn(global_batch_size, *clean.shape[1:], generator=generator)
         timesteps = torch.randint(len(noise_scheduler), (global_batch_size,), generator=generator)
-        noise, timesteps = (
+        chances = torch.rand(global_batch_size, generator=generator)
+        noise, timesteps, chances = (
             process_share(x, accelerator.process_index, accelerator.num_processes).to(accelerator.device)
-            for x in (noise, timesteps)
+            for x in (noise, timesteps, chances)
         )
+        if share:
+            class_labels, vectors = drop_conditions(class_labels, vectors, num_classes, chances, share)
 
         with accelerator.accumulate(unet):
-            loss = diffusion_loss(
-                unet, noise_scheduler, clean, noise, timesteps, class_labels, settings.loss_type, settings.snr_gamma
-            )
+            weighting = (settings.loss_type, settings.snr_gamma)
+            loss = diffusion_loss(unet, noise_scheduler, clean, noise, timesteps, class_labels, *weighting, vectors)
             stage.apply(loss, unet, optimizer, lr_scheduler)
         if stage.is_accumulating:
             continue
@@ -154,15 +179,16 @@ def train_diffusion(
                 ema.store(unet.parameters())
                 ema.copy_to(unet.parameters())
             if held_out_cells is not None:
-                options = (held_out_latents, held_out_labels, settings.seed, settings.loss_type, settings.snr_gamma)
+                options = (held_out_latents, held_out_labels, settings.seed, *weighting, held_out_vectors)
                 accelerator.log(validate_diffusion(accelerator, bare_unet, noise_scheduler, vqvae, *options), step)
             if accelerator.is_main_process:
-                pipeline = make_pipeline(settings, cells, vqvae, bare_unet, noise_scheduler, texture_unet)
+                pipeline = make_pipeline(settings, cells, vqvae, bare_unet, noise_scheduler, texture_unet, conditions)
                 pipeline.set_progress_bar_config(disable=True)
                 with accelerator.autocast():
                     samples = pipeline(
                         4,
-                        class_labels=0 if settings.class_conditional else None,
+                        class_labels=cells.labels[0] if settings.class_conditional else None,
+                        conditions=typical_conditions(conditions),
                         output_type="pt",
                         num_inference_steps=min(20, len(noise_scheduler)),
                         generator=torch.Generator().manual_seed(settings.seed),
@@ -176,8 +202,10 @@ def train_diffusion(
     if ema:
         ema.copy_to(unet.parameters())
     unet = accelerator.unwrap_model(unet, keep_fp32_wrapper=False).eval()
-    pipeline = make_pipeline(settings, cells, vqvae, unet, noise_scheduler, texture_unet)
-    if accelerator.is_main_process:
+    pipeline = make_pipeline(settings, cells, vqvae, unet, noise_scheduler, texture_unet, conditions)
+    if accelerator.is_main_process and settings.train_lora:
+        save_adapter(unet, stage.output_dir)
+    elif accelerator.is_main_process:
         pipeline.save_pretrained(stage.output_dir)
     return pipeline
 
@@ -189,6 +217,7 @@ def make_pipeline(
     unet: DualChannelUNet3D,
     noise_scheduler: DDPMScheduler,
     texture_unet: TextureUNet3D | None = None,
+    conditions: list[dict] | None = None,
 ) -> BYOCPipeline:
     """The pipeline of these networks, with the defaults that the settings name."""
     scheduler_class = getattr(diffusers, settings.inference_scheduler)
@@ -202,5 +231,6 @@ def make_pipeline(
         default_num_inference_steps=settings.num_inference_steps,
         default_num_texture_steps=settings.num_texture_steps,
         label2id=label2id,
+        conditions=conditions,
         volume_processor_config=dict(cells.processor.config) | {"voxel_size_um": cells.voxel_size_um},
     )

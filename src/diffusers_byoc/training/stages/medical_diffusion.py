@@ -215,7 +215,7 @@ def train_medical_diffusion(
     # 2. train
     unet.train()
     global_batch_size = settings.train_batch_size * accelerator.num_processes
-    for step, (clean, _) in stage.steps(latent_batches(accelerator, settings, cells, vqvae, None, stage.first_step)):
+    for step, (clean, *_) in stage.steps(latent_batches(accelerator, settings, cells, vqvae, None, stage.first_step)):
         # drawn for all processes, then shared out, so that their number does not change the run
         generator = stage.generator("diffusion")
         noise = torch.randn(global_batch_size, *clean.shape[1:], generator=generator)

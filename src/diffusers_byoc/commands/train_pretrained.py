@@ -1,0 +1,182 @@
+"""The pipeline that a training begins with: what of it a run takes, and what it cannot be used for."""
+
+import argparse
+from pathlib import Path
+
+from ..data import Cells
+from ..optional import optional
+from ..pipelines import BYOCPipeline
+from ..pipelines.conditions import measure_conditions
+from ..pipelines.schedulers import noise_schedule
+from .train_networks import make_noise_scheduler
+
+
+def load_pretrained(args: argparse.Namespace) -> BYOCPipeline:
+    """The pipeline that the run begins with; its networks' configurations take the place of the preset's.
+
+    Raises:
+        ValueError: if its U-Net was trained to predict something else, or from other noise, or if it has a codebook
+            for each channel where one is asked for.
+    """
+    pipeline = BYOCPipeline.from_pretrained(args.pretrained)
+    scheduler = make_noise_scheduler(args)
+    ours = {"prediction_type": scheduler.config.prediction_type} | noise_schedule(scheduler)
+    theirs = {"prediction_type": pipeline.config.prediction_type} | pipeline.config.noise_schedule
+    if ours != theirs:
+        raise ValueError(
+            f"Expected a scheduler with {theirs}, as {args.pretrained} was trained with, got {ours}. Say so in the"
+            " preset's `scheduler`, or with --prediction_type."
+        )
+    made_here = {"num_channels", "latent_channels", "sample_size", "num_class_embeds"}
+    made_here |= {"class_embed_type", "projection_class_embeddings_input_dim", "conditioning_dropout_prob"}
+    for name, not_taken in (("vqvae", {"sample_size"}), ("texture_unet", {"num_channels"}), ("unet", made_here)):
+        network = getattr(pipeline, name)
+        if network is not None:
+            config = {key: value for key, value in network.config.items() if key[0] != "_" and key not in not_taken}
+            setattr(args, name, config)
+    if args.share_codebook and not args.vqvae["share_codebook"]:
+        raise ValueError(
+            f"Expected a pipeline with one codebook for --share_codebook, got {args.pretrained} with one for each "
+            "channel. Leave one of the two out."
+        )
+    for name in ("latent_scaling", "latent_range"):
+        args.vqvae[name] = getattr(args, name) or args.vqvae[name]
+        pipeline.vqvae.register_to_config(**{name: args.vqvae[name]})
+    pipeline.vqvae.register_to_config(sample_size=args.sample_size)
+    args.with_texture |= pipeline.texture_unet is not None
+    if keeps_unet(args):
+        check_same_size(args, pipeline)
+        keep_conditions(args, pipeline)
+    if args.train_lora:
+        check_lora(args, pipeline)
+    if args.stage == "distillation":
+        check_distillation(args, pipeline)
+    return pipeline
+
+
+def keeps_unet(args: argparse.Namespace) -> bool:
+    """Whether the U-Net of the pipeline is trained as it is, with the classes and conditions that it knows."""
+    return args.train_lora or args.stage == "distillation"
+
+
+def keep_conditions(args: argparse.Namespace, pipeline: BYOCPipeline) -> None:
+    """Make `class_conditional` and `condition_columns` those of the pipeline, or refuse other columns."""
+    args.class_conditional = pipeline.unet.config.num_class_embeds is not None
+    names = [condition["name"] for condition in pipeline.config.conditions or ()]
+    if args.condition_columns and sorted(args.condition_columns) != sorted(names):
+        raise ValueError(
+            f"Expected --condition_columns {names}, as {args.pretrained} was trained on, got {args.condition_columns}."
+            " Leave them out."
+        )
+    args.condition_columns = names
+
+
+def check_lora(args: argparse.Namespace, pipeline: BYOCPipeline) -> None:
+    """Refuse what an adapter of `pipeline` cannot be trained with."""
+    optional("peft", "lora")
+    if (Path(args.output_dir) / "vqvae").is_dir():
+        raise ValueError(
+            f"Expected an --output_dir of its own for the adapter, got {args.output_dir}, which holds a pipeline or"
+            " its autoencoder. Choose another."
+        )
+    if pipeline.config.num_distilled_steps is not None:
+        raise ValueError(
+            f"Expected a pipeline that takes any number of steps for --train_lora, got {args.pretrained}, distilled to"
+            f" {pipeline.config.num_distilled_steps}. Adapt the one it was distilled from."
+        )
+    if args.class_conditional != (args.lora_class is not None):
+        wanted = f"among {', '.join(class_names(pipeline))}" if args.class_conditional else "left out"
+        raise ValueError(
+            f"Expected --lora_class {wanted} for the classes of {args.pretrained}, got {args.lora_class}. The adapter"
+            " begins as that class, which is the one to ask for with it."
+        )
+    if args.class_conditional and args.lora_class not in class_names(pipeline):
+        raise ValueError(
+            f"Expected --lora_class among {', '.join(class_names(pipeline))}, got {args.lora_class}. Choose the most"
+            " similar one."
+        )
+
+
+def check_distillation(args: argparse.Namespace, pipeline: BYOCPipeline) -> None:
+    """Refuse what `pipeline` cannot be the teacher of; `num_teacher_steps` becomes a number."""
+    num_steps, distilled = args.num_distilled_steps, pipeline.config.num_distilled_steps
+    args.num_teacher_steps = args.num_teacher_steps or distilled or 32
+    if pipeline.config.prediction_type == "epsilon":
+        raise ValueError(
+            f"Expected a U-Net that predicts v or the sample for few steps, got {args.pretrained}, which predicts the"
+            " noise: of pure noise it says nothing. Train the diffusion with --prediction_type v_prediction."
+        )
+    num_timesteps = pipeline.config.noise_schedule["num_train_timesteps"]
+    if num_timesteps % num_steps:
+        raise ValueError(
+            f"Expected --num_distilled_steps that divide the {num_timesteps} timesteps, got {num_steps}. Give 1, 2, 4"
+            " or 8."
+        )
+    if distilled not in (None, args.num_teacher_steps):
+        raise ValueError(
+            f"Expected --num_teacher_steps {distilled}, which {args.pretrained} was distilled to, got"
+            f" {args.num_teacher_steps}. Leave them out."
+        )
+    if args.num_teacher_steps <= num_steps or (distilled is not None and distilled % num_steps):
+        raise ValueError(
+            f"Expected a teacher of a multiple of --num_distilled_steps {num_steps}, got one of"
+            f" {args.num_teacher_steps}. Give fewer steps, or another teacher."
+        )
+
+
+def check_same_size(args: argparse.Namespace, pipeline: BYOCPipeline) -> None:
+    sample_size = pipeline.unet.config.sample_size * pipeline.vqvae.downsampling_factor
+    if args.sample_size != sample_size:
+        raise ValueError(
+            f"Expected --sample_size {sample_size}, as {args.pretrained} has, got {args.sample_size}. Give the same."
+        )
+
+
+def in_known_classes(args: argparse.Namespace, pipeline: BYOCPipeline, cells: Cells) -> Cells:
+    """`cells` in the classes of `pipeline`; for an adapter in the one that it changes, which is then called like them.
+
+    Raises:
+        ValueError: if `pipeline` does not know the class of a cell.
+    """
+    if pipeline.unet.config.num_class_embeds is None:
+        return cells
+    names = class_names(pipeline)
+    if args.train_lora:
+        label = names.index(args.lora_class)
+        names[label] = ", ".join(sorted({cells.class_names[label] for label in cells.labels}))
+        return cells.with_classes(names, [label] * len(cells.class_names))
+    if unknown := sorted(set(cells.class_names) - set(names)):
+        raise ValueError(
+            f"Expected cells of {', '.join(names)}, which {args.pretrained} knows, got {', '.join(unknown)}. Choose"
+            " among the cells with --label."
+        )
+    return cells.with_classes(names, [names.index(name) for name in cells.class_names])
+
+
+def measure_or_take_conditions(
+    args: argparse.Namespace, cells: Cells, pretrained: BYOCPipeline | None
+) -> list[dict] | None:
+    """The numbers that the U-Net is told: by the scale that `pretrained` knows them, if it does; None for none.
+
+    Raises:
+        ValueError: if they teach nothing, or are not those of a U-Net that is kept.
+    """
+    if not args.condition_columns:
+        return None
+    known = (pretrained and pretrained.config.conditions) or []
+    theirs = {condition["name"]: len(condition["mean"]) for condition in known}
+    ours = {name: values.shape[1] for name, values in cells.conditions.items()}
+    if ours == theirs:
+        return known
+    if keeps_unet(args):
+        raise ValueError(
+            f"Expected conditions of as many numbers as {args.pretrained} takes, {theirs}, got {ours}. Correct the"
+            " columns."
+        )
+    return measure_conditions(cells.conditions)
+
+
+def class_names(pipeline: BYOCPipeline) -> list[str]:
+    """Names of a pipeline's classes in the order of their indices; the index where there is no name."""
+    names = {index: name for name, index in (pipeline.config.label2id or {}).items()}
+    return [names.get(index, str(index)) for index in range(pipeline.unet.config.num_class_embeds)]

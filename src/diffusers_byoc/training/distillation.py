@@ -1,0 +1,91 @@
+"""Progressive distillation (Salimans & Ho 2022): one step of the student goes as far as several of its teacher."""
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def distillation_loss(
+    unet: nn.Module,
+    teacher: nn.Module,
+    scheduler,
+    latents: Tensor,
+    noise: Tensor,
+    timesteps: Tensor,
+    stride: int,
+    num_substeps: int,
+    class_labels: Tensor | None = None,
+    conditions: Tensor | None = None,
+) -> Tensor:
+    """Squared error of one DDIM step over `stride` timesteps, against `num_substeps` of the teacher, a scalar.
+
+    Both start from the same noisy latents. The error is that of the prediction: of v, which weighs the error of the
+    clean latents by SNR + 1, or of the clean latents themselves.
+
+    Args:
+        unet: the student.
+        teacher: predicts what the student predicts.
+        scheduler: a diffusers scheduler with `add_noise` and `alphas_cumprod`; its `prediction_type` is
+            "v_prediction" or "sample".
+        latents: (B, M*n, d, h, w) normalised.
+        noise: (B, M*n, d, h, w) standard normal.
+        timesteps: (B,) int64, from ``stride - 1``; one that is `stride` above -1 ends without noise.
+        stride: timesteps of the student's step.
+        num_substeps: of the teacher, at least 1.
+        class_labels, conditions: of both U-Nets, see `diffusion_loss`.
+
+    Raises:
+        ValueError: for another `prediction_type`: noise says nothing about a clean sample of which nothing is left.
+
+    Source: Salimans & Ho 2022, algorithm 2 (of two substeps), appendix G for the target.
+    """
+    prediction_type = scheduler.config.prediction_type
+    if prediction_type not in ("v_prediction", "sample"):
+        raise ValueError(
+            f"Expected prediction_type 'v_prediction' or 'sample' for few steps, got {prediction_type!r}. Train the"
+            " diffusion with one of these."
+        )
+    noisy_latents = scheduler.add_noise(latents, noise, timesteps)
+    given = {"class_labels": class_labels, "conditions": conditions}
+    given = {name: condition for name, condition in given.items() if condition is not None}
+    with torch.no_grad():
+        reached = noisy_latents
+        stops = [timesteps - stride * substep // num_substeps for substep in range(num_substeps + 1)]
+        for start, stop in pairwise(stops):
+            prediction = teacher(reached, start, **given, return_dict=False)[0].float()
+            reached = ddim_step(scheduler, prediction, start, stop, reached)
+
+    # the clean latents whose DDIM step over the whole stride ends where the teacher's steps do
+    alpha, sigma = noise_level(scheduler, timesteps)
+    end_alpha, end_sigma = noise_level(scheduler, timesteps - stride)
+    ratio = end_sigma / sigma
+    target = (reached - ratio * noisy_latents) / (end_alpha - ratio * alpha)
+    if prediction_type == "v_prediction":
+        target = (alpha * noisy_latents - target) / sigma
+    prediction = unet(noisy_latents, timesteps, **given, return_dict=False)[0].float()
+    return F.mse_loss(prediction, target)
+
+
+def ddim_step(scheduler, prediction: Tensor, start: Tensor, stop: Tensor, latents: Tensor) -> Tensor:
+    """Latents (B, M*n, d, h, w) at the timesteps `stop` (B,), from those at `start`, without new noise.
+
+    Source: Song et al. 2021, eq. 12, with a sigma of 0.
+    """
+    alpha, sigma = noise_level(scheduler, start)
+    end_alpha, end_sigma = noise_level(scheduler, stop)
+    clean = prediction
+    if scheduler.config.prediction_type == "v_prediction":
+        clean = alpha * latents - sigma * prediction
+    return end_alpha * clean + end_sigma * (latents - alpha * clean) / sigma
+
+
+def noise_level(scheduler, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    """What is left of the clean latents and the standard deviation of the noise, (B, 1, 1, 1, 1) each.
+
+    Timestep -1 is after the last step: 1 and 0.
+    """
+    levels = torch.cat([scheduler.alphas_cumprod, torch.ones(1)]).to(timesteps.device)  # [-1] is the last
+    level = levels[timesteps][:, None, None, None, None]
+    return level.sqrt(), (1 - level).sqrt()

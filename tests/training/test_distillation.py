@@ -1,0 +1,90 @@
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+
+from diffusers_byoc import DualChannelUNet3D
+from diffusers_byoc.training.distillation import ddim_step, distillation_loss, noise_level
+
+
+SCHEDULE = {"beta_schedule": "squaredcos_cap_v2", "clip_sample": False, "timestep_spacing": "trailing"}
+
+
+def make_scheduler(prediction_type, scheduler_class=DDPMScheduler):
+    return scheduler_class(**SCHEDULE, prediction_type=prediction_type)
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Constant(torch.nn.Module):
+    """Predicts the same for any latents: a parameter."""
+
+    def __init__(self, prediction):
+        super().__init__()
+        self.prediction = torch.nn.Parameter(prediction)
+
+    def forward(self, sample, timestep, class_labels=None, return_dict=True):
+        return (self.prediction,)
+
+
+class OneCell(torch.nn.Module):
+    """Knows one cell: the exact prediction for data that are nothing else. Its paths to it are straight."""
+
+    def __init__(self, scheduler, cell):
+        super().__init__()
+        self.scheduler, self.cell = scheduler, cell
+
+    def forward(self, sample, timestep, class_labels=None, return_dict=True):
+        if self.scheduler.config.prediction_type == "sample":
+            return (self.cell.expand_as(sample),)
+        alpha, sigma = noise_level(self.scheduler, timestep)
+        return (alpha * (sample - alpha * self.cell) / sigma - sigma * self.cell,)
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
+@pytest.mark.parametrize("num_substeps", [1, 2, 5])
+def test_a_teacher_with_straight_paths_has_nothing_to_teach(prediction_type, num_substeps):
+    scheduler = make_scheduler(prediction_type)
+    cell = draw(1, 4, 4, 4, 4)
+    teacher = OneCell(scheduler, cell)
+    arguments = (scheduler, cell.expand(4, -1, -1, -1, -1), draw(4, 4, 4, 4, 4, seed=1))
+    timesteps = torch.tensor([249, 499, 749, 999])
+    assert distillation_loss(teacher, teacher, *arguments, timesteps, 250, num_substeps) < 1e-6
+    student = Constant(torch.zeros(4, 4, 4, 4, 4))
+    assert distillation_loss(student, teacher, *arguments, timesteps, 250, num_substeps) > 0.1
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
+@pytest.mark.parametrize("start", [249, 999])
+def test_the_target_is_where_diffusers_ddim_takes_the_teacher(prediction_type, start):
+    """The loss is a square, so its gradient tells the target; a step with that ends where two of the teacher's do."""
+    torch.manual_seed(0)
+    teacher = DualChannelUNet3D(2, 2, 4, (8, 8), 1, attention_head_dim=4).eval()
+    scheduler = make_scheduler(prediction_type)
+    latents, noise = draw(2, 4, 4, 4, 4, seed=1), draw(2, 4, 4, 4, 4, seed=2)
+    timesteps = torch.tensor([start, start])
+    student = Constant(draw(2, 4, 4, 4, 4, seed=3))
+    distillation_loss(student, teacher, scheduler, latents, noise, timesteps, 250, 2).backward()
+    target = student.prediction.detach() - student.prediction.grad * latents.numel() / 2
+
+    ddim = make_scheduler(prediction_type, DDIMScheduler)
+    noisy = ddim.add_noise(latents, noise, timesteps)
+    expected = noisy
+    ddim.set_timesteps(8)
+    with torch.no_grad():
+        for timestep in (start, start - 125):
+            prediction = teacher(expected, timestep).sample
+            expected = ddim.step(prediction, timestep, expected).prev_sample
+    torch.testing.assert_close(
+        ddim_step(scheduler, target, timesteps, timesteps - 250, noisy), expected, atol=1e-3, rtol=1e-3
+    )
+    ddim.set_timesteps(4)
+    torch.testing.assert_close(ddim.step(target, start, noisy).prev_sample, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_a_teacher_of_noise_is_refused():
+    scheduler, unet = make_scheduler("epsilon"), Constant(torch.zeros(1, 4, 4, 4, 4))
+    latents = torch.zeros(1, 4, 4, 4, 4)
+    with pytest.raises(ValueError, match="Expected prediction_type 'v_prediction' or 'sample' .*got 'epsilon'"):
+        distillation_loss(unet, unet, scheduler, latents, latents, torch.tensor([999]), 250, 2)
