@@ -13,9 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
+from peft import LoraConfig, get_peft_model_state_dict
 
-from diffusers_byoc import WGAN, BaselinePipeline
+from conditional import make_pipeline
+from diffusers_byoc import WGAN, BaselinePipeline, BYOCPipeline
 from diffusers_byoc.data import Volume, write_shards
+from diffusers_byoc.training.lora import TARGET_MODULES
 
 
 REPOSITORY = Path(__file__).parents[1]
@@ -74,8 +78,40 @@ def figures():
     }
 
 
+def drugs():
+    from diffusers_byoc import visualization
+
+    names = ("frame_strip", "write_film", "write_png")
+    return {"pipe": make_pipeline(values=None), **{name: getattr(visualization, name) for name in names}}
+
+
+def adapters():
+    pipeline = make_pipeline(values=None, conditioning_dropout_prob=0.0)
+    shutil.rmtree("pretrained/byoc-phantom")
+    pipeline.save_pretrained("pretrained/byoc-phantom")
+    pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=TARGET_MODULES))
+    weights = get_peft_model_state_dict(pipeline.unet)
+    for folder in ("outputs/my_drug", "outputs/drug_a", "outputs/drug_b"):
+        BYOCPipeline.save_lora_weights(folder, weights, pipeline.unet.peft_config["default"].to_dict())
+    return {"BYOCPipeline": BYOCPipeline}
+
+
+def distilled():
+    scheduler = {"timestep_spacing": "trailing", "set_alpha_to_one": True}
+    pipeline = make_pipeline(values=None, conditioning_dropout_prob=0.0)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **scheduler)
+    pipeline.register_to_config(num_distilled_steps=4, default_num_inference_steps=4)
+    pipeline.save_pretrained("outputs/four_steps")
+    return {"BYOCPipeline": BYOCPipeline}
+
+
 # What a page's blocks take for granted, beside the folders that `folders` makes
 GIVEN = {
+    "docs/conditions.md": lambda: {"pipe": make_pipeline(num_class_embeds=None)},
+    "docs/few_steps.md": distilled,
+    "docs/guidance.md": drugs,
+    "docs/interpolation.md": drugs,
+    "docs/new_drug.md": adapters,
     "docs/evaluation.md": lambda: {"volumes": cells(4, 32), "real_volumes": cells(5, 32)},
     "docs/figures.md": figures,
 }
