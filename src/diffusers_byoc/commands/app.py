@@ -79,7 +79,9 @@ def serve(args: argparse.Namespace, block: bool = True):
         max_file_size=MAX_UPLOAD_BYTES,
         css=CSS,
         head=page_head(),
-        theme=gradio.themes.Default("teal", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        theme=gradio.themes.Default(
+            primary_hue="teal", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+        ),
     )
     return page
 
