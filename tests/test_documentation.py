@@ -26,6 +26,7 @@ REPOSITORY = Path(__file__).parents[1]
 SAVED = REPOSITORY / "tests" / "pipelines" / "saved"
 PAGES = ["README.md", *sorted(str(path.relative_to(REPOSITORY)) for path in REPOSITORY.glob("docs/**/*.md"))]
 SLOW = "resnet_50.pth"  # in a block: writes and reads a whole ResNet-50
+SLOW_PAGE = "docs/figures.md"  # draws surfaces, ten seconds of them
 MED3D = """
 import torch
 from monai.networks.nets import resnet50
@@ -137,7 +138,7 @@ def pages_with_python():
         for is_slow in (False, True):
             texts = [text for _, text in blocks(page, "python") if (SLOW in text) == is_slow]
             if texts:
-                marks = pytest.mark.slow if is_slow else ()
+                marks = pytest.mark.slow if is_slow or page == SLOW_PAGE else ()
                 yield pytest.param(page, is_slow, id=f"{page}, {SLOW}" if is_slow else page, marks=marks)
 
 
@@ -146,7 +147,7 @@ def test_every_python_block_runs(page, is_slow, folders, hub):
     found = [(line, text) for line, text in blocks(page, "python") if (SLOW in text) == is_slow]
     if any("push_to_hub" in text for _, text in found):  # in a process that knows the local Hub
         begin = ["import os", f"os.chdir({str(folders)!r})", MED3D if is_slow else ""]
-        hub.run("\n".join([*begin, *(text for _, text in found)]))
+        hub.run("\n".join([*begin, *(text for _, text in found)]), timeout=280)
         return
     names = {"np": np, "torch": torch, **GIVEN.get(page, dict)()}
     for line, text in found:

@@ -156,13 +156,16 @@ def test_what_is_offered_is_loaded_and_nothing_else(tmp_path, monkeypatch):
 
 
 def test_a_name_on_the_hub_is_loaded_where_that_is_allowed(hub):
-    printed = hub.run(f"""
+    printed = hub.run(
+        f"""
 from diffusers_byoc import BYOCPipeline
 from diffusers_byoc.app import Models
 
 BYOCPipeline.from_pretrained({str(SAVED / "conditional")!r}).push_to_hub("org/cells")
 print(Models(["org/other"], is_open=True).load("org/cells").labels)
-""")
+""",
+        timeout=280,
+    )
     assert printed.splitlines()[-1] == "['binimetinib', 'blebbistatin', 'nocodazole']"
 
 
