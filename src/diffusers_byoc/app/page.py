@@ -239,7 +239,8 @@ def make_page(models: Models, limits: Limits | None = None) -> "gradio.Blocks":
 
         # 5. what happens when it is clicked
         offered = [label, scheduler, steps, guidance, texture, morph_part, end_label, complete_button, *conditions]
-        page.load(offer, pipeline, offered, concurrency_id="pipeline", api_visibility="private")
+        begin = {"concurrency_id": "pipeline", "api_name": "begin", "api_visibility": "private"}
+        page.load(offer, pipeline, offered, **begin)
         pipeline.change(offer, pipeline, offered, concurrency_id="pipeline", api_name="offer")
         made = [shown, chosen, gallery, files, program, status]
         viewed = [*sliders, *planes, *projections, model_3d]
