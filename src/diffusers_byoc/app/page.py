@@ -35,7 +35,7 @@ def make_page(models: Models, limits: Limits | None = None) -> "gradio.Blocks":
         limits: of one click; `None` for `Limits()`.
 
     Returns:
-        What `launch(css=CSS, head=page_head())` serves.
+        What `launch(css=CSS)` serves.
 
     Raises:
         ImportError: if Gradio is not installed.
@@ -47,7 +47,7 @@ def make_page(models: Models, limits: Limits | None = None) -> "gradio.Blocks":
     with gr.Blocks(title="Build Your Own Cell", analytics_enabled=False, delete_cache=(3600, 4 * 3600)) as page:
         # 1. what is on it
         gr.Markdown(_OPENING)
-        shown, chosen = gr.State(None), gr.State(0)
+        shown, chosen, is_turned = gr.State(None), gr.State(0), gr.State(False)
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 pipeline = gr.Dropdown(
@@ -95,7 +95,7 @@ def make_page(models: Models, limits: Limits | None = None) -> "gradio.Blocks":
                             sliders.append(gr.Slider(0, 63, value=32, step=1, label=f"{axis}, voxels"))
                 with gr.Tab("Projections"), gr.Row():
                     projections = [_picture(gr, f"maximum along {axis}", 200) for axis in "zyx"]
-                with gr.Tab("Surface"):
+                with gr.Tab("Surface") as surface_tab:
                     model_3d = gr.Model3D(
                         label="Nucleus in its cell: drag to turn, scroll to zoom", clear_color=(0, 0, 0, 1), height=420
                     )
@@ -209,7 +209,10 @@ def make_page(models: Models, limits: Limits | None = None) -> "gradio.Blocks":
         def choose(event: gr.SelectData):
             return event.index
 
-        def view(cells, index):
+        def turn(cells, index):
+            return True, None if cells is None else cells.glb(index)
+
+        def view(cells, index, is_turned):
             volume, center = cells.volumes[index], cell_center(cells.volumes[index])
             moved = [
                 gr.Slider(value=position, maximum=length - 1)
@@ -219,7 +222,8 @@ def make_page(models: Models, limits: Limits | None = None) -> "gradio.Blocks":
                 *moved,
                 *slice_pictures(volume, center, cells.voxel_size_um),
                 *projection_pictures(volume, cells.voxel_size_um),
-                cells.glb(index),
+                # in a tab that nobody has opened, Gradio 6 never shows the model that it is given first
+                cells.glb(index) if is_turned else gr.skip(),
             )
 
         def cut(cells, index, *position):
@@ -258,12 +262,13 @@ def make_page(models: Models, limits: Limits | None = None) -> "gradio.Blocks":
                 show_progress_on=gallery,
                 api_name=make.__name__,
             )
-            making.success(view, [shown, chosen], viewed, api_visibility="private").success(
+            making.success(view, [shown, chosen, is_turned], viewed, api_visibility="private").success(
                 measure, [shown, chosen], [measurements, chart], api_visibility="private"
             )
         gallery.select(choose, None, chosen, api_visibility="private").success(
-            view, [shown, chosen], viewed, api_visibility="private"
+            view, [shown, chosen, is_turned], viewed, api_visibility="private"
         ).success(measure, [shown, chosen], [measurements, chart], api_visibility="private")
+        surface_tab.select(turn, [shown, chosen], [is_turned, model_3d], api_visibility="private")
         for slider in sliders:
             slider.input(
                 cut,
@@ -274,17 +279,6 @@ def make_page(models: Models, limits: Limits | None = None) -> "gradio.Blocks":
                 api_visibility="private",
             )
     return page
-
-
-def page_head() -> str:
-    """What `launch(head=...)` puts into the page: its 3D viewer, before it is needed.
-
-    Gradio 6 fetches the viewer when the first model is shown, and never shows that model if anything on the page
-    changes before the viewer is there, as it does on a slow line.
-    """
-    assets = Path(optional("gradio", "app").__file__).parent / "templates" / "frontend" / "assets"
-    viewers = sorted(path.name for path in assets.glob("Canvas3D-*.js"))
-    return "".join(f'<script type="module">import("./assets/{name}")</script>' for name in viewers)
 
 
 def _said(error_class: type[Exception], function: Callable) -> Callable:

@@ -59,7 +59,7 @@ def serve(args: argparse.Namespace, block: bool = True):
     import torch  # after `--help` and mistakes, which need not wait for it
 
     from ..app import Limits, Models, make_page
-    from ..app.page import CSS, page_head
+    from ..app.page import CSS
     from ..app.uploads import MAX_UPLOAD_BYTES
     from ..optional import optional
     from ..training.hardware import fastest_precision
@@ -78,7 +78,6 @@ def serve(args: argparse.Namespace, block: bool = True):
         prevent_thread_lock=not block,
         max_file_size=MAX_UPLOAD_BYTES,
         css=CSS,
-        head=page_head(),
         theme=gradio.themes.Default(
             primary_hue="teal", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
         ),
