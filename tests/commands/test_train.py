@@ -347,6 +347,24 @@ def test_drugs_and_doses_in_one_model(train, tmp_path):
     assert BYOCPipeline.from_pretrained(again).config.conditions == pipeline.config.conditions
 
 
+def test_three_channels_of_which_some_are_given(train, tmp_path):
+    """One command trains on three channels; its pipeline takes any of them, and so does one distilled from it."""
+    config = json.loads(json.dumps(TINY))
+    config["vqvae"] |= {"num_channels": 3, "channel_names": ["cell", "nucleus", "mitochondria"]}
+    preset = tmp_path / "three.json"
+    preset.write_text(json.dumps(config))
+    arguments = ("--preset", preset, "--gradient_accumulation_steps", 1, "--prediction_type", "v_prediction")
+    output_dir = train(*arguments, "--channel_timesteps_prob", 0.5)
+    few = ("--stage", "distillation", "--pretrained", output_dir, "--distillation_max_train_steps", 2)
+    distilled = train(*arguments, *few, "--num_teacher_steps", 8, output_dir=tmp_path / "few")
+    given = {"nucleus": np.zeros((2, 32, 32, 32)), "mitochondria": np.zeros((32, 32, 32))}
+    for folder in (output_dir, distilled):
+        pipeline = BYOCPipeline.from_pretrained(folder)
+        assert pipeline.unet.config.channel_timesteps_prob == 0.5
+        assert pipeline(given_channels=given, keep_given=True).volumes.shape == (2, 3, 32, 32, 32)
+        assert pipeline().volumes.shape == (1, 3, 32, 32, 32)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -951,7 +969,7 @@ def test_a_pipeline_is_distilled_and_distilled_again(continue_base, base_dir, mo
     calls, loss = [], distillation.distillation_loss
     monkeypatch.setattr(distillation, "distillation_loss", lambda *args: calls.append(args[5:]) or loss(*args))
     four = continue_base(*few, "--num_teacher_steps", 8, output_dir=tmp_path / "four")
-    for timesteps, stride, num_substeps, class_labels, _ in calls:
+    for timesteps, stride, num_substeps, class_labels, *_ in calls:
         assert (stride, num_substeps) == (250, 2) and set(timesteps.tolist()) <= {249, 499, 749, 999}
         assert class_labels.tolist() == [1, 1]  # of the teacher's classes
     pipeline = BYOCPipeline.from_pretrained(four)

@@ -350,3 +350,30 @@ def test_vectors_are_required_exactly_with_a_projection():
         model()(torch.zeros(1, 6, 4, 4, 4), 1, conditions=torch.zeros(1, 2))
     with pytest.raises(ValueError, match="projection_class_embeddings_input_dim=2, got None"):
         conditional()(torch.zeros(1, 6, 4, 4, 4), 1, class_labels=torch.tensor([0]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_channels", [2, 3])
+def test_every_channel_has_a_timestep(num_channels):
+    unet = model(num_channels=num_channels, channel_timesteps_prob=0.5)
+    sample = torch.randn(2, 3 * num_channels, 4, 4, 4)
+    together = unet(sample, torch.tensor([5, 600])).sample
+    times = torch.tensor([[5], [600]]).repeat(1, num_channels)
+    torch.testing.assert_close(unet(sample, times).sample, together)
+    torch.testing.assert_close(unet(sample, 5).sample[0], together[0])
+    for channel in range(num_channels):  # which one it is matters, and only to its own sample
+        apart = times.clone()
+        apart[0, channel] = -1
+        changed = (unet(sample, apart).sample - together).abs().amax(dim=(1, 2, 3, 4))
+        assert changed[0] > 1e-4 and changed[1] < 1e-5
+        assert (unet(sample, apart.roll(1, 1)).sample[0] - unet(sample, apart).sample[0]).abs().max() > 1e-4
+
+
+def test_timesteps_of_channels_are_refused_where_they_do_not_fit():
+    with pytest.raises(ValueError, match=r"timesteps one for each sample, got \(2, 2\).*channel_timesteps_prob"):
+        model()(torch.zeros(2, 6, 4, 4, 4), torch.zeros(2, 2))
+    with pytest.raises(ValueError, match=r"timesteps one for each sample, or \(B, 2\), got \(2, 3\)"):
+        model(channel_timesteps_prob=0.5)(torch.zeros(2, 6, 4, 4, 4), torch.zeros(2, 3))
+    for changes in ({"channel_timesteps_prob": 1.5}, {"channel_timesteps_prob": 0.5, "num_channels": 1}):
+        with pytest.raises(ValueError, match="Expected a channel_timesteps_prob from 0 to 1, and 0 of one channel"):
+            model(**changes)

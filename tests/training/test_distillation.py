@@ -83,6 +83,39 @@ def test_the_target_is_where_diffusers_ddim_takes_the_teacher(prediction_type, s
     torch.testing.assert_close(ddim.step(target, start, noisy).prev_sample, expected, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("channel", [0, 1])
+@pytest.mark.parametrize("place", [-1, 999])
+def test_a_channel_that_is_given_or_left_out_stays_where_it_is(channel, place):
+    """And has no error; the other one goes the teacher's steps."""
+    scheduler, cell = make_scheduler("v_prediction"), draw(1, 4, 4, 4, 4)
+    latents, noise = cell.expand(3, -1, -1, -1, -1), draw(3, 4, 4, 4, 4, seed=1)
+    timesteps, seen = torch.tensor([249, 499, 749]), []
+    channel_timesteps = timesteps[:, None].repeat(1, 2)
+    channel_timesteps[:, channel] = place
+    given, other = (slice(0, 2), slice(2, 4)) if channel == 0 else (slice(2, 4), slice(0, 2))
+
+    class Seen(OneCell):
+        def forward(self, sample, timestep, return_dict=True):
+            seen.append((sample, timestep))
+            return super().forward(sample, timestep[:, 1 - channel], return_dict=return_dict)
+
+    teacher = Seen(scheduler, cell)
+    arguments = (scheduler, latents, noise, timesteps, 250, 2, None, None, channel_timesteps)
+    assert distillation_loss(teacher, teacher, *arguments) < 1e-6
+    for sample, times in seen:
+        assert times[:, channel].tolist() == 3 * [place]
+        assert torch.equal(sample[:, given], seen[0][0][:, given])
+    assert torch.equal(seen[0][0][:, given], latents[:, given]) == (place == -1)
+    assert [times[:, 1 - channel].tolist() for _, times in seen] == [
+        timesteps.tolist(),
+        (timesteps - 125).tolist(),
+        timesteps.tolist(),
+    ]
+    student = Constant(draw(3, 4, 4, 4, 4, seed=2))
+    distillation_loss(student, teacher, *arguments).backward()
+    assert not student.prediction.grad[:, given].any() and student.prediction.grad[:, other].all()
+
+
 def test_a_teacher_of_noise_is_refused():
     scheduler, unet = make_scheduler("epsilon"), Constant(torch.zeros(1, 4, 4, 4, 4))
     latents = torch.zeros(1, 4, 4, 4, 4)

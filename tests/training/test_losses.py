@@ -11,6 +11,7 @@ from diffusers_byoc.training import (
     adversarial_surrogate,
     diffusion_loss,
     discriminator_loss,
+    draw_channel_timesteps,
     drop_conditions,
     reconstruction_loss,
 )
@@ -216,3 +217,38 @@ def test_one_kind_of_condition_is_dropped_for_its_share():
     assert weights.tolist() == [[0, 0], [0, 1], [1, 0]] and nothing is None
     nothing, dropped = drop_conditions(None, torch.ones(3, 1), None, chances, 0.1)
     assert dropped.isnan().flatten().tolist() == [True, False, False] and nothing is None
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("snr_gamma", [None, 5.0])
+def test_channels_apart_have_the_losses_of_their_timesteps_and_none_where_they_are_clean(prediction_type, snr_gamma):
+    scheduler, latents, noise, timesteps = make_batch(prediction_type)
+    unet = FixedUNet(torch.randn(SHAPE))
+    options = {"loss_type": "l2", "snr_gamma": snr_gamma}
+    other = timesteps.flip(0)
+    alone = [
+        diffusion_loss(
+            FixedUNet(unet.prediction[:, part]), scheduler, latents[:, part], noise[:, part], times, **options
+        )
+        for part, times in ((slice(0, 3), timesteps), (slice(3, 6), other))
+    ]
+    times = torch.stack([timesteps, other], 1)
+    loss = diffusion_loss(unet, scheduler, latents, noise, times, **options)
+    torch.testing.assert_close(loss, (alone[0] + alone[1]) / 2)
+    assert unet.seen[1] is times
+    loss = diffusion_loss(
+        unet, scheduler, latents, noise, torch.stack([timesteps, torch.full_like(other, -1)], 1), **options
+    )
+    torch.testing.assert_close(loss, alone[0] / 2)
+    assert torch.equal(unet.seen[0][:, 3:], latents[:, 3:])
+
+
+def test_channels_go_apart_for_their_share():
+    timesteps, generator = torch.randint(1, 900, (4000,)), torch.Generator().manual_seed(0)
+    drawn = draw_channel_timesteps(timesteps, torch.rand(4000, 5, generator=generator), 0.4, 999)
+    is_with = drawn == timesteps[:, None]
+    assert is_with.any(1).all() and set(drawn[~is_with].tolist()) == {-1, 999}
+    # of the share, two of three channels may go: a quarter to noise, half to clean
+    assert (drawn == -1).float().mean(0).tolist() == pytest.approx([0.4 * 2 / 3 / 2] * 3, abs=0.02)
+    assert (drawn == 999).float().mean(0).tolist() == pytest.approx([0.4 * 2 / 3 / 4] * 3, abs=0.02)
+    assert is_with.all(1).float().mean().item() == pytest.approx(0.6 + 0.4 / 16, abs=0.02)

@@ -56,3 +56,17 @@ def test_numbers_that_only_one_of_both_takes_begin_as_nothing():
             torch.testing.assert_close(now, nothing)
         else:
             torch.testing.assert_close(now, started)
+
+
+def test_a_timestep_for_each_channel_begins_as_one_for_all():
+    arguments = {"attention_head_dim": 4, "channel_timesteps_prob": 0.5}
+    joint, apart = make_unet(None), DualChannelUNet3D(2, 2, 4, (8, 8), 1, **arguments).eval()
+    take_unet_weights(apart, joint, None, ["cell"])
+    torch.testing.assert_close(predict(apart), predict(joint))
+    torch.nn.init.normal_(apart.time_embedding.linear_1.weight)
+    again, back = DualChannelUNet3D(2, 2, 4, (8, 8), 1, **arguments).eval(), make_unet(None)
+    for unet in (again, back):
+        take_unet_weights(unet, apart, None, ["cell"])
+        torch.testing.assert_close(predict(unet), predict(apart))
+    sample, times = torch.randn(1, 4, 4, 4, 4), torch.tensor([[300, -1]])
+    torch.testing.assert_close(again(sample, times).sample, apart(sample, times).sample)

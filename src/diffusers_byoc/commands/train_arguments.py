@@ -84,7 +84,7 @@ def _check_lora(parser: argparse.ArgumentParser, args: argparse.Namespace, given
             " else stays as it is. Say it."
         )
     names = ("vqvae_path", "share_codebook", "latent_scaling", "latent_range", "class_conditional", "push_to_hub")
-    of_unet = ("conditioning_dropout_prob",)
+    of_unet = ("conditioning_dropout_prob", "channel_timesteps_prob")
     for name in (*names, *of_unet, "num_inference_steps", "num_texture_steps", "inference_scheduler"):
         if name in given:
             parser.error(
@@ -102,6 +102,7 @@ def _check_distillation(parser: argparse.ArgumentParser, args: argparse.Namespac
     if args.pretrained is None:
         parser.error("Expected a teacher in --pretrained for --stage distillation, got none. Name a pipeline.")
     names = ("vqvae_path", "share_codebook", "latent_scaling", "latent_range", "class_conditional", "loss_type")
+    names += ("conditioning_dropout_prob", "channel_timesteps_prob")
     for name in (*names, "snr_gamma", "num_inference_steps", "num_texture_steps", "inference_scheduler", "ema_decay"):
         if name in given:
             parser.error(
@@ -121,7 +122,7 @@ def set_train_steps(args: argparse.Namespace, num_cells: int, num_processes: int
 def _make_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    presets = "cells, demo, phantom, phantom_drug, phantom_lora, phantom_few_steps, paper"
+    presets = "cells, demo, phantom, phantom_channels, phantom_drug, phantom_lora, phantom_few_steps, paper"
     add("--preset", default="demo", help=f"{presets}, or the path of a JSON file of such overrides")
     add("--output_dir", default="outputs/demo", help="pipeline, checkpoints, logs and report go here")
     add("--stage", choices=["all", *STAGES], default="all")
@@ -168,6 +169,8 @@ def _make_parser(description: str) -> argparse.ArgumentParser:
     add("--condition_columns", nargs="+", default=[], metavar="COLUMN", help=help_text)
     help_text = "share of the cells that is trained on without class and conditions, for guidance; 0: none"
     add("--conditioning_dropout_prob", type=float, default=0.1, help=help_text)
+    help_text = "share of the cells whose channels are trained on at timesteps of their own, to give some; 0: none"
+    add("--channel_timesteps_prob", type=float, default=0.0, help=help_text)
     help_text = "train an adapter of --pretrained's U-Net in its place: a new drug from few cells"
     add("--train_lora", **FLAG, help=help_text)
     add("--rank", type=positive, help="of the adapter (default: 8)")

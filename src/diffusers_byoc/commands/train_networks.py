@@ -51,6 +51,7 @@ def make_unet(
         num_class_embeds=num_classes if args.class_conditional else None,
         class_embed_type="projection" if num_features else None,
         projection_class_embeddings_input_dim=num_features or None,
+        channel_timesteps_prob=args.channel_timesteps_prob,
         conditioning_dropout_prob=args.conditioning_dropout_prob if args.class_conditional or num_features else 0.0,
         **args.unet,
     )

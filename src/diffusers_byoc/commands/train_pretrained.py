@@ -28,7 +28,8 @@ def load_pretrained(args: argparse.Namespace) -> BYOCPipeline:
             " preset's `scheduler`, or with --prediction_type."
         )
     made_here = {"num_channels", "latent_channels", "sample_size", "num_class_embeds"}
-    made_here |= {"class_embed_type", "projection_class_embeddings_input_dim", "conditioning_dropout_prob"}
+    made_here |= {"class_embed_type", "projection_class_embeddings_input_dim"}
+    made_here |= {"conditioning_dropout_prob", "channel_timesteps_prob"}
     for name, not_taken in (("vqvae", {"sample_size"}), ("texture_unet", {"num_channels"}), ("unet", made_here)):
         network = getattr(pipeline, name)
         if network is not None:

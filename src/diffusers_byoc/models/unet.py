@@ -100,12 +100,14 @@ class DualChannelUNet3D(CheckedModelMixin, AttentionMixin, ConfigMixin, PeftAdap
         projection_class_embeddings_input_dim: length of that vector.
         conditioning_dropout_prob: share of the samples that training gives no condition; above 0 conditions can be
             left out, and what is predicted without them guides what is predicted with them.
+        channel_timesteps_prob: share of the samples whose channels training puts at timesteps of their own; above 0
+            every channel has a timestep, and some can be given while the others are denoised.
         act_fn: activation, by diffusers' names.
 
     Raises:
         ValueError: for a `sample_size` that cannot be halved so often, or that reaches 1³ under instance norm, or for
             `layers_per_block` of another length than `block_out_channels`, or for conditions that contradict each
-            other.
+            other, or for timesteps of the channels where there is only one.
 
     Source: BYOC, section 3.2, eq. 13, Table 3.
     """
@@ -130,6 +132,7 @@ class DualChannelUNet3D(CheckedModelMixin, AttentionMixin, ConfigMixin, PeftAdap
         class_embed_type: str | None = None,
         projection_class_embeddings_input_dim: int | None = None,
         conditioning_dropout_prob: float = 0.0,
+        channel_timesteps_prob: float = 0.0,
     ):
         super().__init__()
         self._check_conditions_of_config()
@@ -148,7 +151,8 @@ class DualChannelUNet3D(CheckedModelMixin, AttentionMixin, ConfigMixin, PeftAdap
         # 1. time and conditions
         time_dim = 4 * widths[0]
         self.time_proj = Timesteps(widths[0], flip_sin_to_cos=True, downscale_freq_shift=0)
-        self.time_embedding = TimestepEmbedding(widths[0], time_dim, act_fn=act_fn)
+        num_times = num_channels if channel_timesteps_prob > 0 else 1
+        self.time_embedding = TimestepEmbedding(num_times * widths[0], time_dim, act_fn=act_fn)
         self.class_embedding = nn.Embedding(num_class_embeds, time_dim) if num_class_embeds is not None else None
         self.condition_embedding = None
         if class_embed_type == "projection":
@@ -205,7 +209,9 @@ class DualChannelUNet3D(CheckedModelMixin, AttentionMixin, ConfigMixin, PeftAdap
 
         Args:
             sample: (B, M*n, d, h, w) noisy normalised latents.
-            timestep: one for all samples, or (B,).
+            timestep: one for all samples, or (B,); or (B, M), one for each channel, of a model with a
+                `channel_timesteps_prob`. A channel at -1 is clean: diffusers counts from 0 what the paper counts
+                from 1.
             class_labels: (B,) int64 in [0, num_class_embeds), or (B, num_class_embeds) weights of the classes, of
                 which 0 for all is no class. Required of a model with classes, unless its `conditioning_dropout_prob`
                 is above 0.
@@ -217,7 +223,8 @@ class DualChannelUNet3D(CheckedModelMixin, AttentionMixin, ConfigMixin, PeftAdap
             `sample` (B, M*n, d, h, w).
 
         Raises:
-            ValueError: for a sample of another shape, or conditions where there should be none (or the reverse).
+            ValueError: for a sample or timesteps of another shape, or conditions where there should be none (or the
+                reverse).
         """
         self._check_sample(sample)
 
@@ -269,20 +276,17 @@ class DualChannelUNet3D(CheckedModelMixin, AttentionMixin, ConfigMixin, PeftAdap
 
         Args:
             sample: (B, M*n, d, h, w); says how many samples there are, where, and in what arithmetic.
-            timestep: one for all samples, or (B,).
-            class_labels, conditions: as in `forward`.
+            timestep, class_labels, conditions: as in `forward`.
 
         Returns:
             (B, 4 * block_out_channels[0]).
 
         Raises:
-            ValueError: for conditions where there should be none, or the reverse.
+            ValueError: for timesteps of another shape, or conditions where there should be none, or the reverse.
         """
-        if not torch.is_tensor(timestep):
-            timestep = torch.tensor([timestep], device=sample.device)
-        timesteps = timestep.reshape(-1).to(sample.device).expand(len(sample))
-        time_features = self.time_proj(timesteps).to(sample.dtype)  # sines are computed in float32
-        embedding = self.time_embedding(time_features)  # (B, time_dim)
+        timesteps = self._read_timesteps(sample, timestep)  # (B, M), or (B, 1)
+        time_features = self.time_proj(timesteps.flatten()).to(sample.dtype)  # sines are computed in float32
+        embedding = self.time_embedding(time_features.view(len(sample), -1))  # (B, time_dim)
         config = self.config
         self._check_given("class_labels", class_labels, config.num_class_embeds, "num_class_embeds")
         length = config.projection_class_embeddings_input_dim
@@ -300,6 +304,20 @@ class DualChannelUNet3D(CheckedModelMixin, AttentionMixin, ConfigMixin, PeftAdap
             embedding = embedding + condition_embedding * is_given
         return self.nonlinearity(embedding)
 
+    def _read_timesteps(self, sample: Tensor, timestep: Tensor | float | int) -> Tensor:
+        """(B, M) for a model with a timestep for each channel, otherwise (B, 1)."""
+        timesteps = torch.as_tensor(timestep, device=sample.device)
+        num_times = self.config.num_channels if self.config.channel_timesteps_prob > 0 else 1
+        if timesteps.ndim < 2:
+            timesteps = timesteps.view(-1, 1)
+        elif num_times == 1 or timesteps.shape[1:] != (num_times,):
+            wanted = f"one for each sample, or (B, {num_times})" if num_times > 1 else "one for each sample"
+            raise ValueError(
+                f"Expected timesteps {wanted}, got {tuple(timesteps.shape)}. A timestep for each channel takes a model"
+                " that was trained with a channel_timesteps_prob."
+            )
+        return timesteps.expand(len(sample), num_times)
+
     def _run(self, block: nn.Module, hidden_states: Tensor, embedding: Tensor) -> Tensor:
         if torch.is_grad_enabled() and self.gradient_checkpointing:
             return self._gradient_checkpointing_func(block, hidden_states, embedding)
@@ -312,6 +330,11 @@ class DualChannelUNet3D(CheckedModelMixin, AttentionMixin, ConfigMixin, PeftAdap
             raise ValueError(
                 "Expected class_embed_type None, or 'projection' with projection_class_embeddings_input_dim, got "
                 f"{kind!r} with {length!r}. Give both, or none of them."
+            )
+        if not 0 <= config.channel_timesteps_prob <= 1 or (config.channel_timesteps_prob and config.num_channels < 2):
+            raise ValueError(
+                f"Expected a channel_timesteps_prob from 0 to 1, and 0 of one channel, got "
+                f"{config.channel_timesteps_prob} for num_channels {config.num_channels}. Correct it."
             )
         num_kinds = (config.num_class_embeds is not None) + (length is not None)
         largest = (1.0, 1.0, 1 / 3)[num_kinds]

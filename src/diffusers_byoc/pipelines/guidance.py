@@ -1,6 +1,7 @@
 """Guidance: by a scale, or by diffusers' guiders; what they need to know of the U-Net, and a step of them."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 from diffusers import BaseGuidance
@@ -31,7 +32,11 @@ def check_guider(guider: BaseGuidance, unet: DualChannelUNet3D) -> None:
 
 
 def guide(
-    guider: BaseGuidance, unet: DualChannelUNet3D, ask: Callable[..., Tensor], given: Mapping[str, Tensor]
+    guider: BaseGuidance,
+    unet: DualChannelUNet3D,
+    ask: Callable[..., Tensor],
+    given: Mapping[str, Any],
+    without: Mapping[str, Any],
 ) -> Tensor:
     """One prediction, from as many of the U-Net's as the guider wants.
 
@@ -39,9 +44,10 @@ def guide(
         guider: its state is that of the step.
         unet: where it leaves layers out.
         ask: the U-Net's prediction (B, M*n, d, h, w) under the conditions of its arguments.
-        given: the conditions; without them is what a guider calls unconditional.
+        given: the conditions.
+        without: of `leave_out`, what a guider calls unconditional.
     """
-    batches = guider.prepare_inputs({name: (condition, None) for name, condition in given.items()})
+    batches = guider.prepare_inputs({name: (condition, without[name]) for name, condition in given.items()})
     for batch in batches:
         guider.prepare_models(unet)
         batch.noise_pred = ask(**{name: getattr(batch, name) for name in given})
@@ -49,13 +55,30 @@ def guide(
     return guider(batches).pred
 
 
-def prepare_guidance_scale(pipeline, guidance_scale: float | None, is_conditional: bool) -> float:
+def leave_out(given: Mapping[str, Any], unet: DualChannelUNet3D) -> dict[str, Any]:
+    """What guidance moves away from: class and conditions, or else given channels, are left out.
+
+    Args:
+        given: `class_labels`, `conditions` and `given_channels` of a call, those it has.
+        unet: says whether class and conditions can be left out.
+    """
+    dropped = {"class_labels", "conditions"} & set(given) if unet.config.conditioning_dropout_prob > 0 else set()
+    without = dict(given) | dict.fromkeys(dropped)
+    if not dropped and "given_channels" in given:
+        without["given_channels"] = given["given_channels"].left_out()
+    return without
+
+
+def prepare_guidance_scale(
+    pipeline, guidance_scale: float | None, is_conditional: bool, has_given_channels: bool = False
+) -> float:
     """The scale of a call; 1 where nothing is to be guided, or the guider does it.
 
     Args:
         pipeline: a `BYOCPipeline`.
         guidance_scale: of the call.
         is_conditional: it has class or conditions.
+        has_given_channels: it has channels to generate the others for.
 
     Raises:
         ValueError: for a scale beside a guider, one that is no number, or one that has nothing to guide.
@@ -67,7 +90,7 @@ def prepare_guidance_scale(pipeline, guidance_scale: float | None, is_conditiona
                 f"Expected guidance_scale or a guider, got {guidance_scale} and {type(guider).__name__}. Say"
                 " pipe.guider = pipe.guider.new(guidance_scale=...), or pipe.guider = None."
             )
-        if is_conditional and not can_lack:
+        if is_conditional and not can_lack and not has_given_channels:
             raise ValueError(
                 f"Expected a model trained with a conditioning_dropout_prob for {type(guider).__name__}, got"
                 " one that always had its conditions. Train it so, or say pipe.guider = None."
@@ -78,7 +101,7 @@ def prepare_guidance_scale(pipeline, guidance_scale: float | None, is_conditiona
         return pipeline.config.default_guidance_scale if is_conditional and can_lack else 1.0
     if not isinstance(guidance_scale, (int, float)) or not np.isfinite(guidance_scale):
         raise ValueError(f"Expected a finite guidance_scale, got {guidance_scale!r}. Correct it.")
-    if guidance_scale != 1 and not (is_conditional and can_lack):
+    if guidance_scale != 1 and not (is_conditional and can_lack) and not has_given_channels:
         got = "neither class_labels nor conditions" if can_lack else "a model that cannot do without its conditions"
         raise ValueError(
             f"Expected conditions to guide with guidance_scale {guidance_scale}, and a model trained with a"

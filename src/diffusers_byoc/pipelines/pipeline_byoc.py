@@ -17,7 +17,8 @@ from . import schedulers
 from .class_labels import prepare_class_labels, read_class_labels, whole_number
 from .conditions import prepare_conditions, read_conditions
 from .fit import check_fit
-from .guidance import guide, prepare_guidance_scale
+from .given_channels import GivenChannels, begin, check_given_channels, read_given_channels, return_given
+from .guidance import guide, leave_out, prepare_guidance_scale
 from .interpolation import path_batches
 from .lora import BYOCLoraLoaderMixin
 from .texture import add_texture
@@ -153,6 +154,7 @@ class BYOCPipeline(DiffusionPipeline, BYOCLoraLoaderMixin):
         timestep: torch.Tensor,
         class_labels: torch.Tensor | None = None,
         conditions: torch.Tensor | None = None,
+        given_channels: GivenChannels | None = None,
     ) -> torch.Tensor:
         """What the U-Net makes of the latents at one step: the place where conditions and guidance come in.
 
@@ -161,23 +163,28 @@ class BYOCPipeline(DiffusionPipeline, BYOCLoraLoaderMixin):
             timestep: scalar, of the scheduler's `timesteps`.
             class_labels: of the U-Net, for a model with classes.
             conditions: of the U-Net, for a model of numbers.
+            given_channels: seen clean in place of their latents; what is predicted of them has no meaning.
 
         Returns:
             (B, M*n, d, h, w) float32, of the pipeline's `prediction_type`.
         """
-        model_input = self.scheduler.scale_model_input(latents, timestep).to(self.unet.dtype)
-        given = {"class_labels": class_labels, "conditions": conditions}
+        model_input = self.scheduler.scale_model_input(latents, timestep)
+        given = {"class_labels": class_labels, "conditions": conditions, "given_channels": given_channels}
         given = {name: condition for name, condition in given.items() if condition is not None}
+        without = leave_out(given, self.unet)
 
-        def ask(**given: torch.Tensor | None) -> torch.Tensor:
-            return self.unet(model_input, timestep, **given, return_dict=False)[0].float()
+        def ask(given_channels: GivenChannels | None = None, **given: torch.Tensor | None) -> torch.Tensor:
+            sample, time = model_input, timestep
+            if given_channels is not None:
+                sample, time = given_channels.place(sample, time)
+            return self.unet(sample.to(self.unet.dtype), time, **given, return_dict=False)[0].float()
 
         if self.guider is not None:
-            return guide(self.guider, self.unet, ask, given)
+            return guide(self.guider, self.unet, ask, given, without)
         prediction = ask(**given)
         if not given or self.guidance_scale == 1:
             return prediction
-        return torch.lerp(ask(), prediction, self.guidance_scale)  # beyond 1 away from the prediction without them
+        return torch.lerp(ask(**without), prediction, self.guidance_scale)  # beyond 1 away from that without them
 
     @torch.no_grad()
     def __call__(
@@ -194,12 +201,15 @@ class BYOCPipeline(DiffusionPipeline, BYOCLoraLoaderMixin):
         callback_on_step_end_tensor_inputs: list[str] | None = None,
         conditions: Mapping[str, Any] | None = None,
         guidance_scale: float | None = None,
+        given_channels: Mapping[str, Any] | None = None,
+        keep_given: bool = False,
+        strength: float | None = None,
     ) -> BYOCPipelineOutput | tuple:
-        """Generate cells.
+        """Generate cells, or what is missing of them.
 
         Args:
-            num_samples: how many; `None` makes as many as there are `class_labels`, `latents`, generators or
-                `conditions`, or one.
+            num_samples: how many; `None` makes as many as there are `class_labels`, `latents`, generators,
+                `conditions` or volumes in `given_channels`, or one.
             class_labels: the class (drug) of every cell, or a list with one for each: an index, or a name in the
                 pipeline's `label2id`; or (num_samples, number of classes) weights, a mixture of drugs. Required of a
                 model with classes that was trained without leaving them out.
@@ -218,7 +228,15 @@ class BYOCPipeline(DiffusionPipeline, BYOCLoraLoaderMixin):
                 the output says so. Required like `class_labels`.
             guidance_scale: how far the prediction moves away from the one without class and conditions: 1 not at all,
                 more makes what is typical of them stronger and cells more alike. Of models trained with a
-                `conditioning_dropout_prob`; `None` takes the pipeline's `default_guidance_scale`.
+                `conditioning_dropout_prob`; `None` takes the pipeline's `default_guidance_scale`. In a call with
+                neither class nor conditions, away from the prediction without `given_channels`.
+            given_channels: name -> volumes (num_samples, D, H, W) in [0, 1], as the pipeline returns them, or one
+                (D, H, W) for all cells. The other channels are generated to go with them. Of models trained with a
+                `channel_timesteps_prob`; with `strength`, of all.
+            keep_given: return the given volumes as they came; otherwise as the autoencoder encodes and decodes them,
+                with texture as generated ones have it.
+            strength: with all channels given, the share of the denoising steps that change them, in (0, 1]: little
+                changes details, 1 leaves nothing of them.
 
         Returns:
             `volumes` (num_samples, M, D, H, W) in [0, 1], M as in the autoencoder's `channel_names`; `extrapolated`.
@@ -228,10 +246,12 @@ class BYOCPipeline(DiffusionPipeline, BYOCLoraLoaderMixin):
         """
         # 1. check
         class_labels = read_class_labels(class_labels)
+        volumes_given = {} if given_channels is None else read_given_channels(self.vqvae.config, given_channels)
         if num_samples is None:
             lists = [x for x in (class_labels, latents, generator) if isinstance(x, (list, torch.Tensor))]
             if conditions is not None and self.config.conditions:
                 lists += read_conditions(self.config.conditions, conditions).values()
+            lists += volumes_given.values()
             num_samples = max(map(len, lists), default=1)
         callback_on_step_end_tensor_inputs = callback_on_step_end_tensor_inputs or ["latents"]
         steps = self.config.default_num_inference_steps if num_inference_steps is None else num_inference_steps
@@ -240,17 +260,20 @@ class BYOCPipeline(DiffusionPipeline, BYOCLoraLoaderMixin):
         schedulers.check_scheduler(self.scheduler, self.config.prediction_type, self.config.noise_schedule, steps)
         if self.config.num_distilled_steps is not None:
             schedulers.check_distilled(self.scheduler, self.config.num_distilled_steps, steps)
+        check_given_channels(self, volumes_given, num_samples, steps, strength, keep_given, output_type)
         device = self._execution_device
         given = {"class_labels": prepare_class_labels(self, class_labels, num_samples, device)}
         given["conditions"], extrapolated = prepare_conditions(self, conditions, num_samples, device)
         given = {name: condition for name, condition in given.items() if condition is not None}
-        self._guidance_scale = prepare_guidance_scale(self, guidance_scale, bool(given))
+        completes = bool(volumes_given) and strength is None
+        self._guidance_scale = prepare_guidance_scale(self, guidance_scale, bool(given), completes)
 
-        # 2. noise, and the scheduler's steps
+        # 2. noise, what is given, and the scheduler's steps
         self.scheduler.set_timesteps(steps, device=device)
-        timesteps = self.scheduler.timesteps
+        noise = self.prepare_latents(num_samples, generator, latents, device)
+        timesteps, latents, known = begin(self, volumes_given, noise, steps, strength)
+        given |= {} if known is None else {"given_channels": known}
         self._num_timesteps = len(timesteps)
-        latents = self.prepare_latents(num_samples, generator, latents, device)
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         step_arguments = {"generator": generator} if takes_generator else {}
 
@@ -260,7 +283,11 @@ class BYOCPipeline(DiffusionPipeline, BYOCLoraLoaderMixin):
                 if self.guider is not None:
                     self.guider.set_state(step, len(timesteps), timestep)
                 prediction = self.predict(latents, timestep, **given)
-                latents = self.scheduler.step(prediction, timestep, latents, **step_arguments, return_dict=False)[0]
+                changing = slice(None) if known is None else known.is_denoised
+                stepped = self.scheduler.step(
+                    prediction[:, changing], timestep, latents[:, changing], **step_arguments, return_dict=False
+                )[0]
+                latents = stepped if known is None else known.join(stepped)
                 if callback_on_step_end is not None:
                     tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
                     latents = callback_on_step_end(self, step, timestep, tensors).pop("latents", latents)
@@ -278,6 +305,8 @@ class BYOCPipeline(DiffusionPipeline, BYOCLoraLoaderMixin):
             decoded = self.vqvae.decode(self.vqvae.denormalize_latents(latents)).sample
             volumes = self._add_texture(decoded, texture_steps, generator)
             volumes = self.volume_processor.postprocess(volumes, output_type)
+            if keep_given:
+                return_given(self, volumes_given, volumes)
 
         self.maybe_free_model_hooks()
         return BYOCPipelineOutput(volumes=volumes, extrapolated=extrapolated) if return_dict else (volumes,)
@@ -388,7 +417,7 @@ class BYOCPipeline(DiffusionPipeline, BYOCLoraLoaderMixin):
             )
 
     def prepare_latents(self, num_samples, generator, latents, device) -> torch.Tensor:
-        """Initial noise (num_samples, M*n, d, h, w) in float32, in the scheduler's units."""
+        """Initial noise (num_samples, M*n, d, h, w) in float32, standard normal."""
         config = self.unet.config
         shape = (num_samples, config.num_channels * config.latent_channels, *(config.sample_size,) * 3)
         if isinstance(generator, list) and len(generator) != num_samples:
@@ -402,4 +431,4 @@ class BYOCPipeline(DiffusionPipeline, BYOCLoraLoaderMixin):
                 f"Expected latents {shape} (num_samples, channels x latent_channels, d, h, w), got "
                 f"{tuple(latents.shape)}. Change num_samples or draw latents of that shape."
             )
-        return latents.to(device, torch.float32) * self.scheduler.init_noise_sigma
+        return latents.to(device, torch.float32)

@@ -3,8 +3,9 @@
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .losses import add_noise
 
 
 def distillation_loss(
@@ -18,6 +19,7 @@ def distillation_loss(
     num_substeps: int,
     class_labels: Tensor | None = None,
     conditions: Tensor | None = None,
+    channel_timesteps: Tensor | None = None,
 ) -> Tensor:
     """Squared error of one DDIM step over `stride` timesteps, against `num_substeps` of the teacher, a scalar.
 
@@ -35,6 +37,8 @@ def distillation_loss(
         stride: timesteps of the student's step.
         num_substeps: of the teacher, at least 1.
         class_labels, conditions: of both U-Nets, see `diffusion_loss`.
+        channel_timesteps: (B, M) of `draw_channel_timesteps`; a channel that is not at its sample's timestep stays
+            where it is, in both, and has no error. None: all channels are.
 
     Raises:
         ValueError: for another `prediction_type`: noise says nothing about a clean sample of which nothing is left.
@@ -47,15 +51,21 @@ def distillation_loss(
             f"Expected prediction_type 'v_prediction' or 'sample' for few steps, got {prediction_type!r}. Train the"
             " diffusion with one of these."
         )
-    noisy_latents = scheduler.add_noise(latents, noise, timesteps)
+    at, is_denoised = timesteps, torch.ones_like(timesteps, dtype=torch.bool)[:, None]
+    if channel_timesteps is not None:
+        at, is_denoised = channel_timesteps, channel_timesteps == timesteps[:, None]  # (B, M)
+    goes = is_denoised.repeat_interleave(latents.shape[1] // is_denoised.shape[1], 1)[:, :, None, None, None]
+    noisy_latents = add_noise(scheduler, latents, noise, at)
     given = {"class_labels": class_labels, "conditions": conditions}
     given = {name: condition for name, condition in given.items() if condition is not None}
     with torch.no_grad():
         reached = noisy_latents
         stops = [timesteps - stride * substep // num_substeps for substep in range(num_substeps + 1)]
         for start, stop in pairwise(stops):
-            prediction = teacher(reached, start, **given, return_dict=False)[0].float()
-            reached = ddim_step(scheduler, prediction, start, stop, reached)
+            at_start = start if channel_timesteps is None else torch.where(is_denoised, start[:, None], at)
+            prediction = teacher(reached, at_start, **given, return_dict=False)[0].float()
+            stepped = ddim_step(scheduler, prediction, start, stop, reached)
+            reached = torch.where(goes, stepped, reached)
 
     # the clean latents whose DDIM step over the whole stride ends where the teacher's steps do
     alpha, sigma = noise_level(scheduler, timesteps)
@@ -64,8 +74,8 @@ def distillation_loss(
     target = (reached - ratio * noisy_latents) / (end_alpha - ratio * alpha)
     if prediction_type == "v_prediction":
         target = (alpha * noisy_latents - target) / sigma
-    prediction = unet(noisy_latents, timesteps, **given, return_dict=False)[0].float()
-    return F.mse_loss(prediction, target)
+    prediction = unet(noisy_latents, at, **given, return_dict=False)[0].float()
+    return (goes * (prediction - target).square()).mean()
 
 
 def ddim_step(scheduler, prediction: Tensor, start: Tensor, stop: Tensor, latents: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ def diffusion_loss(
         scheduler: a diffusers scheduler with `add_noise`.
         latents: (B, M*n, d, h, w) normalised.
         noise: (B, M*n, d, h, w) standard normal.
-        timesteps: (B,) int64.
+        timesteps: (B,) int64; or (B, M), of `draw_channel_timesteps`. What is clean has no error.
         class_labels: of the U-Net: (B,) int64, or weights of the classes, or None.
         loss_type: "l1" (Table 3) or "l2".
         snr_gamma: weigh every cell by `min_snr_weights` of its timestep; None weighs all alike.
@@ -102,7 +102,7 @@ def diffusion_loss(
 
     Source: BYOC, eq. 9 and 13, Table 3.
     """
-    noisy_latents = scheduler.add_noise(latents, noise, timesteps)
+    noisy_latents = add_noise(scheduler, latents, noise, timesteps)
     given = {"class_labels": class_labels, "conditions": conditions}
     given = {name: condition for name, condition in given.items() if condition is not None}
     prediction = unet(noisy_latents, timesteps, **given, return_dict=False)[0].float()
@@ -110,7 +110,9 @@ def diffusion_loss(
     if prediction_type == "epsilon":
         target = noise
     elif prediction_type == "v_prediction":
-        target = scheduler.get_velocity(latents, noise, timesteps)
+        of_times = timesteps.clamp(min=0).flatten()
+        target = scheduler.get_velocity(_parts(latents, timesteps), _parts(noise, timesteps), of_times)
+        target = target.view_as(latents)
     elif prediction_type == "sample":
         target = latents
     else:
@@ -120,10 +122,59 @@ def diffusion_loss(
     if loss_type not in ("l1", "l2"):
         raise ValueError(f"Expected loss_type 'l1' or 'l2', got {loss_type!r}. Choose one.")
     error = (F.l1_loss if loss_type == "l1" else F.mse_loss)(prediction, target, reduction="none")
-    if snr_gamma is None:
-        return error.mean()
-    snr = compute_snr(scheduler, timesteps)
-    return (error.flatten(1).mean(1) * min_snr_weights(snr, prediction_type, snr_gamma)).mean()
+    weights = (timesteps.flatten() >= 0).float()
+    if snr_gamma is not None:
+        snr = compute_snr(scheduler, timesteps.clamp(min=0).flatten())
+        weights = weights * min_snr_weights(snr, prediction_type, snr_gamma)
+    return (_parts(error, timesteps).flatten(1).mean(1) * weights).mean()
+
+
+def add_noise(scheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """Noisy latents, each channel at its own timestep where there are several.
+
+    Args:
+        scheduler: a diffusers scheduler with `add_noise`.
+        latents: (B, M*n, d, h, w) normalised.
+        noise: (B, M*n, d, h, w) standard normal.
+        timesteps: (B,) int64, or (B, M); -1 adds nothing.
+
+    Source: BYOC, eq. 9 and 12.
+    """
+    parts = _parts(latents, timesteps)
+    noisy = scheduler.add_noise(parts, _parts(noise, timesteps), timesteps.clamp(min=0).flatten())
+    return torch.where((timesteps < 0).view(-1, 1, 1, 1, 1), parts, noisy).view_as(latents)
+
+
+def _parts(latents: Tensor, timesteps: Tensor) -> Tensor:
+    """(B, M*n, d, h, w) as what has one timestep each: (B*M, n, d, h, w), or as it is."""
+    return latents.reshape(timesteps.numel(), -1, *latents.shape[2:])
+
+
+def draw_channel_timesteps(timesteps: Tensor, chances: Tensor, share: float, last_timestep: int) -> Tensor:
+    """A timestep for each channel: the same for all in most samples, as the paper has it, apart in a share of them.
+
+    What is asked of a channel when sampling is that it is given, that it is left out, or that it is denoised with
+    the others. So in a sample of the share one channel has the sample's timestep, and each other one is clean with
+    probability 1/2, nothing but noise with 1/4, and at the same timestep with 1/4.
+
+    Args:
+        timesteps: (B,) int64 in [0, last_timestep], of the samples.
+        chances: (B, M + 2) uniform in [0, 1).
+        share: `channel_timesteps_prob` of the U-Net.
+        last_timestep: of the scheduler, where all is noise.
+
+    Returns:
+        (B, M) int64; -1 is clean.
+
+    Source: after Bao et al. 2023 (UniDiffuser), section 3.2, who draw independent timesteps.
+    """
+    num_channels = chances.shape[1] - 2
+    timesteps = timesteps[:, None].expand(-1, num_channels)
+    chance = chances[:, 2:]
+    apart = timesteps.masked_fill(chance < 0.75, last_timestep).masked_fill(chance < 0.5, -1)
+    is_denoised = F.one_hot((chances[:, 1] * num_channels).long(), num_channels).bool()
+    is_apart = chances[:, :1] < share
+    return torch.where(is_apart & ~is_denoised, apart, timesteps)
 
 
 def flow_matching_loss(

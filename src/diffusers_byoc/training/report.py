@@ -55,17 +55,17 @@ def write_report(
     real_cells, real_labels = batch["volumes"], batch["class_labels"].tolist()
     real = ((real_cells + 1) / 2).numpy()
     is_phantom = cells.is_phantom
-    origin = "phantoms" if is_phantom else "cells"
+    origin = "phantoms" if is_phantom else "real cells"
     voxel_size_um = pipeline.volume_processor.voxel_size_um
     spacing, unit = (voxel_size_um, "µm³") if voxel_size_um else (1.0, "voxels")
     channel_names = tuple(pipeline.volume_processor.config.channel_names)
 
     # 1. picture and volumes
-    rows = {f"real {origin}": real[:num_samples], "generated": generated}
+    rows = {origin: real[:num_samples], "generated": generated}
     if class_labels is not None:
         rows = {}
         for index, name in enumerate(cells.class_names):
-            rows[f"{name}, real {origin}"] = real[[label == index for label in real_labels]][:8]
+            rows[f"{name}, {origin}"] = real[[label == index for label in real_labels]][:8]
             rows[f"{name}, generated"] = generated[[label == index for label in class_labels]][:8]
         rows = {heading: row for heading, row in rows.items() if len(row)}
     write_png(compare_volumes(rows, channel_names, spacing), output_dir / "cells.png")
@@ -82,7 +82,7 @@ def write_report(
     if is_ours:
         reconstruction = pipeline.reconstruct(real_cells[:8], num_texture_steps=0).cpu()
         error = reconstruction_loss(reconstruction, real_cells[:8]).item()
-        how += f" Error of the autoencoder on 8 of the real cells (mean squared, volumes in [-1, 1]): {error:.5f}."
+        how += f" Error of the autoencoder on 8 of the {origin} (mean squared, volumes in [-1, 1]): {error:.5f}."
     channels = find_channels(channel_names)
     measured_in = [channel_names[channel] for channel in channels if channel is not None]
     thresholds, otsu = (cell_threshold, None), "Otsu's threshold"
@@ -93,7 +93,7 @@ def write_report(
         opening,
         "Phantoms are synthetic shapes drawn by a formula, not microscopy." if is_phantom else "",
         "",
-        "![real above, generated below](cells.png)",
+        f"![{origin} above, generated below](cells.png)",
         "",
         "![surfaces of generated cells](surfaces.png)",
         "",
@@ -102,7 +102,7 @@ def write_report(
         f"| cells | cell volume, {unit} | nucleus volume, {unit} | nucleus to cell | nucleus inside |"
         " one connected cell |",
         "| --- | --- | --- | --- | --- | --- |",
-        _row(f"real {origin} ({len(real)})", measure_cells(real, spacing, thresholds, *channels)),
+        _row(f"{origin} ({len(real)})", measure_cells(real, spacing, thresholds, *channels)),
         _row(f"generated ({len(generated)})", measure_cells(generated, spacing, thresholds, *channels)),
         "",
         f"Mean and standard deviation over the cells; the last column counts them. Measured in the channels"

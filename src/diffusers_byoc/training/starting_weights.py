@@ -14,7 +14,8 @@ def take_unet_weights(
     """Give `unet` the weights of `trained`, which may know other classes or none.
 
     A class that both know, by its name, keeps its embedding; a new one begins as the mean of all that are known. A
-    network without classes begins as the mean of those it will see: of one class, exactly as that class.
+    network without classes begins as the mean of those it will see: of one class, exactly as that class. A network
+    with a timestep for each channel, and one without, begin as `trained` where all channels have the same.
 
     Args:
         unet: of the same configuration, but for its conditions. Vectors that `trained` does not take begin as nothing.
@@ -36,4 +37,8 @@ def take_unet_weights(
         weights = {name: weight for name, weight in weights.items() if not name.startswith("condition_embedding.")}
         own = {} if length is None else unet.condition_embedding.state_dict(prefix="condition_embedding.")
         weights |= own
+    name, width = "time_embedding.linear_1.weight", unet.config.block_out_channels[0]
+    theirs, ours = (network.time_embedding.linear_1.in_features // width for network in (trained, unet))
+    if theirs != ours:
+        weights[name] = weights[name].unflatten(1, (theirs, width)).sum(1).repeat(1, ours) / ours
     unet.load_state_dict(weights)

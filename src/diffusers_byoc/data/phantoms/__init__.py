@@ -1,4 +1,4 @@
-"""Phantom cells: analytic, seeded two-channel (cell body, nucleus) light-sheet volumes that need no download.
+"""Phantom cells: analytic, seeded light-sheet volumes of cell body, nucleus and, if asked for, mitochondria.
 
 A phantom is a drawing, never a melanoma cell. Its three phenotypes follow the words in which BYOC's paper describes
 melanoma cells in collagen under three drugs: round and flat (nocodazole), spindly (blebbistatin), and in between

@@ -20,6 +20,7 @@ class PhantomTruth:
         nucleus_axes_um: three full principal axes of the nucleus, longest first.
         nucleus_offset_um: distance between the two centroids.
         num_protrusions: processes that leave the body; branches of a process are not counted.
+        mitochondria_volume_um3: volume of the mask of the mitochondria; None without them.
     """
 
     cell_volume_um3: float
@@ -29,6 +30,7 @@ class PhantomTruth:
     nucleus_axes_um: tuple[float, float, float]
     nucleus_offset_um: float
     num_protrusions: int
+    mitochondria_volume_um3: float | None = None
 
 
 def axes_um(points_um: np.ndarray) -> tuple[float, float, float]:
@@ -39,7 +41,7 @@ def axes_um(points_um: np.ndarray) -> tuple[float, float, float]:
 
 
 def measure(masks: np.ndarray, voxel_size_um: float, num_protrusions: int) -> PhantomTruth:
-    cell, nucleus = (np.argwhere(mask) * voxel_size_um for mask in masks)
+    cell, nucleus, *others = (np.argwhere(mask) * voxel_size_um for mask in masks)
     return PhantomTruth(
         cell_volume_um3=len(cell) * voxel_size_um**3,
         nucleus_volume_um3=len(nucleus) * voxel_size_um**3,
@@ -48,4 +50,5 @@ def measure(masks: np.ndarray, voxel_size_um: float, num_protrusions: int) -> Ph
         nucleus_axes_um=axes_um(nucleus),
         nucleus_offset_um=float(np.linalg.norm(nucleus.mean(axis=0) - cell.mean(axis=0))),
         num_protrusions=num_protrusions,
+        mitochondria_volume_um3=len(others[0]) * voxel_size_um**3 if others else None,
     )

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .image import CAMERA_OFFSET, draw_densities, photograph
+from .image import CAMERA_OFFSET, draw_densities, draw_mitochondria, photograph
 from .measurement import PhantomTruth, measure
 from .shape import MARGIN_VOXELS, RECIPES, distances, draw_geometry, fit, recipe_at
 
@@ -22,8 +22,9 @@ class Phantom:
     """One phantom cell, cropped to its bounding box and a small margin.
 
     Attributes:
-        volume: (2, d, h, w) uint16 camera counts; channel 0 the cell body, channel 1 the nucleus.
-        masks: (2, d, h, w) bool, the true cell (nucleus included) and the true nucleus.
+        volume: (M, d, h, w) uint16 camera counts; channel 0 the cell body, channel 1 the nucleus, channel 2, if
+            asked for, the mitochondria.
+        masks: (M, d, h, w) bool, the true cell (nucleus included), nucleus and mitochondria.
         phenotype: one of `PHENOTYPES`.
         seed: the seed it was made from.
         voxel_size_um: edge of its cubic voxels.
@@ -70,12 +71,14 @@ def make_phantom(
     voxel_size_um: float = 1.0,
     mask_background: bool = True,
     dose: float | None = None,
+    num_channels: int = 2,
 ) -> Phantom:
     """One phantom cell, the same for the same arguments.
 
     The random streams come from `SeedSequence([index of the phenotype in PHENOTYPES, seed])`, one each for shape,
-    texture and camera. The shape therefore stays the same cell at another voxel size, and a set of cells needs only
-    distinct seeds. Voxels are reproducible under one release of NumPy and SciPy; NumPy may change its streams.
+    texture, camera and mitochondria. The shape therefore stays the same cell at another voxel size, and a set of cells
+    needs only distinct seeds. Voxels are reproducible under one release of NumPy and SciPy; NumPy may change its
+    streams.
 
     Args:
         phenotype: one of `PHENOTYPES`.
@@ -93,17 +96,24 @@ def make_phantom(
             volume is linear in h, and so is the mean number of protrusions. An untreated cell (dose 0) is the same
             for all phenotypes; the same seed at another dose is the same cell under another dose, but for its
             protrusions.
+        num_channels: 2, or 3 for mitochondria beside cell and nucleus, which stay the same. A voxel of the cytoplasm
+            at δ µm from the nucleus is in a mitochondrion with probability 0.3 exp(-δ / 5 µm).
 
     Returns:
-        The phantom: (2, d, h, w) uint16 volume with d, h, w <= max_size, true masks and true measurements. Cell and
-        nucleus are one connected piece each, the nucleus inside the cell at 0.15 to 0.45 of its volume.
+        The phantom: (num_channels, d, h, w) uint16 volume with d, h, w <= max_size, true masks and true measurements.
+        Cell and nucleus are one connected piece each, the nucleus inside the cell at 0.15 to 0.45 of its volume.
 
     Raises:
-        ValueError: if the phenotype is unknown, the seed or the dose negative, or the sizes leave no room for a cell.
+        ValueError: if the phenotype is unknown, the seed or the dose negative, the channels are others, or the sizes
+            leave no room for a cell.
     """
     _check(phenotype, seed, max_size, voxel_size_um, dose)
-    streams = np.random.SeedSequence([PHENOTYPES.index(phenotype), seed]).spawn(3)
-    shape_rng, texture_rng, camera_rng = (np.random.default_rng(stream) for stream in streams)
+    if num_channels not in (2, 3):
+        raise ValueError(
+            f"Expected `num_channels` 2 or 3, as phantoms have, got {num_channels}. Set it to one of these."
+        )
+    streams = np.random.SeedSequence([PHENOTYPES.index(phenotype), seed]).spawn(4)
+    shape_rng, texture_rng, camera_rng, mitochondria_rng = (np.random.default_rng(stream) for stream in streams)
 
     # 1. shape, and the crop around it
     geometry = fit(draw_geometry(recipe_at(phenotype, dose), shape_rng), max_size, voxel_size_um)
@@ -117,8 +127,11 @@ def make_phantom(
     masks = np.stack([cell < 0, nucleus < 0])
 
     # 2. image
-    counts = photograph(draw_densities(cell, nucleus, voxel_size_um, texture_rng), voxel_size_um, camera_rng)
-    counts = np.rint(counts)
+    densities = draw_densities(cell, nucleus, voxel_size_um, texture_rng)
+    if num_channels == 3:
+        mitochondria, mask = draw_mitochondria(cell, nucleus, voxel_size_um, mitochondria_rng)
+        densities, masks = np.stack([*densities, mitochondria]), np.stack([*masks, mask])
+    counts = np.rint(photograph(densities, voxel_size_um, camera_rng))
     if mask_background:
         counts = (counts - CAMERA_OFFSET) * (cell < 1.5 * voxel_size_um)
     volume = np.clip(counts, 0, np.iinfo(np.uint16).max).astype(np.uint16)

@@ -19,7 +19,7 @@ class PhantomCells(CellDataset):
     Args:
         num_cells: how many.
         processor: makes the crops into network input; its `sample_size` bounds the phantoms and its `voxel_size_um`,
-            which must be isotropic, is theirs (1 µm where it has none).
+            which must be isotropic, is theirs (1 µm where it has none). Of three channels the third is mitochondria.
         phenotypes: some of `PHENOTYPES`; None for all. They are the classes.
         seed: 0 or more; sets of different seeds have no cell in common.
         cache_gb: memory for preprocessed cells, in 10⁹ bytes; at 64³ and two channels a cell takes 2.1 MB.
@@ -60,9 +60,10 @@ class PhantomCells(CellDataset):
                 "Expected cubic voxels, as phantoms have, got the processor's `voxel_size_um`"
                 f" {processor.voxel_size_um}. Give it one number."
             )
-        if processor.config.num_channels != 2:
+        if processor.config.num_channels not in (2, 3):
             raise ValueError(
-                f"Expected `num_channels` 2, as phantoms have, got {processor.config.num_channels}. Set it to 2."
+                f"Expected `num_channels` 2 or 3, as phantoms have, got {processor.config.num_channels}. Set it to one"
+                " of these."
             )
         self.seed = seed
         self._truths = [None] * num_cells
@@ -93,6 +94,7 @@ class PhantomCells(CellDataset):
             seed=int(np.random.SeedSequence([self.seed, row]).generate_state(1, np.uint64)[0]),
             max_size=self.processor.config.sample_size,
             voxel_size_um=self._phantom_voxel_size_um[0],
+            num_channels=self.processor.config.num_channels,
             dose=float(dose[row, 0]) if (dose := self.population.conditions.get("dose_um")) is not None else None,
         )
 

@@ -19,7 +19,7 @@ from ...randomness import process_share
 from ..batches import AugmentedCopies, latent_batches, sample_cells
 from ..latents import cache_latents, latent_statistics, measure_latents
 from ..lora import add_adapter, save_adapter
-from ..losses import diffusion_loss, drop_conditions
+from ..losses import diffusion_loss, draw_channel_timesteps, drop_conditions
 from ..optimizers import make_optimizer
 from ..settings import StageSettings
 from ..stage import Stage
@@ -75,7 +75,8 @@ def train_diffusion(
 ) -> BYOCPipeline:
     """Train `unet` on the latents of `cells`, and on their conditions where it takes some.
 
-    The `conditioning_dropout_prob` of `unet` is the share that sees none; see `drop_conditions`.
+    The `conditioning_dropout_prob` of `unet` is the share that sees none, see `drop_conditions`; its
+    `channel_timesteps_prob` that whose channels are at timesteps of their own, see `draw_channel_timesteps`.
 
     Args:
         stage: entered, with `DiffusionSettings`.
@@ -92,6 +93,7 @@ def train_diffusion(
     """
     settings, accelerator = stage.settings, stage.accelerator
     num_classes, share = unet.config.num_class_embeds, unet.config.conditioning_dropout_prob
+    num_channels, channel_share = unet.config.num_channels, unet.config.channel_timesteps_prob
     if unet.config.class_embed_type is None:
         conditions = None
     elif conditions is None:
@@ -154,6 +156,9 @@ def train_diffusion(
         noise = torch.randn(global_batch_size, *clean.shape[1:], generator=generator)
         timesteps = torch.randint(len(noise_scheduler), (global_batch_size,), generator=generator)
         chances = torch.rand(global_batch_size, generator=generator)
+        if channel_share:
+            channel_chances = torch.rand(global_batch_size, num_channels + 2, generator=generator)
+            timesteps = draw_channel_timesteps(timesteps, channel_chances, channel_share, len(noise_scheduler) - 1)
         noise, timesteps, chances = (
             process_share(x, accelerator.process_index, accelerator.num_processes).to(accelerator.device)
             for x in (noise, timesteps, chances)

@@ -16,7 +16,7 @@ from ...randomness import process_share
 from ..batches import AugmentedCopies, latent_batches
 from ..distillation import distillation_loss
 from ..latents import cache_latents
-from ..losses import drop_conditions
+from ..losses import draw_channel_timesteps, drop_conditions
 from ..optimizers import make_optimizer
 from ..settings import StageSettings
 from ..stage import Stage
@@ -45,8 +45,8 @@ def train_distillation(
 ) -> BYOCPipeline:
     """Train a copy of the U-Net of `pretrained` to go as far in one step as that one in several.
 
-    Both see the same classes and conditions, and none for the share that the teacher was trained without them: the
-    student can be guided as its teacher is.
+    Both see the same classes and conditions, and none for the share that the teacher was trained without them, and
+    channels at timesteps of their own for its share of these: the student answers what its teacher does.
 
     Args:
         stage: entered, with `DistillationSettings`.
@@ -84,7 +84,9 @@ def train_distillation(
     conditions = pretrained.config.conditions
     batches = latent_batches(accelerator, settings, cells, vqvae, latents, stage.first_step, conditions)
     num_classes = pretrained.unet.config.num_class_embeds
-    share = pretrained.unet.config.conditioning_dropout_prob
+    share, channel_share = (
+        pretrained.unet.config[name] for name in ("conditioning_dropout_prob", "channel_timesteps_prob")
+    )
 
     # 3. train
     unet.train()
@@ -97,16 +99,21 @@ def train_distillation(
         noise = torch.randn(global_batch_size, *clean.shape[1:], generator=generator)
         timesteps = torch.randint(1, num_steps + 1, (global_batch_size,), generator=generator) * stride - 1
         chances = torch.rand(global_batch_size, generator=generator)
-        noise, timesteps, chances = (
+        channel_chances = torch.rand(global_batch_size, vqvae.config.num_channels + 2, generator=generator)
+        noise, timesteps, chances, channel_chances = (
             process_share(x, accelerator.process_index, accelerator.num_processes).to(accelerator.device)
-            for x in (noise, timesteps, chances)
+            for x in (noise, timesteps, chances, channel_chances)
         )
+        channel_timesteps = None
+        if channel_share:
+            last_timestep = len(noise_scheduler) - 1
+            channel_timesteps = draw_channel_timesteps(timesteps, channel_chances, channel_share, last_timestep)
         if share:
             class_labels, vectors = drop_conditions(class_labels, vectors, num_classes, chances, share)
 
         with accelerator.accumulate(unet):
             with accelerator.autocast():
-                steps = (timesteps, stride, num_substeps, class_labels, vectors)
+                steps = (timesteps, stride, num_substeps, class_labels, vectors, channel_timesteps)
                 loss = distillation_loss(unet, pretrained.unet, noise_scheduler, clean, noise, *steps)
             stage.apply(loss, unet, optimizer, lr_scheduler)
         if stage.is_accumulating:
