@@ -86,6 +86,12 @@ def drugs():
     return {"pipe": make_pipeline(values=None), **{name: getattr(visualization, name) for name in names}}
 
 
+def channels():
+    pipeline = make_pipeline(values=None, num_class_embeds=None, channel_timesteps_prob=0.25)
+    (crop,) = cells(1, 8)
+    return {"pipe": pipeline, "nucleus": crop[1], "crop": crop}
+
+
 def adapters():
     pipeline = make_pipeline(values=None, conditioning_dropout_prob=0.0)
     shutil.rmtree("pretrained/byoc-phantom")
@@ -108,6 +114,7 @@ def distilled():
 
 # What a page's blocks take for granted, beside the folders that `folders` makes
 GIVEN = {
+    "docs/channels.md": channels,
     "docs/conditions.md": lambda: {"pipe": make_pipeline(num_class_embeds=None)},
     "docs/few_steps.md": distilled,
     "docs/guidance.md": drugs,
