@@ -1,11 +1,11 @@
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from diffusers import DPMSolverMultistepScheduler
+from diffusers import ClassifierFreeGuidance, DPMSolverMultistepScheduler
 
+from conditional import DOSES, make_pipeline
 from diffusers_byoc import BYOCPipeline
 from diffusers_byoc.app import Limits, Model, Models, Request
 from diffusers_byoc.app.models import check_request
@@ -15,30 +15,15 @@ from diffusers_byoc.pipelines.generation import cell_generator
 SAVED = Path(__file__).parents[1] / "pipelines" / "saved"
 
 
-def load(name="conditional", cls=BYOCPipeline):
-    pipeline = cls.from_pretrained(SAVED / name)
+def load(name="conditional"):
+    pipeline = BYOCPipeline.from_pretrained(SAVED / name)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-class Manifold(BYOCPipeline):
-    """A pipeline with every argument that the page looks for; it keeps what it was called with."""
-
-    def __call__(self, num_samples, conditions=None, guidance_scale=None, given_channels=None, **call):
-        self.called = call | {"conditions": conditions, "scale": guidance_scale, "given": given_channels}
-        return SimpleNamespace(volumes=np.zeros((num_samples, 2, 8, 8, 8), np.float32))
-
-    def interpolate(self, num_frames, class_labels=None, generator=None, **call):
-        self.called = {"class_labels": class_labels, "generator": generator} | call
-        return SimpleNamespace(volumes=np.zeros((num_frames, 2, 8, 8, 8), np.float32))
-
-
-def manifold(dropout=0.1, length=1):
-    pipeline = load(cls=Manifold)
-    numbers = {key: [value] * length for key, value in (("mean", 2.0), ("std", 1.0), ("min", 0.0), ("max", 5.0))}
-    pipeline.register_to_config(conditions=[{"name": "dose_um"} | numbers])
-    pipeline.unet.register_to_config(conditioning_dropout_prob=dropout, channel_timesteps_prob=0.5)
-    return Model("many", pipeline)
+def make_many():
+    """Of a pipeline that can do all that the page asks for."""
+    return Model("many", make_pipeline(DOSES, channel_timesteps_prob=0.25))
 
 
 def test_what_a_pipeline_of_today_can_do():
@@ -53,15 +38,17 @@ def test_what_a_pipeline_of_today_can_do():
 
 
 def test_what_a_pipeline_with_more_can_do():
-    model = manifold()
+    model = make_many()
     assert model.can_lack_conditions and model.can_guide and model.can_morph and model.can_complete
     assert [condition["name"] for condition in model.conditions] == ["dose_um"]
-    model.pipeline.guider = object()
+    model.pipeline.register_modules(guider=ClassifierFreeGuidance())
     assert not model.can_guide
     model.pipeline.register_to_config(num_distilled_steps=4)
-    assert model.schedulers == [type(model.own_scheduler).__name__]
-    with pytest.raises(ValueError, match="conditions that are numbers, got vectors of {'dose_um': 3} in many"):
-        manifold(dropout=0, length=3)
+    assert model.schedulers == ["DDIMScheduler"]
+    vectors = {"embedding": np.eye(3)}
+    assert Model("x", make_pipeline(vectors)).can_lack_conditions
+    with pytest.raises(ValueError, match="conditions that are numbers, got vectors of {'embedding': 3} in many"):
+        Model("many", make_pipeline(vectors, conditioning_dropout_prob=0.0))
 
 
 def test_cells_are_those_of_the_series_and_leave_no_trace():
@@ -94,29 +81,34 @@ def test_the_program_makes_the_same_cells(tmp_path, monkeypatch, scheduler):
 
 
 def test_everything_asked_for_reaches_the_pipeline():
-    model = manifold()
-    request = Request(3, "nocodazole", steps=7, use_texture=False, guidance_scale=2.5, conditions={"dose_um": 4.0})
-    assert model.generate(request).shape == (3, 2, 8, 8, 8)
-    called = model.pipeline.called
-    assert called["class_labels"] == "nocodazole" and called["num_inference_steps"] == 7
-    assert called["num_texture_steps"] == 0 and called["scale"] == 2.5 and called["conditions"] == {"dose_um": 4.0}
+    model, nucleus = make_many(), np.random.default_rng(0).random((8, 8, 8), np.float32)
+    request = Request(3, "nocodazole", steps=3, guidance_scale=2.5, conditions={"dose_um": 4.0}, seed=6)
+    call = {"class_labels": "nocodazole", "num_inference_steps": 3, "guidance_scale": 2.5}
+    call |= {"conditions": {"dose_um": 4.0}}
+    generators = [cell_generator(6, index) for index in range(3)]
+    expected = model.pipeline(3, generator=generators, **call).volumes
+    np.testing.assert_array_equal(model.generate(request), expected)
 
-    nucleus = np.random.default_rng(0).random((8, 8, 8), np.float32)
-    model.complete(Request(2, steps=3), nucleus)
-    np.testing.assert_array_equal(model.pipeline.called["given"]["nucleus"], nucleus)
+    generators = [cell_generator(6, index) for index in range(3)]
+    expected = model.pipeline(3, generator=generators, given_channels={"nucleus": nucleus}, **call).volumes
+    np.testing.assert_array_equal(model.complete(request, nucleus), expected)
 
 
-def test_a_morph_goes_between_two_cells_or_two_classes():
-    model = manifold()
-    request = Request(4, "nocodazole", steps=3, seed=2)
-    assert len(model.morph(request, 0, 3, None, 6)) == 6
-    assert [g.initial_seed() for g in model.pipeline.called["generator"]] == [
-        cell_generator(2, index).initial_seed() for index in (0, 3)
-    ]
-    assert model.pipeline.called["class_labels"] == "nocodazole"
-    model.morph(request, 1, 1, "binimetinib", 6)
-    assert model.pipeline.called["generator"].initial_seed() == cell_generator(2, 1).initial_seed()
-    assert model.pipeline.called["class_labels"] == ["nocodazole", "binimetinib"]
+@pytest.mark.parametrize(("ends", "end_label"), [((0, 3), None), ((1, 1), "binimetinib")])
+def test_a_morph_goes_between_two_cells_or_two_classes(ends, end_label):
+    model = make_many()
+    request = Request(4, "nocodazole", steps=3, conditions={"dose_um": 1.0}, seed=2)
+    frames = model.morph(request, *ends, end_label, 5)
+    generators = [cell_generator(2, index) for index in ends]
+    expected = model.pipeline.interpolate(
+        5,
+        class_labels=["nocodazole", end_label] if end_label else "nocodazole",
+        conditions={"dose_um": 1.0},
+        num_inference_steps=3,
+        generator=generators if ends[0] != ends[1] else generators[0],
+    ).volumes
+    np.testing.assert_array_equal(frames, expected)
+    assert np.abs(frames[0] - frames[-1]).max() > 1e-3
 
 
 @pytest.mark.parametrize(
