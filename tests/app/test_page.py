@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
@@ -37,6 +38,7 @@ def test_cells_come_as_pictures_files_and_a_program(client):
     assert "cell_generator(4, index)" in program
     precision = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[fastest_precision()]
     pipeline = BYOCPipeline.from_pretrained(CONDITIONAL, dtype=precision)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     generators = [cell_generator(4, index) for index in range(2)]
     cell = pipeline(class_labels="nocodazole", num_inference_steps=3, generator=generators).volumes[1]
     volume = read_volume(files[1])
