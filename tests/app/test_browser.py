@@ -137,7 +137,7 @@ def test_cells_are_made_and_looked_at_from_all_sides(page, tmp_path):
     path = tmp_path / downloading.value.suggested_filename
     downloading.value.save_as(path)
     volume = read_volume(path)
-    assert path.name == "seed_0_cell_2.ome.tif"
+    assert path.name == "cell_2_seed_0.ome.tif"
     assert volume.data.shape == (2, 8, 8, 8) and volume.voxel_size_um == (1.0, 0.5, 0.5)
     picture(page, "files")
     assert page.problems == []

@@ -34,7 +34,7 @@ def choices(pipeline=CONDITIONAL, label="nocodazole", number=2, seed=0, schedule
 def test_cells_come_as_pictures_files_and_a_program(client):
     gallery, files, program, status = client.predict(*choices(seed=4), api_name="/generate")
     assert status.startswith("2 cells of nocodazole, 3 steps, in ")
-    assert [picture["caption"] for picture in gallery] == ["seed 4 cell 1", "seed 4 cell 2"]
+    assert [picture["caption"] for picture in gallery] == ["cell 1 seed 4", "cell 2 seed 4"]
     assert "cell_generator(4, index)" in program
     precision = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[fastest_precision()]
     pipeline = BYOCPipeline.from_pretrained(CONDITIONAL, dtype=precision)
@@ -42,7 +42,7 @@ def test_cells_come_as_pictures_files_and_a_program(client):
     generators = [cell_generator(4, index) for index in range(2)]
     cell = pipeline(class_labels="nocodazole", num_inference_steps=3, generator=generators).volumes[1]
     volume = read_volume(files[1])
-    assert Path(files[1]).name == "seed_4_cell_2.ome.tif"
+    assert Path(files[1]).name == "cell_2_seed_4.ome.tif"
     assert volume.voxel_size_um == (1.0, 0.5, 0.5) and volume.channel_names == ("cell", "nucleus")
     np.testing.assert_allclose(volume.data / 65535, cell, atol=1e-3)
 

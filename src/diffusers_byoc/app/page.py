@@ -169,7 +169,7 @@ def make_page(models: Models, limits: Limits | None = None) -> "gradio.Blocks":
             model, request = read(*values)
             start_time = time.perf_counter()
             volumes = model.generate(request)
-            titles = [f"seed {request.seed} cell {index + 1}" for index in range(len(volumes))]
+            titles = [f"cell {index + 1} seed {request.seed}" for index in range(len(volumes))]
             seconds = time.perf_counter() - start_time
             text = f"{_cells(volumes)}{_of(request.label)}, {request.steps} steps, in {seconds:.1f} s."
             return show(model, volumes, titles, text, label=request.label, request=request)
