@@ -169,8 +169,11 @@ def test_uploads_are_shown_or_refused_with_a_message(page, tmp_path):
 
 def test_too_much_gets_a_message(page):
     generate(page, cells=6, steps=6)
-    page.get_by_text("at most 30 cells x steps, got 6 x 6").wait_for()
+    message = page.get_by_test_id("toast-body")
+    message.wait_for()
+    assert "at most 30 cells x steps, got 6 x 6" in message.inner_text()
     picture(page, "too_much")
+    page.get_by_test_id("toast-close").click()
     page.get_by_label("number input for Steps").fill("5")
     page.get_by_role("button", name="Generate").click()
     page.get_by_text("6 cells of nocodazole").wait_for()

@@ -289,7 +289,7 @@ def _said(error_class: type[Exception], function: Callable) -> Callable:
         try:
             return function(*args, **kwargs)
         except (ImportError, OSError, ValueError) as error:
-            raise error_class(" ".join(str(error).split()), print_exception=False) from error
+            raise error_class(" ".join(str(error).split()), duration=None, print_exception=False) from error
 
     return told
 
