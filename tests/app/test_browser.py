@@ -37,6 +37,8 @@ def browser():
 
 @pytest.fixture(params=[(1300, 950), (390, 844)], ids=["desk", "phone"])
 def page(request, browser, page_url):
+    from playwright.sync_api import expect
+
     context = browser.new_context(viewport=dict(zip(("width", "height"), request.param, strict=True)))
     context.set_default_timeout(TIMEOUT_MS)
     page = context.new_page()
@@ -44,7 +46,9 @@ def page(request, browser, page_url):
     page.problems = []
     page.on("pageerror", lambda error: page.problems.append(str(error)))
     page.goto(page_url)
-    page.get_by_label("Phenotype").wait_for()  # the pipeline has said what it can
+    page.get_by_role("button", name="Sampler").click()
+    steps = page.get_by_label("number input for Steps")
+    expect(steps).to_have_value("5", timeout=TIMEOUT_MS)  # the pipeline has said what it can
     yield page
     context.close()
 
@@ -66,7 +70,6 @@ def open_tab(page, name):
 
 
 def generate(page, cells=2, steps=3):
-    page.get_by_role("button", name="Sampler").click()
     page.get_by_label("number input for Cells").fill(str(cells))
     page.get_by_label("number input for Steps").fill(str(steps))
     page.get_by_role("button", name="Generate").click()
