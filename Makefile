@@ -1,6 +1,8 @@
 # make demo        cells of a pretrained pipeline of phantoms: outputs/demo/{cells.png, surfaces.png, report.md, volumes/}
 # make train-demo  train such a pipeline in minutes, smaller: outputs/train-demo/
 # make test        the tests; make test ARGS="-m slow" for the long ones
+# make app         a page that generates cells and shows them, on this machine alone; make app ARGS="--port 8000"
+# make docs        the site: outputs/site/index.html
 # make lint        ruff
 # make venv        .venv/ with the pinned versions of what the demos need; make test adds what the tests need
 # make clean       remove .venv/, outputs/ of the demos and caches
@@ -16,9 +18,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TEST_STAMP := $(VENV)/.installed-tests
+APP_STAMP := $(VENV)/.installed-app
+DOCS_STAMP := $(VENV)/.installed-docs
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 
-.PHONY: venv demo train-demo test lint clean
+.PHONY: venv demo train-demo test app docs lint clean
 
 venv: $(STAMP)
 
@@ -34,6 +38,14 @@ $(TEST_STAMP): $(STAMP)
 	$(PIP) --editable ".[dev]"
 	@touch $@
 
+$(APP_STAMP): $(STAMP)
+	$(PIP) --editable ".[app]"
+	@touch $@
+
+$(DOCS_STAMP): $(STAMP)
+	$(PIP) --editable ".[docs]"
+	@touch $@
+
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py --output_dir outputs/demo $(ARGS)
 
@@ -43,9 +55,15 @@ train-demo: $(STAMP)
 test: $(TEST_STAMP)
 	$(BIN)/python -m pytest $(ARGS)
 
+app: $(APP_STAMP)
+	$(BIN)/python app.py $(ARGS)
+
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet $(ARGS)
+
 lint: $(TEST_STAMP)
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf $(VENV) outputs/demo outputs/train-demo build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) outputs/demo outputs/train-demo outputs/site build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

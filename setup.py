@@ -20,8 +20,8 @@ extras = {
     "metrics": ["scipy>=1.11", "scikit-image>=0.22", "scikit-learn>=1.5", "trimesh>=4.5", "PyWavelets>=1.5"],
     # Med3D features, the paper's FID
     "med3d": ["monai>=1.4", "transformers>=5.0"],
-    # pictures of volumes, charts
-    "viz": ["matplotlib>=3.8", "scipy>=1.11", "scikit-image>=0.22"],
+    # pictures of volumes, charts, 3D models
+    "viz": ["matplotlib>=3.8", "scipy>=1.11", "scikit-image>=0.22", "trimesh>=4.5"],
     # films of cells as MP4 (GIF needs no more than viz)
     "film": ["imageio[ffmpeg]>=2.34", "matplotlib>=3.8"],
     # diffusers' DPMSolverSDEScheduler
@@ -37,6 +37,8 @@ extras = {
     "dask": ["dask>=2024.8", "distributed>=2024.8"],
 }
 extras["train"] = ["accelerate>=1.1", "tensorboard>=2.15", *extras["data"]]
+# byoc-app
+extras["app"] = ["gradio>=6.0", *extras["data"], *extras["metrics"], *extras["viz"]]
 extras["all"] = sorted({requirement for requirements in extras.values() for requirement in requirements})
 # Microscopes' own formats. Not in "all": bioio-czi is under the GPL, and so is what bioio-lif before 2.0 brings.
 free_readers = ["bioio>=3.0", "bioio-nd2>=1.0"]
@@ -54,7 +56,10 @@ extras["benchmarks"] = [
     *extras["train"],
     *extras["viz"],
 ]
-extras["dev"] = ["ruff>=0.9", *extras["test"]]
+# the site
+extras["docs"] = ["mkdocs>=1.6", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"]
+# playwright: with a Chromium of one's own, for the page's slow tests
+extras["dev"] = ["ruff>=0.9", "playwright>=1.50", *extras["docs"], *extras["test"]]
 # for some only, hence not in "all": Weights & Biases, 8-bit optimizers, sharding over many GPUs, MedicalDiffusion's
 # perceptual loss
 extras["wandb"] = ["wandb>=0.18"]
@@ -78,6 +83,7 @@ setup(
     },
     entry_points={
         "console_scripts": [
+            "byoc-app = diffusers_byoc.commands.app:main",
             "byoc-evaluate = diffusers_byoc.commands.evaluate:main",
             "byoc-generate = diffusers_byoc.commands.generate:main",
             "byoc-prepare = diffusers_byoc.commands.prepare:main",

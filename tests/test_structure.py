@@ -20,6 +20,7 @@ ALLOWED = {
 }
 ALLOWED["evaluation"] = {"evaluation", "__version__", *ALLOWED} - {"baselines"}
 ALLOWED["publishing"] = {"publishing", "models", "pipelines", "baselines", "evaluation"}
+ALLOWED["app"] = {"app", "data", "metrics", "pipelines", "visualization"}
 ALLOWED["commands"] = {"commands", "__version__", *ALLOWED}
 
 

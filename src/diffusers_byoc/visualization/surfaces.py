@@ -161,16 +161,16 @@ def render_surfaces(
     if volume.ndim != 4:
         raise ValueError(f"Expected a volume (M, D, H, W), got shape {volume.shape}. Give one cell at a time.")
     volume = check_volumes(volume, "volume", [str(index) for index in range(len(volume))])[0]
-    opacities = _check_opacities(opacities, len(volume))
+    opacities = check_opacities(opacities, len(volume))
     if size_pixels < 1:
         raise ValueError(f"Expected size_pixels of at least 1, got {size_pixels}. Raise it.")
     if field_um is not None and not 0 < field_um < np.inf:
         raise ValueError(f"Expected field_um as a positive length in µm, got {field_um}. Leave it out to see all.")
-    surfaces = _Surfaces(volume, voxel_size_triple(voxel_size_um), _check_thresholds(thresholds, len(volume)))
+    surfaces = Surfaces(volume, voxel_size_triple(voxel_size_um), check_thresholds(thresholds, len(volume)))
     return surfaces.render(opacities, azimuth_deg, elevation_deg, field_um or surfaces.field_um, size_pixels)
 
 
-class _Surfaces:
+class Surfaces:
     """The smoothed channels of a volume with the levels at which they are cut, and the ball that holds the cuts."""
 
     def __init__(
@@ -304,9 +304,9 @@ def _draw_surfaces(
 ) -> Figure:
     """A tile for each view of each cell, all of one scale."""
     spacing = voxel_size_triple(voxel_size_um)
-    thresholds = _check_thresholds(thresholds, len(channel_names))
-    opacities = _check_opacities(opacities, len(channel_names))
-    surfaces = {name: [_Surfaces(volume, spacing, thresholds) for volume in batch] for name, batch in sets.items()}
+    thresholds = check_thresholds(thresholds, len(channel_names))
+    opacities = check_opacities(opacities, len(channel_names))
+    surfaces = {name: [Surfaces(volume, spacing, thresholds) for volume in batch] for name, batch in sets.items()}
     field_um = max(cell.field_um for cells in surfaces.values() for cell in cells)
     images = {
         name: [cell.render(opacities, *view, field_um, size=240) for cell in cells for view in views]
@@ -322,7 +322,7 @@ def _draw_surfaces(
     )
 
 
-def _check_thresholds(thresholds: Sequence[float | None] | None, num_channels: int) -> Sequence[float | None]:
+def check_thresholds(thresholds: Sequence[float | None] | None, num_channels: int) -> Sequence[float | None]:
     if thresholds is None:
         return [None] * num_channels
     if np.ndim(thresholds) != 1 or len(thresholds) != num_channels:
@@ -332,7 +332,7 @@ def _check_thresholds(thresholds: Sequence[float | None] | None, num_channels: i
     return thresholds
 
 
-def _check_opacities(opacities: Sequence[float] | None, num_channels: int) -> Sequence[float]:
+def check_opacities(opacities: Sequence[float] | None, num_channels: int) -> Sequence[float]:
     if opacities is None:
         return [1.0] if num_channels == 1 else [0.2, *[1.0] * (num_channels - 1)]
     if np.ndim(opacities) != 1 or len(opacities) != num_channels:
