@@ -122,6 +122,7 @@ GIVEN = {
     "docs/new_drug.md": adapters,
     "docs/evaluation.md": lambda: {"volumes": cells(4, 32), "real_volumes": cells(5, 32)},
     "docs/figures.md": figures,
+    "docs/quality.md": lambda: {"pipe": make_pipeline(values=None, num_class_embeds=None)},
 }
 
 
@@ -224,6 +225,9 @@ def test_every_command_line_exists(words, monkeypatch):
     elif command.startswith("byoc-"):
         (module,) = re.findall(rf'"{command} = diffusers_byoc\.commands\.(\w+):main"', setup)
         check_ours(module, rest)
+    elif command in LAUNCHERS and "-m" in rest:
+        module, *rest = rest[rest.index("-m") + 1 :]
+        check_ours(module.removeprefix("diffusers_byoc.commands."), rest)
     elif command in LAUNCHERS or (command == "python" and rest[0].endswith(".py")):
         script = next(index for index, word in enumerate(rest) if word.endswith(".py"))
         for word in rest[:script]:

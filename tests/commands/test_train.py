@@ -25,7 +25,7 @@ from tensorboard.backend.event_processing.directory_watcher import DirectoryDele
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffusers_byoc import BYOCPipeline, DualChannelUNet3D, MultiCodebookVQModel
-from diffusers_byoc.commands import train_arguments, train_networks, train_run, training_runs
+from diffusers_byoc.commands import train_arguments, train_checks, train_networks, train_run, training_runs
 from diffusers_byoc.commands.train import main
 from diffusers_byoc.data import read_volume
 from diffusers_byoc.pipelines.conditions import measure_conditions
@@ -500,9 +500,9 @@ def test_the_report_is_made_on_the_device(fresh_state, preset, unbroken, tmp_pat
 )
 def test_what_a_launcher_may_not_ask_for(preset, monkeypatch, backend, has_gpu, arguments, message):
     monkeypatch.setenv(f"ACCELERATE_USE_{backend}", "true")
-    monkeypatch.setattr(train_run, "is_cpu_training", lambda: not has_gpu)
+    monkeypatch.setattr(train_checks, "is_cpu_training", lambda: not has_gpu)
     with pytest.raises(ValueError, match=message):
-        train_run.check_arguments(parse("--preset", preset, *arguments), torch.device("cuda"))
+        train_checks.check_arguments(parse("--preset", preset, *arguments), torch.device("cuda"))
 
 
 def test_bad_input_ends_the_process_without_a_traceback(preset, tmp_path):

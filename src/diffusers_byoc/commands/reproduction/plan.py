@@ -234,17 +234,22 @@ class Plan:
         """All learning rates of a model's preset, multiplied; none for 1, as the preset has them."""
         if factor == 1:
             return {}
-        args = vars(self._train(model, self.drugs[0], self.folds[0], None).parse())
-        rates = {name: value for name, value in args.items() if name.endswith("learning_rate") and value is not None}
+        rates = self._stage_arguments(model, "learning_rate")
         return {name: float(f"{value * factor:.6g}") for name, value in rates.items()}
 
     def _fewer_steps(self, model: str, minutes: float) -> dict[str, int]:
         """Steps of a shorter training, so that its learning-rate schedules end as those of a whole one do."""
         if self.train_minutes is None:
             return {}
-        args = vars(self._train(model, self.drugs[0], self.folds[0], None).parse())
-        steps = {name: value for name, value in args.items() if name.endswith("max_train_steps") and value is not None}
+        steps = self._stage_arguments(model, "max_train_steps")
         return {name: max(1, round(value * minutes / self.train_minutes)) for name, value in steps.items()}
+
+    def _stage_arguments(self, model: str, name: str) -> dict[str, Any]:
+        """An argument that each stage has of its own, as a model's preset gives it, by name."""
+        args = vars(self._train(model, self.drugs[0], self.folds[0], None).parse())
+        stages = self.models[model].get("shares")
+        names = [f"{stage}_{name}" for stage in stages] if stages else [key for key in args if key.endswith(name)]
+        return {key: args[key] for key in names if args[key] is not None}
 
     def _all_rates(self, model: str) -> list[dict[str, float]]:
         return [self._rates(model, factor) for factor in self.tuning["factors"]]
