@@ -34,6 +34,21 @@ def remaining_batches(cells: Cells, settings: StageSettings, first_step: int) ->
     )
 
 
+def cells_to_encode_once(cells: Cells, settings: StageSettings, num_augmented_copies: int | None) -> Dataset | None:
+    """The cells, or copies of them, whose latents are kept on the disk; None where batches are encoded on the way.
+
+    Args:
+        cells: to train on.
+        settings: of the stage.
+        num_augmented_copies: of every cell that is augmented; None to draw another in every epoch.
+    """
+    if not cells.is_indexable:  # a stream may outgrow the disk
+        return None
+    if not settings.is_augmented:
+        return cells
+    return None if num_augmented_copies is None else AugmentedCopies(cells, num_augmented_copies, settings)
+
+
 def latent_batches(
     accelerator: Accelerator,
     settings: StageSettings,

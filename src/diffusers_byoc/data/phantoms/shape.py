@@ -21,12 +21,12 @@ class Recipe:
     nucleus_axes: tuple[float, float]  # middle and short axis of the nucleus
     tilt_degrees: float  # standard deviation, out of the collagen's plane
     roll_degrees: float  # standard deviation, about the long axis
-    num_polar: tuple[int, int]  # protrusions at the ends of the long axis; inclusive range
-    num_lateral: tuple[int, int]  # protrusions anywhere around the rim; inclusive range
-    protrusion_length: tuple[float, float]  # µm beyond the surface
-    root_radius: tuple[float, float]  # µm, of a protrusion
-    tip_radius: tuple[float, float]  # µm
-    branch_probability: float
+    num_polar: tuple[int, int] = (0, 0)  # protrusions at the ends of the long axis; inclusive range
+    num_lateral: tuple[int, int] = (0, 0)  # protrusions anywhere around the rim; inclusive range
+    protrusion_length: tuple[float, float] = (0.0, 0.0)  # µm beyond the surface
+    root_radius: tuple[float, float] = (0.0, 0.0)  # µm, of a protrusion
+    tip_radius: tuple[float, float] = (0.0, 0.0)  # µm
+    branch_probability: float = 0.0
     protrusion_probability: float = 1.0  # of each one that would be there
 
 
@@ -75,12 +75,6 @@ RECIPES = {
         nucleus_axes=(0.90, 0.58),
         tilt_degrees=14.0,
         roll_degrees=10.0,
-        num_polar=(0, 0),
-        num_lateral=(0, 0),
-        protrusion_length=(0.0, 0.0),
-        root_radius=(0.0, 0.0),
-        tip_radius=(0.0, 0.0),
-        branch_probability=0.0,
     ),
 }
 
@@ -95,12 +89,6 @@ UNTREATED = Recipe(
     nucleus_axes=(0.84, 0.72),
     tilt_degrees=15.0,
     roll_degrees=25.0,
-    num_polar=(0, 0),
-    num_lateral=(0, 0),
-    protrusion_length=(0.0, 0.0),
-    root_radius=(0.0, 0.0),
-    tip_radius=(0.0, 0.0),
-    branch_probability=0.0,
     protrusion_probability=0.0,
 )
 EC50_UM = 2.0  # dose of half the effect, µM

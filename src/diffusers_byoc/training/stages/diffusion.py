@@ -16,7 +16,7 @@ from ...pipelines import BYOCPipeline
 from ...pipelines.conditions import measure_conditions, standardize_conditions, typical_conditions
 from ...pipelines.schedulers import make_texture_scheduler
 from ...randomness import process_share
-from ..batches import AugmentedCopies, latent_batches, sample_cells
+from ..batches import cells_to_encode_once, latent_batches, sample_cells
 from ..latents import cache_latents, latent_statistics, measure_latents
 from ..lora import add_adapter, save_adapter
 from ..losses import diffusion_loss, draw_channel_timesteps, drop_conditions
@@ -120,11 +120,8 @@ def train_diffusion(
     # 2. data: latents encoded once, or once for each augmented copy, and read from the disk; but batch by batch, and
     # only some beforehand, where augmentation gives each epoch others, or a stream may outgrow the disk
     vqvae.to(accelerator.device).requires_grad_(False).eval()
-    is_kept = cells.is_indexable and (settings.num_augmented_copies is not None or not settings.is_augmented)
-    if is_kept and settings.is_augmented:
-        known = AugmentedCopies(cells, settings.num_augmented_copies, settings)
-    else:
-        known = cells if is_kept else sample_cells(cells, 256, settings.seed)
+    kept = cells_to_encode_once(cells, settings, settings.num_augmented_copies)
+    known = sample_cells(cells, 256, settings.seed) if kept is None else kept
     folder, workers = stage.output_dir / "latents", settings.dataloader_num_workers
     latents = cache_latents(vqvae, known, folder / "train", accelerator, num_workers=workers)
     if not settings.train_lora:  # whose pipeline has its own scaling
@@ -143,8 +140,8 @@ def train_diffusion(
             held_out = [validation_cells[row]["conditions"] for row in rows]
             stacked = {name: torch.stack([each[name] for each in held_out]).numpy() for name in held_out[0]}
             held_out_vectors = standardize_conditions(conditions, stacked)
-    kept = latents if is_kept else None
-    batches = latent_batches(accelerator, settings, cells, vqvae, kept, stage.first_step, conditions)
+    latents = None if kept is None else latents
+    batches = latent_batches(accelerator, settings, cells, vqvae, latents, stage.first_step, conditions)
 
     # 3. train
     unet.train()

@@ -13,7 +13,7 @@ from ...models.fingerprint import fingerprint_weights
 from ...pipelines import BYOCPipeline
 from ...pipelines.conditions import typical_conditions
 from ...randomness import process_share
-from ..batches import AugmentedCopies, latent_batches
+from ..batches import cells_to_encode_once, latent_batches
 from ..distillation import distillation_loss
 from ..latents import cache_latents
 from ..losses import draw_channel_timesteps, drop_conditions
@@ -76,11 +76,10 @@ def train_distillation(
     ema.to(accelerator.device)
 
     # 2. data: latents encoded once where they stay the same
-    latents = None
-    if cells.is_indexable and (settings.num_augmented_copies is not None or not settings.is_augmented):
-        copies = AugmentedCopies(cells, settings.num_augmented_copies, settings) if settings.is_augmented else cells
+    latents, kept = None, cells_to_encode_once(cells, settings, settings.num_augmented_copies)
+    if kept is not None:
         folder = stage.output_dir / "latents" / "train"
-        latents = cache_latents(vqvae, copies, folder, accelerator, num_workers=settings.dataloader_num_workers)
+        latents = cache_latents(vqvae, kept, folder, accelerator, num_workers=settings.dataloader_num_workers)
     conditions = pretrained.config.conditions
     batches = latent_batches(accelerator, settings, cells, vqvae, latents, stage.first_step, conditions)
     num_classes = pretrained.unet.config.num_class_embeds
