@@ -35,9 +35,8 @@ class CheckedModelMixin(ModelMixin):
             OSError: if there are no weights.
         """
         place = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
-        pickles = _refuse_pickles(place, kwargs.get("use_safetensors"))
-        if pickles or not place.is_dir():  # diffusers would fall back on them
-            kwargs["use_safetensors"] = True
+        _refuse_pickles(place, kwargs.get("use_safetensors"))
+        kwargs["use_safetensors"] = True  # diffusers would fall back on pickles
         wants_info = kwargs.pop("output_loading_info", False)
         if place.is_dir():
             _check_downloaded(place)
@@ -88,8 +87,8 @@ class CheckedModelMixin(ModelMixin):
         super().save_pretrained(save_directory, variant=variant, max_shard_size=max_shard_size, **kwargs)
 
 
-def _refuse_pickles(folder: Path, use_safetensors: bool | None) -> list[str]:
-    """The pickled files beside safetensors ones, if the folder is here; raises where there are no others."""
+def _refuse_pickles(folder: Path, use_safetensors: bool | None) -> None:
+    """Refuse a folder that has pickled weights and no others, and a call that asks for them."""
     names = sorted(os.listdir(folder)) if folder.is_dir() else []
     pickles = [name for name in names if name.endswith(_PICKLES)]
     has_safetensors = any(name.endswith(".safetensors") for name in names)
@@ -100,7 +99,6 @@ def _refuse_pickles(folder: Path, use_safetensors: bool | None) -> list[str]:
             f" Convert pickled ones: safetensors.torch.save_file(torch.load({str(old)!r}, weights_only=True),"
             f" {str(folder / SAFETENSORS_WEIGHTS_NAME)!r})."
         )
-    return pickles
 
 
 def _check_downloaded(folder: Path) -> None:
