@@ -50,7 +50,8 @@ def test_the_wheel_is_the_package_alone_and_the_sdist_has_what_the_demo_needs(di
     with tarfile.open(sdist) as archive:
         held = {name.removeprefix(f"{root}/") for name in archive.getnames()}
     wanted = ("pretrained/byoc-phantom/unet/diffusion_pytorch_model.safetensors", "Makefile", "constraints.txt")
-    wanted += ("examples/demo.py", "tests/conftest.py", "model_cards/template.md", "CHANGELOG.md", "setup.py")
+    wanted += ("app.py", "mkdocs.yml", "space/README.md", "space/requirements.txt", "examples/demo.py")
+    wanted += ("tests/conftest.py", "model_cards/template.md", "CHANGELOG.md", "setup.py")
     assert set(wanted) <= held and not [name for name in held if "__pycache__" in name]
     assert sdist.stat().st_size < 60e6  # PyPI takes 100 MB
 

@@ -9,13 +9,12 @@ import ipaddress
 import os
 from pathlib import Path
 
+from .command_line import make_parser, one_line_errors
 from .data_arguments import positive
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="byoc-app", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__, "byoc-app")
     add = parser.add_argument
     add(
         "--pretrained",
@@ -40,10 +39,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    try:
+    with one_line_errors(name="byoc-app"):
         serve(args)
-    except (ImportError, OSError, ValueError) as error:  # the message says what to mend
-        raise SystemExit(f"byoc-app: error: {' '.join(str(error).split())}") from error
 
 
 def serve(args: argparse.Namespace, block: bool = True):

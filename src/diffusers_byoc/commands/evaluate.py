@@ -9,6 +9,7 @@ Writes metrics.json, metrics.md and figures. See docs/evaluation.md. Also under 
 
 import argparse
 
+from .command_line import make_parser
 from .data_arguments import add_source_arguments, add_split_arguments, positive
 
 
@@ -16,9 +17,7 @@ FEATURES = ["med3d", "morphology", "texture"]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="byoc-evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__, "byoc-evaluate")
     add = parser.add_argument
     add("--pretrained", help="pipeline to judge, any whose call returns volumes: a folder or a Hub repository")
     add("--pipeline_class", help="MODULE:CLASS of a pipeline that diffusers and this package do not know")

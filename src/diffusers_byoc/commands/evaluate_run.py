@@ -34,6 +34,7 @@ from ..pipelines.generation import generate_cells
 from ..pipelines.loading import hub_errors
 from ..training import fair_num_threads, is_cpu_training, keep_freed_memory
 from .cells import read_cells
+from .command_line import one_line_errors
 
 
 ALWAYS = ("grid", "voxels")  # kinds of features that need no naming
@@ -46,10 +47,8 @@ def evaluate(args: argparse.Namespace) -> None:
     if is_cpu_training():
         keep_freed_memory()
         torch.set_num_threads(args.num_cpu_threads or fair_num_threads())
-    try:
+    with one_line_errors(name="byoc-evaluate"):
         run(args, state)
-    except (OSError, ValueError, ImportError) as error:  # the message says what to mend
-        raise SystemExit(f"byoc-evaluate: error: {' '.join(str(error).split())}") from error
     state.wait_for_everyone()
     state.destroy_process_group()
 

@@ -14,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .command_line import make_parser, one_line_errors
 from .data_arguments import positive
 
 
@@ -26,9 +27,7 @@ FORMATS = {"ome.tif": "tifffile", "ome.zarr": "ome_zarr", "npz": "numpy", "parqu
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="byoc-generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__, "byoc-generate")
     add = parser.add_argument
     add("--pretrained", required=True, help="folder of a saved pipeline, or its name on the Hub")
     add("--output_dir", required=True, help="the cells go here; what is there already is not made again")
@@ -59,10 +58,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    try:
+    with one_line_errors(name="byoc-generate"):
         generate(args)
-    except (ImportError, OSError, ValueError) as error:  # the message says what to mend
-        raise SystemExit(f"byoc-generate: error: {' '.join(str(error).split())}") from error
 
 
 def generate(args: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from ..volumes import voxel_size_triple
+from .command_line import make_parser
 
 
 CHANNELS = ("cell=0", "nucleus=1")
@@ -17,9 +18,7 @@ CHANNELS = ("cell=0", "nucleus=1")
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The arguments, checked as far as they can be without a look at the files."""
-    parser = argparse.ArgumentParser(
-        prog="byoc-prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__, "byoc-prepare")
     add = parser.add_argument
     formats = "OME-TIFF, TIFF, OME-Zarr (plates too), CZI, ND2, LIF, Imaris, NIfTI, .npy"
     add("--images", nargs="+", required=True, help=f"stacks: {formats}; paths or patterns")

@@ -9,13 +9,12 @@ With --output_dir nothing is uploaded: look, correct README.md, and publish that
 import argparse
 from pathlib import Path
 
+from .command_line import make_parser, one_line_errors
 from .training_arguments import FLAG, add_license_arguments
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="byoc-publish", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__, "byoc-publish")
     add = parser.add_argument
     add("--pretrained", required=True, help="folder of a saved pipeline; of a training, its record fills the card")
     add("--hub_model_id", help="NAME or ORGANISATION/NAME (default: the name of --pretrained)")
@@ -31,10 +30,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    try:
+    with one_line_errors(name="byoc-publish"):
         publish(args)
-    except (ImportError, OSError, ValueError) as error:  # the message says what to mend
-        raise SystemExit(f"byoc-publish: error: {' '.join(str(error).split())}") from error
 
 
 def publish(args: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 
+from .command_line import make_parser, one_line_errors
 from .data_arguments import add_source_arguments, positive
 from .reproduction.jobs import Jobs
 from .reproduction.plan import FIGURE, MODELS, TABLE, Plan, read_plan
@@ -21,9 +22,7 @@ from .training_arguments import given_arguments
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The arguments; `given` are those of the cells that the command line itself names."""
-    parser = argparse.ArgumentParser(
-        prog="byoc-reproduce", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__, "byoc-reproduce")
     add = parser.add_argument
     add("study", choices=[TABLE, FIGURE])
     add("--preset", default="cpu", help="cpu, paper, or the path of a JSON file like them")
@@ -54,10 +53,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
-    try:
+    with one_line_errors(name="byoc-reproduce"):
         reproduce(args, argv)
-    except (OSError, ValueError, ImportError) as error:  # the message says what to mend
-        raise SystemExit(f"byoc-reproduce: error: {' '.join(str(error).split())}") from error
 
 
 def reproduce(args: argparse.Namespace, argv: list[str]) -> None:

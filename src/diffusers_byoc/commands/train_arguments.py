@@ -2,6 +2,7 @@
 
 import argparse
 
+from .command_line import make_parser
 from .data_arguments import add_loading_arguments, add_source_arguments, add_split_arguments, positive
 from .training_arguments import (
     FLAG,
@@ -120,7 +121,7 @@ def set_train_steps(args: argparse.Namespace, num_cells: int, num_processes: int
 
 
 def _make_parser(description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(description)
     add = parser.add_argument
     presets = "cells, demo, phantom, phantom_channels, phantom_drug, phantom_lora, phantom_few_steps, paper"
     add("--preset", default="demo", help=f"{presets}, or the path of a JSON file of such overrides")

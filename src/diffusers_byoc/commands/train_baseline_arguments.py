@@ -2,6 +2,7 @@
 
 import argparse
 
+from .command_line import make_parser
 from .data_arguments import add_loading_arguments, add_source_arguments, add_split_arguments, positive
 from .training_arguments import (
     PRESETS,
@@ -60,7 +61,7 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
 
 
 def _make_parser(description: str, baseline: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(description)
     add = parser.add_argument
     add("--baseline", choices=BASELINES, required=True, help="with it, --help shows its own arguments too")
     add("--preset", default="paper", help="paper, cpu, or the path of a JSON file of such overrides")

@@ -34,6 +34,7 @@ from ..training.stages.medical_diffusion import (
 )
 from ..training.stages.w_gan import WGANSettings, train_w_gan
 from ..whole_files import lock_folder
+from .command_line import one_line_errors
 from .train_baseline_arguments import networks_of
 from .training_runs import (
     check_machine,
@@ -41,7 +42,6 @@ from .training_runs import (
     data_inputs,
     finish_run,
     make_settings,
-    one_line_errors,
     prepare_upload,
     read_training_cells,
     start_processes,

@@ -24,6 +24,7 @@ from ..training.stages.distillation import train_distillation
 from ..training.stages.texture import train_texture
 from ..training.starting_weights import take_unet_weights
 from ..whole_files import lock_folder
+from .command_line import one_line_errors
 from .train_arguments import NETWORKS, set_train_steps
 from .train_checks import check_arguments
 from .train_networks import (
@@ -39,7 +40,6 @@ from .training_runs import (
     check_resumable,
     data_inputs,
     finish_run,
-    one_line_errors,
     prepare_upload,
     read_training_cells,
     start_processes,

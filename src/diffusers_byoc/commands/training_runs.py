@@ -5,11 +5,9 @@ import json
 import logging
 import os
 import platform
-import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
@@ -30,6 +28,7 @@ from ..training.hardware import machine_name
 from ..training.report import write_report
 from ..whole_files import remove_left_overs, whole_or_absent
 from .cells import read_cells, split_for_training
+from .command_line import one_line_errors
 
 
 PACKAGES = ("torch", "diffusers", "accelerate", "safetensors", "numpy")
@@ -144,8 +143,12 @@ def write_record(
     """
     path = Path(args.output_dir) / RUN_RECORD
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    arguments = {name: value for name, value in sorted(vars(args).items()) if name not in networks}
+    for name in ("dataset_name", "pretrained"):
+        if arguments.get(name) and Path(arguments[name]).exists():  # a/b may be one of the Hub's: say which, for good
+            arguments[name] = str(Path(arguments[name]).resolve())
     record = {
-        "arguments": {name: value for name, value in sorted(vars(args).items()) if name not in networks},
+        "arguments": arguments,
         "networks": {name: getattr(args, name) for name in networks},
         "versions": {"python": platform.python_version(), "diffusers_byoc": __version__}
         | {name: version(name) for name in PACKAGES},
@@ -192,12 +195,3 @@ def finish_run(
             licenses = {"license": args.hub_license, "data_license": args.data_license}
             prepare_folder(args.output_dir, folder, args.hub_model_id, **licenses)
             upload_pipeline(folder, args.hub_model_id)
-
-
-@contextmanager
-def one_line_errors(*errors: type[Exception]) -> Iterator[None]:
-    """Where the message says what to mend, and a traceback would hide it."""
-    try:
-        yield
-    except errors as error:
-        raise SystemExit(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}") from error
