@@ -56,7 +56,7 @@ test: $(TEST_STAMP)
 	$(BIN)/python -m pytest $(ARGS)
 
 app: $(APP_STAMP)
-	$(BIN)/python app.py $(ARGS)
+	$(BIN)/byoc-app $(ARGS)
 
 docs: $(DOCS_STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet $(ARGS)

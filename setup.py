@@ -36,7 +36,7 @@ extras = {
     # byoc-prepare on the workers of a cluster
     "dask": ["dask>=2024.8", "distributed>=2024.8"],
 }
-extras["train"] = ["accelerate>=1.1", "tensorboard>=2.15", *extras["data"]]
+extras["train"] = ["tensorboard>=2.15", *extras["data"]]
 # byoc-app
 extras["app"] = ["gradio>=6.0", *extras["data"], *extras["metrics"], *extras["viz"]]
 extras["all"] = sorted({requirement for requirements in extras.values() for requirement in requirements})
@@ -97,6 +97,7 @@ setup(
     install_requires=[
         "torch>=2.6",
         "diffusers>=0.41,<0.43",  # 0.41 is the last release for Python 3.10
+        "accelerate>=1.1",
         "huggingface-hub>=1.32",
         "safetensors>=0.8",
         "numpy>=1.26",

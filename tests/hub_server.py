@@ -1,6 +1,6 @@
 """A Hub for tests: the part of the Hugging Face Hub's HTTP interface that pushing and pulling needs, in memory.
 
-Models and data sets, regular and LFS files, revisions, Range requests, private repositories, and downloads that
+Models, data sets and Spaces, regular and LFS files, revisions, Range requests, private repositories, and downloads that
 go wrong. One account, no branches but ``main``, no Xet.
 
 Clients read HF_ENDPOINT when they import huggingface_hub, so they must run in a process of their own:
@@ -226,9 +226,9 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.read_body()
         try:
             self.hub.check_access(self.command, path, self.headers.get("Authorization", ""))
-            if match := re.fullmatch(r"/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            if match := re.fullmatch(r"/((?:(?:datasets|spaces)/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
                 repo, revision, file = match.groups()
-                return self.answer_file(repo if repo.startswith("datasets/") else f"models/{repo}", revision, file)
+                return self.answer_file(repo if repo.count("/") == 2 else f"models/{repo}", revision, file)
             if self.command == "PUT" and (match := re.fullmatch(r"/lfs/([0-9a-f]{64})", path)):
                 if hashlib.sha256(body).hexdigest() != match[1]:
                     raise HubError(400, "BadRequest", "the content does not have the announced sha256")
@@ -253,7 +253,9 @@ class _Handler(BaseHTTPRequestHandler):
             return {"errors": [], "warnings": []}
         if method == "POST" and path.endswith(".git/info/lfs/objects/batch"):
             return hub.lfs_batch(json.loads(body))
-        if match := re.fullmatch(r"/api/((?:models|datasets)/[^/]+/[^/]+)(?:/([a-z-]+)/([^/]+)(?:/(.+))?)?", path):
+        if match := re.fullmatch(
+            r"/api/((?:models|datasets|spaces)/[^/]+/[^/]+)(?:/([a-z-]+)/([^/]+)(?:/(.+))?)?", path
+        ):
             key, endpoint, revision, folder = match.groups()
             if method == "GET" and endpoint in (None, "revision"):
                 return hub.info(key, revision or "main")

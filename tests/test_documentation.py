@@ -135,6 +135,7 @@ def folders(tmp_path, monkeypatch):
     folders |= {"outputs/demo": "plain", "outputs/byoc": "plain"}  # trained on one phenotype
     for folder, name in folders.items():
         shutil.copytree(SAVED / name, folder)
+    shutil.copytree(REPOSITORY / "space", "space")
     BaselinePipeline(WGAN(sample_size=8, latent_dim=4, base_channels=4)).save_pretrained("outputs/ha_gan")
     volumes = [Volume((volume * 1000).astype(np.uint16), (1.0, 1.0, 1.0), ("cell", "nucleus")) for volume in cells(2)]
     write_shards("cells", [(volume, {"label": "nocodazole", "source": "stack"}) for volume in volumes])
@@ -153,7 +154,7 @@ def pages_with_python():
 @pytest.mark.parametrize(("page", "is_slow"), pages_with_python())
 def test_every_python_block_runs(page, is_slow, folders, hub):
     found = [(line, text) for line, text in blocks(page, "python") if (SLOW in text) == is_slow]
-    if any("push_to_hub" in text for _, text in found):  # in a process that knows the local Hub
+    if any("push_to_hub" in text or "HfApi" in text for _, text in found):  # in a process that knows the local Hub
         begin = ["import os", f"os.chdir({str(folders)!r})", MED3D if is_slow else ""]
         hub.run("\n".join([*begin, *(text for _, text in found)]), timeout=280)
         return

@@ -23,6 +23,11 @@ def test_the_version_stands_in_one_place_and_is_cited():
     assert f"{diffusers_byoc.__version__}" in (REPOSITORY / "CHANGELOG.md").read_text()
 
 
+def test_the_space_runs_on_the_gradio_of_the_tests():
+    version = re.search(r"^gradio==(\S+)$", (REPOSITORY / "constraints.txt").read_text(), re.M)[1]
+    assert f"\nsdk_version: {version}\n" in (REPOSITORY / "space" / "README.md").read_text(encoding="utf-8")
+
+
 @pytest.fixture(scope="module")
 def distributions(tmp_path_factory):
     """(wheel, sdist), built from what git knows, without the network."""
@@ -50,7 +55,7 @@ def test_the_wheel_is_the_package_alone_and_the_sdist_has_what_the_demo_needs(di
     with tarfile.open(sdist) as archive:
         held = {name.removeprefix(f"{root}/") for name in archive.getnames()}
     wanted = ("pretrained/byoc-phantom/unet/diffusion_pytorch_model.safetensors", "Makefile", "constraints.txt")
-    wanted += ("app.py", "mkdocs.yml", "space/README.md", "space/requirements.txt", "examples/demo.py")
+    wanted += ("space/app.py", "space/README.md", "space/requirements.txt", "mkdocs.yml", "examples/demo.py")
     wanted += ("tests/conftest.py", "model_cards/template.md", "CHANGELOG.md", "setup.py")
     assert set(wanted) <= held and not [name for name in held if "__pycache__" in name]
     assert sdist.stat().st_size < 60e6  # PyPI takes 100 MB
