@@ -1,7 +1,7 @@
 """A Hub for tests: the part of the Hugging Face Hub's HTTP interface that pushing and pulling needs, in memory.
 
-Models, data sets and Spaces, regular and LFS files, revisions, Range requests, private repositories, and downloads that
-go wrong. One account, no branches but ``main``, no Xet.
+Models, data sets and Spaces, regular and LFS files, revisions, Range requests, private repositories, and downloads
+that go wrong. One account, no branches but ``main``, no Xet.
 
 Clients read HF_ENDPOINT when they import huggingface_hub, so they must run in a process of their own:
 
