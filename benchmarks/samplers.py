@@ -1,7 +1,7 @@
 """How few denoising steps are as good as a thousand? Schedulers on one model trained on phantoms, quality and time.
 
     python benchmarks/samplers.py --pretrained outputs/demo                       # minutes
-    python benchmarks/samplers.py --pretrained outputs/demo --num_cells 256       # the table in docs/performance.md
+    python benchmarks/samplers.py --pretrained outputs/demo --num_cells 256       # more exactly
 
 Quality is the Fréchet distance of the cells' shapes (37 measurements in units of the phantoms' standard deviation) to
 new phantoms of the same drug. The first row is what phantoms reach among themselves, the best that a generator can;
