@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from diffusers_byoc.app import uploads
-from diffusers_byoc.app.uploads import as_cell, as_nucleus, read_upload
+from diffusers_byoc.app.uploads import as_cell, read_upload
 from diffusers_byoc.data import VolumeProcessor, write_volume
 
 
@@ -24,33 +24,6 @@ def test_a_cell_comes_as_training_cells_do(tmp_path, ending):
     prepared = as_cell(read_upload(str(path)), PROCESSOR)
     assert prepared.shape == (2, 16, 16, 16) and prepared.min() == 0 and prepared.max() == 1
     assert (prepared[0] > 0.5).sum() == 8 * 8 * 6 and (prepared[1] > 0.5).sum() == 4**3
-
-
-@pytest.mark.parametrize("names", [("cell", "nucleus"), ("nucleus", "actin")])
-def test_the_nucleus_is_found_by_name_and_laid_in_the_middle(tmp_path, names):
-    volume = cell() if names[1] == "nucleus" else cell()[::-1]
-    path = tmp_path / "cell.ome.tif"
-    write_volume(path, volume, 1.0, names)
-    nucleus = as_nucleus(read_upload(str(path)), PROCESSOR)
-    assert nucleus.shape == (16, 16, 16)
-    assert (nucleus > 0.5).nonzero()[0].min() == 6 and (nucleus > 0.5).sum() == 4**3
-
-
-def test_a_nucleus_alone_is_resampled_to_the_pipeline_s_voxels(tmp_path):
-    path = tmp_path / "nucleus.ome.tif"
-    write_volume(path, cell()[1:], 2.0, ("DAPI",))
-    fixed = VolumeProcessor(
-        16, voxel_size_um=1.0, normalization="fixed", intensity_range=((0, 100), (0, 65535)), oversize="crop"
-    )
-    nucleus = as_nucleus(read_upload(str(path)), fixed)
-    assert (nucleus > 0.5).sum() == pytest.approx(8**3, rel=0.2)
-
-
-def test_what_has_no_nucleus_is_refused(tmp_path):
-    path = tmp_path / "cell.npz"
-    np.savez(path, volume=np.random.default_rng(0).random((3, 8, 8, 8)))
-    with pytest.raises(ValueError, match="Expected a nucleus: one channel, or one named so, got 3 channels"):
-        as_nucleus(read_upload(str(path)), PROCESSOR)
 
 
 class Trap:

@@ -20,7 +20,7 @@ from diffusers import DiffusionPipeline
 from conditional import DOSES, make_pipeline
 from diffusers_byoc import BYOCPipeline, TextureUNet3D
 from diffusers_byoc.commands.generate import main
-from diffusers_byoc.data import CellFolder, CellTable, decode_volume, read_volume
+from diffusers_byoc.data import CellFolder, CellTable, decode_volume, prepare_channel, read_volume, write_volume
 from diffusers_byoc.pipelines import memory
 from diffusers_byoc.pipelines.generation import generate_cells
 from diffusers_byoc.pipelines.schedulers import make_texture_scheduler
@@ -135,6 +135,36 @@ def test_conditions_and_their_scale_reach_the_pipeline_and_the_record(tmp_path):
         generate(tmp_path / "cells", "--conditions", "dose_um", pretrained=tmp_path / "doses")
     with pytest.raises(SystemExit, match="Expected no conditions, got"):
         generate(tmp_path / "plain", "--conditions", "dose_um=2")
+
+
+def test_given_channels_are_completed_in_turn(tmp_path):
+    pipeline = make_pipeline(values=None, num_class_embeds=None, channel_timesteps_prob=0.25)
+    pipeline.save_pretrained(tmp_path / "completes")
+    (tmp_path / "nuclei").mkdir()
+    for index, radius in enumerate((2, 3)):
+        ball = (np.linalg.norm(np.indices((8, 8, 8)) - 3.5, axis=0) < radius).astype(np.float32)
+        write_volume(tmp_path / "nuclei" / f"{index}.ome.tif", ball[None], None, ("DAPI",))
+    arguments = ["--num_samples", 3, "--batch_size", 1, "--given_channels"]
+    options = {"pretrained": tmp_path / "completes"}
+    generate(tmp_path / "cells", *arguments, f"nucleus={tmp_path / 'nuclei'}", **options)
+    rows = table_of(tmp_path / "cells")
+    assert [Path(row["given_nucleus"]).name for row in rows] == ["0.ome.tif", "1.ome.tif", "0.ome.tif"]
+    nucleus = prepare_channel(read_volume(rows[1]["given_nucleus"]), pipeline.volume_processor, "nucleus")
+    given = {"given_channels": {"nucleus": nucleus}, "num_inference_steps": 3, "generator": cell_generator(0, 1)}
+    (alone,) = pipeline(**given).volumes
+    np.testing.assert_allclose(intensities(tmp_path / "cells" / "cell_000001.ome.tif"), alone, atol=2 * STEP)
+    with pytest.raises(SystemExit, match="of the same given_channels, got others"):
+        generate(tmp_path / "cells", *arguments, f"nucleus={rows[0]['given_nucleus']}", **options)
+    for wrong, message in (
+        (f"nucleus={tmp_path / 'none'}", "Expected files of the channel nucleus in .*none, got none"),
+        ("nucleus", "Expected files of the channel nucleus in a path, got none"),
+        (f"actin={tmp_path / 'nuclei'}", "Expected a channel among .*, got actin"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            generate(tmp_path / "wrong", *arguments, wrong, **options)
+    with pytest.raises(SystemExit, match="Expected a model that was trained with a timestep for each channel"):
+        generate(tmp_path / "wrong", *arguments, f"nucleus={tmp_path / 'nuclei'}")
+    assert not (tmp_path / "wrong").exists()
 
 
 def test_a_folder_of_another_pipeline_is_refused(tmp_path):

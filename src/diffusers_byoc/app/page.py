@@ -6,13 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..data import prepare_channel
 from ..optional import optional
 from ..visualization import feature_distributions
 from . import numbers
 from .models import Limits, Model, Models, Request, check_request
 from .pictures import cell_center, projection_pictures, slice_pictures
 from .shown import Shown
-from .uploads import ENDINGS, as_cell, as_nucleus, read_upload
+from .uploads import ENDINGS, as_cell, read_upload
 
 
 if TYPE_CHECKING:
@@ -200,7 +201,7 @@ def make_page(models: Models, limits: Limits | None = None) -> "gradio.Blocks":
         @said
         def complete(path, progress=gr.Progress(track_tqdm=True), *values):  # noqa: B008
             model, request = read(*values)
-            volumes = model.complete(request, as_nucleus(_read(path), model.pipeline.volume_processor))
+            volumes = model.complete(request, prepare_channel(_read(path), model.pipeline.volume_processor, "nucleus"))
             titles = [f"cell {index + 1} for nucleus" for index in range(len(volumes))]
             text = f"{_cells(volumes)}{_of(request.label)} for the uploaded nucleus."
             return show(model, volumes, titles, text, label=request.label)

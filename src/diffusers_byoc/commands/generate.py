@@ -2,6 +2,7 @@
 
 byoc-generate --pretrained outputs/demo --num_samples 100 --output_dir cells
 byoc-generate --pretrained org/name --conditions dose_um=2.5 --num_samples 100 --output_dir cells
+byoc-generate --pretrained org/name --given_channels nucleus=nuclei --num_samples 100 --output_dir cells_of_nuclei
 byoc-generate --pretrained org/name --class_labels nocodazole blebbistatin --num_samples 200 --output_dir cells
 byoc-generate --pretrained org/name --class_labels nocodazole blebbistatin --only 17 --output_dir one_of_them
 torchrun --nproc_per_node 4 -m diffusers_byoc.commands.generate --pretrained org/name --num_samples 5000 ...
@@ -9,6 +10,7 @@ torchrun --nproc_per_node 4 -m diffusers_byoc.commands.generate --pretrained org
 
 import argparse
 import os
+from collections.abc import Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -37,6 +39,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--conditions", nargs="+", default=[], metavar="NAME=VALUE", help=help_text)
     help_text = "how much more typical of their class and conditions the cells are (default: the pipeline's)"
     add("--guidance_scale", type=float, help=help_text)
+    help_text = "files, or a folder of them, whose channel NAME the cells have in turn: nucleus=nuclei/"
+    add("--given_channels", nargs="+", default=[], metavar="NAME=PATH", help=help_text)
     add("--num_inference_steps", type=positive, help="denoising steps (default: the pipeline's)")
     add("--num_texture_steps", type=int, help="steps of the texture, 0 for none (default: the pipeline's)")
     add("--seed", type=int, default=0, help="of all cells; each depends on it and its own number alone (default: 0)")
@@ -49,6 +53,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=dtypes, default="float32", help="of the networks' arithmetic (default: float32)")
     args = parser.parse_args(argv)
     args.conditions = dict(_condition(parser, text) for text in args.conditions)
+    args.given_channels = [text.partition("=")[::2] for text in args.given_channels]
     if args.seed < 0:
         parser.error(f"argument --seed: expected at least 0, got {args.seed}")
     if args.only and (min(args.only) < 0 or args.format == "parquet"):
@@ -81,7 +86,9 @@ def generate(args: argparse.Namespace) -> None:
     pipeline.to(args.device or own_device())
     pipeline.set_progress_bar_config(desc="Denoising", leave=False)
     labels = args.class_labels
+    given_channels = files_of_channels(args.given_channels)
     for_all = {"conditions": args.conditions or None, "guidance_scale": args.guidance_scale}
+    for_all["given_channels"] = given_channels or None
     given = [f"--{name}" for name, value in for_all.items() if value is not None]
     is_ours = isinstance(pipeline, BYOCPipeline)
     if given and not is_ours:
@@ -121,6 +128,28 @@ def generate(args: argparse.Namespace) -> None:
         wait_for_others(share)
     if is_first:
         print(f"{num_cells} cells in {folder}.")
+
+
+def files_of_channels(given: Sequence[tuple[str, str]]) -> dict[str, list[Path]]:
+    """Name -> files, of the paths that a command line gives to channels.
+
+    Raises:
+        FileNotFoundError: if there are none.
+    """
+    from ..data.formats.reading import ending_of
+    from ..data.sets.folder import find_volumes
+
+    files: dict[str, list[Path]] = {}
+    for name, text in given:
+        path = Path(text)
+        found = find_volumes(path) if path.is_dir() and not ending_of(path) else [path]
+        if not text or not found or not found[0].exists():
+            raise FileNotFoundError(
+                f"Expected files of the channel {name} in {text or 'a path'}, got none. Say --given_channels"
+                " NAME=PATH."
+            )
+        files.setdefault(name, []).extend(found)
+    return files
 
 
 def share_of_launcher() -> tuple[int, int]:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .formats.records import decode_volume, encode_volume
     from .formats.shards import write_shards
     from .formats.volume import Volume
+    from .one_channel import prepare_channel
     from .phantoms import PHENOTYPES, Phantom, PhantomTruth, make_phantom
     from .processor import PreprocessingRecord, VolumeProcessor
     from .resampling import resample_volume
@@ -47,6 +48,7 @@ __all__ = [
     "draw_augmentation",
     "encode_volume",
     "make_phantom",
+    "prepare_channel",
     "read_split",
     "read_volume",
     "resample_volume",
@@ -63,6 +65,7 @@ _NAMES_OF = {
     ".formats.records": ("decode_volume", "encode_volume"),
     ".formats.shards": ("write_shards",),
     ".formats.volume": ("Volume",),
+    ".one_channel": ("prepare_channel",),
     ".phantoms": ("PHENOTYPES", "Phantom", "PhantomTruth", "make_phantom"),
     ".processor": ("PreprocessingRecord", "VolumeProcessor"),
     ".resampling": ("resample_volume",),

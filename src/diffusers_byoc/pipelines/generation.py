@@ -1,5 +1,6 @@
 """Many cells from one pipeline: the same ones in any batch, on any number of processes, after any interruption."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..data import prepare_channel, read_volume
 from ..models.fingerprint import fingerprint_weights
 from ..whole_files import whole_or_absent
 from .memory import MemoryMeter
@@ -34,6 +36,7 @@ def generate_cells(
     conditions: Mapping[str, float] | None = None,
     guidance_scale: float | None = None,
     only: Sequence[int] | None = None,
+    given_channels: Mapping[str, Sequence[Path]] | None = None,
 ) -> list[Path]:
     """Generate what is missing of a series of cells in `folder`.
 
@@ -59,6 +62,8 @@ def generate_cells(
         conditions: of a `BYOCPipeline` that takes some: name -> value in its own unit, of all cells.
         guidance_scale: of a `BYOCPipeline`; None for the pipeline's own.
         only: numbers of the cells to make, in place of the first `num_samples`; not for Parquet.
+        given_channels: of a `BYOCPipeline` that completes cells: name of a channel -> files that the cells have in
+            turn, read by `prepare_channel`.
 
     Returns:
         All files of the series, those of the other processes too.
@@ -90,6 +95,9 @@ def generate_cells(
     arguments_of_all = {"conditions": conditions and dict(conditions), "guidance_scale": guidance_scale}
     arguments_of_all = {name: value for name, value in arguments_of_all.items() if value is not None}
     record |= arguments_of_all
+    given_channels = given_channels or {}
+    if given_channels:
+        record["given_channels"] = {name: list(map(_fingerprint, paths)) for name, paths in given_channels.items()}
     if guidance_scale is None and pipeline.config.get("default_guidance_scale", 1.0) != 1.0:
         record["guidance_scale"] = pipeline.config["default_guidance_scale"]
     if guider := getattr(pipeline, "guider", None):
@@ -105,7 +113,8 @@ def generate_cells(
     def columns_of(cell: int) -> dict:
         label = {"label": class_names.get(labels[cell % len(labels)], labels[cell % len(labels)])} if labels else {}
         # text, as many readers of tables have no integers of 64 bits
-        return label | (conditions or {}) | {"cell": cell, "seed": str(cell_seed(seed, cell))}
+        given = {f"given_{name}": str(paths[cell % len(paths)]) for name, paths in given_channels.items()}
+        return label | (conditions or {}) | given | {"cell": cell, "seed": str(cell_seed(seed, cell))}
 
     def ask(cells: Sequence[int]) -> np.ndarray:
         arguments = {"num_samples": len(cells), "generator": [cell_generator(seed, cell) for cell in cells]}
@@ -114,6 +123,10 @@ def generate_cells(
             arguments["num_inference_steps"] = num_inference_steps
         if num_texture_steps is not None:
             arguments["num_texture_steps"] = num_texture_steps
+        for name, paths in given_channels.items():
+            own = (read_volume(paths[cell % len(paths)]) for cell in cells)
+            volumes = np.stack([prepare_channel(volume, processor, name) for volume in own])
+            arguments.setdefault("given_channels", {})[name] = volumes
         if labels:
             arguments["class_labels"] = [labels[cell % len(labels)] for cell in cells]
         return pipeline(**arguments).volumes
@@ -160,6 +173,15 @@ def generate_cells(
     if not is_noted and share[0] == 0:
         note()
     return [file.path for file in files]
+
+
+def _fingerprint(path: Path) -> str:
+    """SHA-256 of a file, or of the files of an OME-Zarr's folder, wherever it lies."""
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def _public(config: dict) -> dict:
