@@ -23,6 +23,7 @@ class MemoryMeter:
     def __init__(self, device: torch.device):
         self.device = device
         if device.type == "cuda":
+            torch.cuda.init()  # which a pipeline that is offloaded may not have done yet
             torch.cuda.reset_peak_memory_stats(device)
             self.before = torch.cuda.memory_allocated(device)
         elif device.type == "cpu":
