@@ -31,7 +31,7 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 		{ echo "diffusers_byoc needs Python 3.10 or newer, got $$($(PYTHON) --version 2>&1); try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
 	$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch==2.13.0
-	$(PIP) --editable ".[train,viz,metrics]"
+	$(PIP) --editable ".[train]"
 	@touch $@
 
 $(TEST_STAMP): $(STAMP)

@@ -36,7 +36,8 @@ extras = {
     # byoc-prepare on the workers of a cluster
     "dask": ["dask>=2024.8", "distributed>=2024.8"],
 }
-extras["train"] = ["tensorboard>=2.15", *extras["data"]]
+# metrics and viz for the report at its end
+extras["train"] = ["tensorboard>=2.15", *extras["data"], *extras["metrics"], *extras["viz"]]
 # byoc-app
 extras["app"] = ["gradio>=6.0", *extras["data"], *extras["metrics"], *extras["viz"]]
 extras["all"] = sorted({requirement for requirements in extras.values() for requirement in requirements})
@@ -54,7 +55,6 @@ extras["benchmarks"] = [
     "einops-exts>=0.0.4",
     "rotary-embedding-torch>=0.8",
     *extras["train"],
-    *extras["viz"],
 ]
 # the site
 extras["docs"] = ["mkdocs>=1.6", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"]

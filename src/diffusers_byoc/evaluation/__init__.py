@@ -1,6 +1,6 @@
 """Generated cells against real ones: sets of cells, one table of metrics, a report.
 
-Needs ``pip install "diffusers_byoc[train,metrics,viz]"``, and for the features of Med3D ``"diffusers_byoc[med3d]"``.
+Needs ``pip install "diffusers_byoc[train]"``, and for the features of Med3D ``"diffusers_byoc[med3d]"``.
 """
 
 from .any_pipeline import autoencoder_of, channel_names_of, has_classes
