@@ -31,7 +31,8 @@ MED3D = """
 import torch
 from monai.networks.nets import resnet50
 
-network = resnet50(spatial_dims=3, n_input_channels=1, num_classes=1, shortcut_type="B", feed_forward=False)
+layers = {"shortcut_type": "B", "bias_downsample": False, "feed_forward": False}
+network = resnet50(spatial_dims=3, n_input_channels=1, **layers)
 weights = {f"module.{name}": weight for name, weight in network.state_dict().items()}
 torch.save({"state_dict": weights}, "resnet_50.pth")
 volumes = torch.rand(1, 2, 32, 32, 32)
