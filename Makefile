@@ -59,7 +59,7 @@ app: $(APP_STAMP)
 	$(BIN)/byoc-app $(ARGS)
 
 docs: $(DOCS_STAMP)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 
 lint: $(TEST_STAMP)
 	$(BIN)/ruff check .
