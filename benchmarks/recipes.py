@@ -36,7 +36,8 @@ from diffusers_byoc.metrics import (
     volume_classifier_test,
 )
 from diffusers_byoc.metrics.spectrum import grid_excess, grid_test
-from diffusers_byoc.pipelines.texture import add_texture, make_texture_scheduler
+from diffusers_byoc.pipelines.schedulers import make_texture_scheduler
+from diffusers_byoc.pipelines.texture import add_texture
 from diffusers_byoc.training import adaptive_weight, adversarial_loss, discriminator_loss, keep_freed_memory
 from diffusers_byoc.training.crops import crop_cells
 from diffusers_byoc.training.losses import flow_matching_loss
