@@ -524,7 +524,10 @@ def test_bad_input_ends_the_process_without_a_traceback(preset, tmp_path):
         (["--stage", "both"], "invalid choice"),
         (["--resume_from_checkpoint", "checkpoint-3"], "got checkpoint-3, which is of one. Say its --stage"),
         (["--push_to_hub", "--stage", "autoencoder"], "Expected a run that ends with a pipeline"),
-        (["--num_augmented_copies", "3"], "for --num_augmented_copies 3, got none: the copies would be equal."),
+        (
+            ["--num_augmented_copies", "3", "--augmentation", "none"],
+            "for --num_augmented_copies 3, got none: the copies would be equal.",
+        ),
         (["--lerning_rate", "1"], "unrecognized arguments"),
     ],
 )
