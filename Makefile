@@ -53,7 +53,7 @@ train-demo: $(STAMP)
 	$(BIN)/accelerate launch --quiet examples/train_byoc.py --output_dir outputs/train-demo $(ARGS)
 
 test: $(TEST_STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 $(ARGS)
 
 app: $(APP_STAMP)
 	$(BIN)/byoc-app $(ARGS)

@@ -44,7 +44,15 @@ extras["all"] = sorted({requirement for requirements in extras.values() for requ
 # Microscopes' own formats. Not in "all": bioio-czi is under the GPL, and so is what bioio-lif before 2.0 brings.
 free_readers = ["bioio>=3.0", "bioio-nd2>=1.0"]
 extras["bioio"] = [*free_readers, "bioio-czi>=2.0", "bioio-lif>=1.4"]
-checks = ["build>=1.2", "pytest>=8.0", "pytest-timeout>=2.3", "hypothesis>=6.100", "torchmetrics>=1.5", "wandb>=0.18"]
+checks = [
+    "build>=1.2",
+    "pytest>=8.0",
+    "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
+    "hypothesis>=6.100",
+    "torchmetrics>=1.5",
+    "wandb>=0.18",
+]
 others_readers = ["bioio-ome-tiff>=1.1", "bioio-ome-zarr>=1.2", "bioio-tifffile>=1.3"]  # of what is written here
 extras["test"] = [*checks, *free_readers, *others_readers, *extras["all"]]
 # what this package is timed against (docs/performance.md), and what MedicalDiffusion's own code imports
