@@ -1,11 +1,11 @@
-"""Whether the codebooks stay alive, for each way to start and to maintain them: the demo's autoencoder on phantoms.
+"""Whether the codebooks stay alive, for each way to start and to maintain them: an autoencoder on phantoms.
 
-    python benchmarks/codebooks.py                       eight times the demo's first stage: an hour on two cores
+    python benchmarks/codebooks.py                       eight times the demo's first stage
     python benchmarks/codebooks.py --sample_size 32      a few minutes
 
-Each row is one run of `examples/train_byoc.py --stage autoencoder` with the preset `demo`, but for what the
-row says, judged on phantoms that no run has seen: codes in use by all of them and by the batches of four that training
-sees, perplexity, and the mean squared error in [-1, 1].
+Each row is one run of `examples/train_byoc.py --stage autoencoder` with the preset `demo` and one codebook a
+channel, but for what the row says, judged on phantoms that no run has seen: codes in use by all of them and by batches
+of four, perplexity, and the mean squared error in [-1, 1].
 """
 
 import argparse
@@ -35,14 +35,18 @@ VARIANTS = {
     ("gradient", "k-means", "yes"): {"use_ema_codebook": False, "kmeans_iterations": 10},
     ("gradient", "k-means", "no"): {"use_ema_codebook": False, "kmeans_iterations": 10, "revival_threshold": 0.0},
 }
-BATCH_SIZE = 4  # the demo's
+# In place of the demo's latents of an eighth and four residual codebooks a channel: one, as in the paper.
+NETWORK = {"num_quantizers": 1, "block_out_channels": [32, 32, 64], "layers_per_block": [0, 2]}
+CROP_SIZE = 32
+BATCH_SIZE = 4  # judged together
 
 
 def train(changes: dict, directory: Path, steps: int | None, sample_size: int) -> MultiCodebookVQModel:
     """The autoencoder of a run with these changes; one that is there already is not trained again."""
     if not (directory / "vqvae").is_dir():
         config = json.loads((PRESETS / "demo.json").read_text(encoding="utf-8"))
-        config["vqvae"] |= changes
+        config["vqvae"] |= NETWORK | changes
+        config["arguments"]["autoencoder_crop_size"] = CROP_SIZE
         directory.mkdir(parents=True, exist_ok=True)
         preset = directory / "preset.json"
         preset.write_text(json.dumps(config), encoding="utf-8")
