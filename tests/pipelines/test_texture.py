@@ -69,10 +69,21 @@ def test_ten_steps_keep_the_variance_of_a_texture(std):
     assert (textured - volumes)[..., 8:48, 8:48, 8:48].std().item() == pytest.approx(std, rel=0.04)
 
 
-def test_outside_of_the_cell_s_box_is_background():
-    textured = add_texture(GaussianTexture(1.0), FlowMatchEulerDiscreteScheduler(), cell(32) + 0.01, 4, seeded())
-    assert (textured[..., 24:, :, :] == -1).all()
+def test_texture_reaches_two_voxels_beyond_the_cell_and_no_further():
+    volumes = cell(32)
+    volumes[..., 8:16, 8:16, 18] = 0.0  # so that the box has background in it
+    textured = add_texture(GaussianTexture(1.0), FlowMatchEulerDiscreteScheduler(), volumes + 0.01, 4, seeded())
+    is_drawn = (textured != -1).any(dim=1)[0]
+    assert is_drawn[6:18, 6:18, 6:21].all()
+    assert is_drawn.sum() == 12 * 12 * 15
     assert textured[..., 8:16, 8:16, 8:16].std() > 0.5
+
+
+def test_a_cell_in_one_channel_lets_all_have_texture():
+    volumes = cell(24)
+    volumes[:, 1] = -1.0
+    textured = add_texture(GaussianTexture(1.0), FlowMatchEulerDiscreteScheduler(), volumes, 4, seeded())
+    assert (textured[:, 1, 8:16, 8:16, 8:16] != -1).all()
 
 
 def test_a_volume_without_a_cell_stays_as_it_is():

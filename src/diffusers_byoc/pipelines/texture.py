@@ -3,6 +3,7 @@
 from itertools import product
 
 import torch
+import torch.nn.functional as F
 from diffusers import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
@@ -11,7 +12,7 @@ from ..models import TextureUNet3D
 
 
 _FAINTEST = -0.95  # of a cell's voxels, once decoded; in [-1, 1]
-_MARGIN = 4  # voxels around them that may belong to the cell
+_REACH = 2  # voxels around them that may belong to the cell
 # Between two steps the cubes of 2³ voxels in which the network works move by a voxel: their borders fall elsewhere.
 _PHASES = tuple(product((0, 1), repeat=3))
 
@@ -26,8 +27,9 @@ def add_texture(
 ) -> Tensor:
     """Draw texture into decoded volumes.
 
-    Only the box around each cell is worked on; what is outside becomes background. A volume without a cell stays as it
-    is. A cell's texture depends on its own generator alone, where there is one per sample.
+    Only the decoded cell and what is next to it can have texture; all else becomes background: a network that knows
+    processes too fine to be decoded would draw specks there. A volume without a cell stays as it is. A cell's texture
+    depends on its own generator alone, where there is one per sample.
 
     Args:
         texture_unet: the network.
@@ -43,12 +45,13 @@ def add_texture(
     reconstruction = reconstruction.float()
     noise = randn_tensor(reconstruction.shape, generator=generator, device=reconstruction.device, dtype=torch.float32)
     textured = torch.full_like(reconstruction, -1.0)
+    is_cell = (reconstruction > _FAINTEST).any(dim=1, keepdim=True).float()
+    is_near = F.max_pool3d(is_cell, 2 * _REACH + 1, stride=1, padding=_REACH) > 0  # (B, 1, D, H, W)
     for index, volume in enumerate(reconstruction):
-        box = _box(volume, texture_unet.downsampling_factor)
-        if box is None:
+        if not is_near[index].any():
             textured[index] = volume.clamp(-1, 1)
             continue
-        box = (slice(index, index + 1), slice(None), *box)
+        box = (slice(index, index + 1), slice(None), *_box(is_near[index, 0], texture_unet.downsampling_factor))
         decoded, texture = reconstruction[box], noise[box]
         scheduler.set_timesteps(num_inference_steps, device=reconstruction.device)
         for step, timestep in enumerate(scheduler.timesteps):
@@ -57,20 +60,17 @@ def add_texture(
             velocity = texture_unet(next(inputs), timestep, next(inputs), return_dict=False)[0].float()
             velocity = _shift(velocity, [-distance for distance in phase])
             texture = scheduler.step(velocity, timestep, texture, return_dict=False)[0]
-        textured[box] = texture_unet.apply_texture(decoded, texture)
+        drawn = texture_unet.apply_texture(decoded, texture)
+        textured[box] = torch.where(is_near[box], drawn, -1.0)
     return textured
 
 
-def _box(volume: Tensor, multiple: int) -> tuple[slice, ...] | None:
-    """Where the cell is in a volume (M, D, H, W), edges on multiples of `multiple`; None for no cell."""
-    is_cell = (volume > _FAINTEST).any(dim=0)
-    if not is_cell.any():
-        return None
+def _box(is_cell: Tensor, multiple: int) -> tuple[slice, ...]:
+    """Where the cell is in a mask (D, H, W), edges on multiples of `multiple`."""
     box = []
-    for other_axes, size in zip(((1, 2), (0, 2), (0, 1)), is_cell.shape, strict=True):
+    for other_axes in ((1, 2), (0, 2), (0, 1)):
         places = is_cell.amax(dim=other_axes).nonzero()
-        first, last = max(0, int(places[0]) - _MARGIN), min(size, int(places[-1]) + 1 + _MARGIN)
-        box.append(slice(first // multiple * multiple, -(-last // multiple) * multiple))
+        box.append(slice(int(places[0]) // multiple * multiple, (int(places[-1]) // multiple + 1) * multiple))
     return tuple(box)
 
 
