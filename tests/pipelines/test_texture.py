@@ -63,10 +63,10 @@ def test_the_flow_ends_in_the_texture_s_distribution(scheduler, std):
 
 
 @pytest.mark.parametrize("std", [0.3, 0.5, 1.0])
-def test_ten_steps_keep_the_variance_of_a_texture(std):
+def test_eight_steps_keep_the_variance_of_a_texture(std):
     volumes = cell(64, 40)
-    textured = add_texture(GaussianTexture(std), make_texture_scheduler(), volumes, 10, seeded())
-    assert (textured - volumes)[..., 8:48, 8:48, 8:48].std().item() == pytest.approx(std, rel=0.04)
+    textured = add_texture(GaussianTexture(std), make_texture_scheduler(), volumes, 8, seeded())
+    assert (textured - volumes)[..., 8:48, 8:48, 8:48].std().item() == pytest.approx(std, rel=0.06)
 
 
 def test_texture_reaches_two_voxels_beyond_the_cell_and_no_further():

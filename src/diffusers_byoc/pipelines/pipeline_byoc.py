@@ -48,7 +48,7 @@ class BYOCPipeline(DiffusionPipeline, BYOCLoraLoaderMixin):
         texture_unet: draws what the codes cannot carry into decoded volumes; `None` leaves them as decoded, as in the
             paper.
         texture_scheduler: of flow matching, for `texture_unet`; `make_texture_scheduler` makes the one that draws the
-            whole texture in ten steps.
+            whole texture in eight steps.
         default_num_inference_steps: denoising steps where a call names none; saved with the pipeline.
         default_num_texture_steps: steps of the texture, likewise.
         prediction_type: what `unet` was trained to predict: "epsilon" (the noise), "v_prediction" or "sample"; `None`
@@ -85,7 +85,7 @@ class BYOCPipeline(DiffusionPipeline, BYOCLoraLoaderMixin):
         texture_unet: TextureUNet3D | None = None,
         texture_scheduler: DPMSolverMultistepScheduler | None = None,
         default_num_inference_steps: int = 1000,
-        default_num_texture_steps: int = 10,
+        default_num_texture_steps: int = 8,
         prediction_type: str | None = None,
         noise_schedule: dict | None = None,
         label2id: dict[str, int] | None = None,

@@ -60,7 +60,7 @@ class DiffusionSettings(StageSettings):
     ema_power: float = 2 / 3
     inference_scheduler: str = "DDPMScheduler"
     num_inference_steps: int = 1000
-    num_texture_steps: int = 10
+    num_texture_steps: int = 8
 
 
 def train_diffusion(
