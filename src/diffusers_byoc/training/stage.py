@@ -79,7 +79,7 @@ class Stage:
         self.seconds = 0.0
         self.progress = self._termination = None
         self._averages_gradients = False
-        self._started = time.perf_counter()
+        self._started = 0.0
 
     def __enter__(self) -> "Stage":
         settings = self.settings
@@ -148,7 +148,7 @@ class Stage:
             CheckpointError: if the checkpoint was made with other settings or inputs, or goes beyond the last step.
             FileNotFoundError: if a checkpoint is named that does not exist.
         """
-        self._started = time.perf_counter()
+        self._started = self._now()
         self.accelerator.register_for_checkpointing(*states)
         self.inputs |= inputs
         settings, print_once = self.settings, self.accelerator.print
@@ -195,7 +195,7 @@ class Stage:
             yield self.step, batch
             if not self.is_accumulating:
                 self.progress.update()
-                self.seconds = time.perf_counter() - started
+                self.seconds = self._now() - started
                 self._end_step()
         self._termination.close()
         self.accelerator.wait_for_everyone()
@@ -272,6 +272,12 @@ class Stage:
                 f"SIGTERM: saved {path}; go on with --resume_from_checkpoint latest", file=sys.stderr
             )
             raise SystemExit(143)
+
+    def _now(self) -> float:
+        """Seconds, of what `minutes_of` says."""
+        if self.settings.minutes_of == "clock":
+            return time.perf_counter()
+        return time.process_time() / torch.get_num_threads()
 
     def _is_time_up(self) -> bool:
         """Whether `max_train_minutes` have passed in any process."""
