@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from diffusers_byoc.baselines import MedicalDiffusionVQModel
-from diffusers_byoc.baselines.medical_diffusion import DoublingReplicateConv3d, RestartedCodebook
+from diffusers_byoc.baselines.medical_diffusion import DoublingReplicateConv3d, ReplicateConv3d, RestartedCodebook
 
 
 TINY = {
@@ -34,6 +34,22 @@ def test_the_parameters_are_as_many_as_the_papers(widths, count):
     with torch.device("meta"):
         vqvae = MedicalDiffusionVQModel(num_vq_embeddings=512, block_out_channels=widths)
     assert sum(parameter.numel() for parameter in vqvae.parameters() if parameter.requires_grad) == count
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
+@pytest.mark.parametrize(("kernel_size", "stride"), [(3, 1), (4, 2)])
+def test_borders_go_on_outside(kernel_size, stride, memory_format):
+    convolution = ReplicateConv3d(2, 3, kernel_size, stride).double()
+    sample = torch.randn(2, 2, 4, 6, 8, dtype=torch.float64).to(memory_format=memory_format).requires_grad_()
+    output = convolution(sample)
+    padded = F.pad(sample, (1,) * 6, mode="replicate")
+    expected = F.conv3d(padded, convolution.weight, convolution.bias, stride)
+    torch.testing.assert_close(output, expected)
+    gradient = torch.randn_like(expected)
+    for one, other in zip(
+        *(torch.autograd.grad(y, (sample, convolution.weight), gradient) for y in (output, expected)), strict=True
+    ):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("num_channels", [1, 3])

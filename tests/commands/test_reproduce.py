@@ -104,7 +104,7 @@ def test_the_command_line_wins_over_the_preset():
     assert found.cells["num_phantoms"] == found.evaluation["num_phantoms"] == 50 and found.cells["sample_size"] == 32
     assert found.evaluation["features"] == ["med3d", "morphology", "texture"]
     assert found.evaluation["med3d"] == "weights" and not found.train_each_fold
-    assert plan("table1").cells["num_phantoms"] == 1100  # a default is no word of the command line
+    assert plan("table1").cells["num_phantoms"] == 480  # a default is no word of the command line
     assert plan("figure6", "--train_data_dir", "x", "--train_each_fold").train_each_fold
 
 

@@ -186,6 +186,17 @@ def test_a_stage_ends_when_its_time_is_up(run, tmp_path, monkeypatch):
     assert [step for step, *_ in more] == [5, 6]
 
 
+def test_minutes_of_the_processor_are_no_minutes_of_the_clock(run, monkeypatch):
+    """Twenty seconds a step on each of two threads, while the clock stands still."""
+    clock = itertools.count()
+    times = SimpleNamespace(perf_counter=lambda: 0.0, process_time=lambda: 40.0 * next(clock))
+    monkeypatch.setattr(stage_module, "time", times)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    limit = {"max_train_steps": 9, "checkpointing_steps": 100, "max_train_minutes": 79 / 60}
+    assert [step for step, *_ in run(**limit, minutes_of="processor")] == [1, 2, 3, 4]
+    assert len(run(**limit, minutes_of="clock")) == 9
+
+
 def test_without_ddp_the_gradients_of_the_processes_are_averaged(tmp_path, fresh_state, monkeypatch):
     stage, *_ = linear_stage(tmp_path)
     model = torch.nn.Linear(2, 1, bias=False)

@@ -115,6 +115,8 @@ def _add_medical_diffusion(add) -> None:
     add("--ema_decay", type=float, default=0.995)
     add("--ema_update_every", type=positive, default=10, help="steps")
     add("--ema_start", type=int, default=2000, help="step before which the average is a copy")
+    help_text = "poses of each cell, encoded once; by default every batch is encoded anew if cells are augmented"
+    add("--num_augmented_copies", type=positive, help=help_text)
     add("--num_inference_steps", type=positive, default=1000, help="the saved pipeline's default")
 
 

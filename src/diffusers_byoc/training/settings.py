@@ -7,7 +7,7 @@ from typing import Any
 
 # what a run that resumes may be told anew; all else decides what it computes
 MAY_CHANGE = {
-    *("max_train_steps", "max_train_minutes", "resume_from_checkpoint"),
+    *("max_train_steps", "max_train_minutes", "minutes_of", "resume_from_checkpoint"),
     *("checkpointing_steps", "checkpoints_total_limit"),
     *("report_to", "validation_steps", "num_validation_cells", "num_cpu_threads"),
     *("dataloader_num_workers", "shuffle_buffer_size"),  # of a stream they decide: an input then
@@ -22,8 +22,10 @@ class StageSettings:
 
     Args:
         max_train_steps: optimizer steps.
-        max_train_minutes: time in the steps, in all processes that resumed each other, after which the stage ends like
-            after its last step; its learning-rate schedule knows nothing of it. None for no limit.
+        max_train_minutes: time in the steps, and in what they need first, as the encoding of cells, in all processes
+            that resumed each other, after which the stage ends like after its last step; its learning-rate schedule
+            knows nothing of it. None for no limit.
+        minutes_of: the "clock", or the "processor": of this process, by CPU thread, whatever else the machine does.
         seed: of all that is drawn.
         resume_from_checkpoint: "latest", a checkpoint's name, or None to begin anew.
         checkpointing_steps: steps between checkpoints.
@@ -51,6 +53,7 @@ class StageSettings:
 
     max_train_steps: int
     max_train_minutes: float | None = None
+    minutes_of: str = "clock"
     seed: int = 0
     resume_from_checkpoint: str | None = None
     checkpointing_steps: int = 5000

@@ -67,7 +67,8 @@ class Stage:
         first_step: steps that were made before this process, from `resume` on.
         step: the current step, from 1.
         micro_step: the current batch, from 0, of all processes.
-        seconds: that the steps have taken, with those before this process, from `resume` on.
+        seconds: that the steps and what they needed since `resume`, as the encoding of cells, have taken, with those
+            before this process.
         progress: the bar.
     """
 
@@ -78,6 +79,7 @@ class Stage:
         self.seconds = 0.0
         self.progress = self._termination = None
         self._averages_gradients = False
+        self._started = 0.0
 
     def __enter__(self) -> "Stage":
         settings = self.settings
@@ -146,6 +148,7 @@ class Stage:
             CheckpointError: if the checkpoint was made with other settings or inputs, or goes beyond the last step.
             FileNotFoundError: if a checkpoint is named that does not exist.
         """
+        self._started = self._now()
         self.accelerator.register_for_checkpointing(*states)
         self.inputs |= inputs
         settings, print_once = self.settings, self.accelerator.print
@@ -183,7 +186,7 @@ class Stage:
         hidden = not self.accelerator.is_local_main_process
         self.progress = tqdm(total=max_steps, initial=self.first_step, desc=self.name.capitalize(), disable=hidden)
         self._termination = Termination()  # a SIGTERM now waits for the end of its step
-        started = time.perf_counter() - self.seconds
+        started = self._started - self.seconds
         self.step = self.first_step
         for micro_step, batch in enumerate(batches, self.first_step * accumulation):
             if not micro_step % accumulation and self._is_time_up():
@@ -192,7 +195,7 @@ class Stage:
             yield self.step, batch
             if not self.is_accumulating:
                 self.progress.update()
-                self.seconds = time.perf_counter() - started
+                self.seconds = self._now() - started
                 self._end_step()
         self._termination.close()
         self.accelerator.wait_for_everyone()
@@ -269,6 +272,12 @@ class Stage:
                 f"SIGTERM: saved {path}; go on with --resume_from_checkpoint latest", file=sys.stderr
             )
             raise SystemExit(143)
+
+    def _now(self) -> float:
+        """Seconds, of what `minutes_of` says."""
+        if self.settings.minutes_of == "clock":
+            return time.perf_counter()
+        return time.process_time() / torch.get_num_threads()
 
     def _is_time_up(self) -> bool:
         """Whether `max_train_minutes` have passed in any process."""

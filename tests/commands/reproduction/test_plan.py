@@ -121,8 +121,8 @@ def test_a_short_training_has_as_much_fewer_steps():
     """Its cosine schedule ends, too."""
     (job, *_) = (job for job in read_plan("cpu", tune=True).jobs(TABLE) if job.name == "tune/medical_diffusion/3")
     args = parsed(job)
-    assert (args.autoencoder_max_train_steps, args.diffusion_max_train_steps) == (250, 800)  # 6 of 60 minutes
-    assert minutes(args) == pytest.approx(6)
+    assert (args.autoencoder_max_train_steps, args.diffusion_max_train_steps) == (75, 75)  # 3 of 12 minutes
+    assert minutes(args) == pytest.approx(3)
 
 
 def test_figure_6_needs_byoc():

@@ -23,7 +23,8 @@ from ...data import Cells
 from ...models.fingerprint import fingerprint_weights
 from ...randomness import process_share
 from ..adversarial import draw_shares, frozen
-from ..batches import augment, latent_batches, remaining_batches
+from ..batches import augment, cells_to_encode_once, latent_batches, remaining_batches
+from ..latents import cache_latents
 from ..losses import adversarial_loss, discriminator_loss
 from ..optimizers import make_optimizer
 from ..settings import StageSettings
@@ -63,6 +64,7 @@ class MedicalDiffusionSettings(StageSettings):
         ema_decay: of the moving average of the weights, which is the model.
         ema_update_every: steps from one update to the next.
         ema_start: step before which the average is a copy.
+        num_augmented_copies: of every cell, encoded once, with `augmentation`; None to encode every batch anew.
         num_inference_steps: the saved pipeline's default.
     """
 
@@ -73,6 +75,7 @@ class MedicalDiffusionSettings(StageSettings):
     ema_decay: float = 0.995
     ema_update_every: int = 10
     ema_start: int = 2000
+    num_augmented_copies: int | None = None
     num_inference_steps: int = 1000
 
 
@@ -212,10 +215,17 @@ def train_medical_diffusion(
     ema.to(accelerator.device)  # a restored one lies on the CPU
     vqvae.to(accelerator.device).requires_grad_(False).eval()
 
-    # 2. train
+    # 2. data: latents encoded once, and read from the disk, unless augmentation gives each epoch others
+    latents, kept = None, cells_to_encode_once(cells, settings, settings.num_augmented_copies)
+    if kept is not None:
+        folder, workers = stage.output_dir / "latents", settings.dataloader_num_workers
+        latents = cache_latents(vqvae, kept, folder, accelerator, num_workers=workers)
+    batches = latent_batches(accelerator, settings, cells, vqvae, latents, stage.first_step)
+
+    # 3. train
     unet.train()
     global_batch_size = settings.train_batch_size * accelerator.num_processes
-    for step, (clean, *_) in stage.steps(latent_batches(accelerator, settings, cells, vqvae, None, stage.first_step)):
+    for step, (clean, *_) in stage.steps(batches):
         # drawn for all processes, then shared out, so that their number does not change the run
         generator = stage.generator("diffusion")
         noise = torch.randn(global_batch_size, *clean.shape[1:], generator=generator)
@@ -249,7 +259,7 @@ def train_medical_diffusion(
             ema.restore(unet.parameters())
             unet.train()
 
-    # 3. the moving average is the model
+    # 4. the moving average is the model
     ema.copy_to(unet.parameters())
     unet = accelerator.unwrap_model(unet, keep_fp32_wrapper=False).eval()
     pipeline = _make_pipeline(settings, cells, vqvae, unet, noise_scheduler)
