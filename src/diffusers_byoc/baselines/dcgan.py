@@ -4,7 +4,7 @@ import math
 
 from torch import nn
 
-from ..models.convolution import HalvingConv3d, NearestDoublingConv3d
+from ..models.convolution import Conv3d, HalvingConv3d
 
 
 COARSEST = 4  # voxels: the edge of the grid that a generator begins with, and a critic ends with
@@ -37,8 +37,8 @@ def upsampling_stack(widths: list[int], num_channels: int) -> nn.Sequential:
     """
     layers: list[nn.Module] = []
     for width, next_width in zip(widths, [*widths[1:], num_channels], strict=True):
-        layers += [nn.BatchNorm3d(width), nn.ReLU()]
-        layers += [NearestDoublingConv3d(width, next_width, bias=False)]
+        layers += [nn.BatchNorm3d(width), nn.ReLU(), nn.Upsample(scale_factor=2)]
+        layers += [Conv3d(width, next_width, 3, padding=1, bias=False)]
     return nn.Sequential(*layers, nn.Tanh())
 
 

@@ -12,8 +12,8 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from ..models.convolution import Conv3d, NearestDoublingConv3d
-from ..models.normalization import InstanceNorm, to_fast_memory_format
+from ..models.convolution import Conv3d
+from ..models.normalization import to_fast_memory_format
 from .gan import GANModel, check_channel_names
 
 
@@ -24,7 +24,7 @@ NUM_GROUPS = 8  # of the group norms
 
 
 def norm_act(width: int) -> list[nn.Module]:
-    return [InstanceNorm(width, NUM_GROUPS), nn.ReLU()]
+    return [nn.GroupNorm(NUM_GROUPS, width), nn.ReLU()]
 
 
 class HAGANGenerator(nn.Module):
@@ -41,11 +41,8 @@ class HAGANGenerator(nn.Module):
         widths = [16 * width, 16 * width, 16 * width, 8 * width, 4 * width, 2 * width]
         layers: list[nn.Module] = []
         for level, (width_in, width_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
-            is_doubled = 1 <= level <= num_doublings
-            layers += [
-                NearestDoublingConv3d(width_in, width_out) if is_doubled else Conv3d(width_in, width_out, 3, padding=1)
-            ]
-            layers += norm_act(width_out)
+            layers += [nn.Upsample(scale_factor=2)] if 1 <= level <= num_doublings else []
+            layers += [Conv3d(width_in, width_out, 3, padding=1), *norm_act(width_out)]
         self.features = nn.Sequential(*layers)
 
         # G^L
@@ -57,8 +54,8 @@ class HAGANGenerator(nn.Module):
 
         # G^H
         self.high = nn.Sequential(
-            *(NearestDoublingConv3d(2 * width, width), *norm_act(width)),
-            *(NearestDoublingConv3d(width, num_channels), nn.Tanh()),
+            *(nn.Upsample(scale_factor=2), Conv3d(2 * width, width, 3, padding=1), *norm_act(width)),
+            *(nn.Upsample(scale_factor=2), Conv3d(width, num_channels, 3, padding=1), nn.Tanh()),
         )
 
     def make_features(self, latents: Tensor) -> Tensor:

@@ -69,42 +69,15 @@ class DoublingConv3d(nn.ConvTranspose3d):
         super().__init__(in_features, out_features, 4, stride=2, padding=1)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return _doubling_convolution(hidden_states, self.weight, self.bias)
-
-
-class NearestDoublingConv3d(nn.Conv3d):
-    """Repeat every voxel along D, H and W, then convolve by 3×3×3.
-
-    On a CPU, as the one transposed convolution of 4×4×4 and stride 2 that it is: some taps see the same voxel, and
-    their weights are added first. That is a third of the products, and takes half of the time, on grids that outweigh
-    the sums of weights.
-    """
-
-    def __init__(self, in_features: int, out_features: int, bias: bool = True):
-        super().__init__(in_features, out_features, 3, padding=1, bias=bias)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        if hidden_states.device.type != "cpu" or min(hidden_states.shape[2:]) <= 4:
-            return super().forward(F.interpolate(hidden_states, scale_factor=2.0))
-        weight = self.weight
-        for axis in (2, 3, 4):  # (out, C, 3, 3, 3) to (out, C, 4, 4, 4)
-            zeros = torch.zeros_like(weight.narrow(axis, 0, 1))
-            weight = torch.cat([weight, zeros], axis) + torch.cat([zeros, weight], axis)
-        return _doubling_convolution(hidden_states, weight.flip(2, 3, 4).transpose(0, 1), self.bias)
-
-
-def _doubling_convolution(hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Transposed convolution of stride 2 and padding 1 by `weight` (C, out, 4, 4, 4)."""
-    if not _fits_in_cubes(hidden_states, weight.shape[1]):
-        return F.conv_transpose3d(hidden_states, weight, bias, stride=2, padding=1)
-    # (C, out, 2, 2, 2, 2, 2, 2): along each axis, which voxel of the input, last first, and which of the output
-    weight = weight.reshape(*weight.shape[:2], 2, 2, 2, 2, 2, 2)
-    weight = weight.flip(2, 4, 6).permute(3, 5, 7, 1, 0, 2, 4, 6).flatten(0, 3)  # (8*out, C, 2, 2, 2)
-    bias = None if bias is None else bias.repeat(8)
-    cubes = F.conv3d(hidden_states, weight, bias, padding=1)  # (B, 8*out, D+1, H+1, W+1)
-    voxels = cubes.movedim(1, -1).unflatten(4, (2, 2, 2, -1)).permute(0, 1, 4, 2, 5, 3, 6, 7).contiguous()
-    voxels = voxels.flatten(5, 6).flatten(3, 4).flatten(1, 2)  # (B, 2*D+2, 2*H+2, 2*W+2, out)
-    return voxels[:, 1:-1, 1:-1, 1:-1].movedim(-1, 1)
+        if not _fits_in_cubes(hidden_states, self.out_channels):
+            return super().forward(hidden_states)
+        # (C, out, 2, 2, 2, 2, 2, 2): along each axis, which voxel of the input, last first, and which of the output
+        weight = self.weight.reshape(*self.weight.shape[:2], 2, 2, 2, 2, 2, 2)
+        weight = weight.flip(2, 4, 6).permute(3, 5, 7, 1, 0, 2, 4, 6).flatten(0, 3)  # (8*out, C, 2, 2, 2)
+        cubes = F.conv3d(hidden_states, weight, self.bias.repeat(8), padding=1)  # (B, 8*out, D+1, H+1, W+1)
+        voxels = cubes.movedim(1, -1).unflatten(4, (2, 2, 2, -1)).permute(0, 1, 4, 2, 5, 3, 6, 7).contiguous()
+        voxels = voxels.flatten(5, 6).flatten(3, 4).flatten(1, 2)  # (B, 2*D+2, 2*H+2, 2*W+2, out)
+        return voxels[:, 1:-1, 1:-1, 1:-1].movedim(-1, 1)
 
 
 def _fits_in_cubes(hidden_states: Tensor, num_features: int) -> bool:

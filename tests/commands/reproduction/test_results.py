@@ -137,8 +137,8 @@ def test_the_page_says_what_the_numbers_rest_on():
     page = "\n".join(page_of(TABLE, plan, [row("byoc", fold(10))], {}, {"byoc": {"0.3": 5.0, "1": None}}, ["train/x"]))
     for text in ("phantoms, shapes drawn by a formula", "judged on other phantoms, in 3 folds", "on other data"):
         assert text in page
-    assert "> Not done, and missing here: train/x" in page and "at most 60 minutes" in page
-    assert "| BYOC | 5 | – |" in page and "morphology/frechet after 6 minutes, of nocodazole" in page
+    assert "> Not done, and missing here: train/x" in page and "at most 12 minutes" in page
+    assert "| BYOC | 5 | – |" in page and "morphology/frechet after 3 minutes, of nocodazole" in page
     given = read_plan("paper", cells={"train_data_dir": "x"})
     page = "\n".join(page_of(FIGURE, given, [row("cell", fold(10))], {}))
     assert "the given cells" in page and "trained 5 times, without one fold" in page and "FID, paper" not in page
