@@ -1,6 +1,6 @@
 """Which training gives an autoencoder texture? Recipes on the same phantoms for the same time, judged alike.
 
-    python benchmarks/recipes.py --seconds 600                            # all of them: the table in docs/quality.md
+    python benchmarks/recipes.py --seconds 240                            # all of them: the table in docs/quality.md
     python benchmarks/recipes.py --seconds 600 --recipes crops texture    # some
 
 Each is judged on phantoms of other seeds, encoded and decoded: error, texture (energy of a volume minus its 3³ mean

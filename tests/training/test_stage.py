@@ -10,7 +10,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from diffusers_byoc.training import CheckpointError, Stage, StageSettings, list_checkpoints
+from diffusers_byoc.training import CheckpointError, Stage, StageSettings, hardware, list_checkpoints
 from diffusers_byoc.training import stage as stage_module
 from diffusers_byoc.training.optimizers import make_optimizer
 from diffusers_byoc.training.settings import MAY_CHANGE, configuration
@@ -189,8 +189,8 @@ def test_a_stage_ends_when_its_time_is_up(run, tmp_path, monkeypatch):
 def test_minutes_of_the_processor_are_no_minutes_of_the_clock(run, monkeypatch):
     """Twenty seconds a step on each of two threads, while the clock stands still."""
     clock = itertools.count()
-    times = SimpleNamespace(perf_counter=lambda: 0.0, process_time=lambda: 40.0 * next(clock))
-    monkeypatch.setattr(stage_module, "time", times)
+    monkeypatch.setattr(stage_module, "time", SimpleNamespace(perf_counter=lambda: 0.0))
+    monkeypatch.setattr(hardware, "time", SimpleNamespace(process_time=lambda: 40.0 * next(clock)))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     limit = {"max_train_steps": 9, "checkpointing_steps": 100, "max_train_minutes": 79 / 60}
     assert [step for step, *_ in run(**limit, minutes_of="processor")] == [1, 2, 3, 4]

@@ -228,6 +228,11 @@ class MedicalDiffusionVQModel(CheckedModelMixin, ConfigMixin):
         self.decoder = MedicalDiffusionDecoder(*shape)
 
     @property
+    def encoders(self) -> nn.ModuleList:
+        """As `MultiCodebookVQModel` has them; here one encodes all channels."""
+        return nn.ModuleList([self.encoder])
+
+    @property
     def latent_shape(self) -> tuple[int, ...]:
         """Of the latents of one volume, (n, d, h, w)."""
         return (self.config.latent_channels, *(self.config.sample_size // self.downsampling_factor,) * 3)

@@ -47,8 +47,8 @@ class BYOCPipeline(DiffusionPipeline, BYOCLoraLoaderMixin):
         scheduler: any of `USABLE_SCHEDULERS`, with the prediction type that `unet` was trained for.
         texture_unet: draws what the codes cannot carry into decoded volumes; `None` leaves them as decoded, as in the
             paper.
-        texture_scheduler: of flow matching, for `texture_unet`; `make_texture_scheduler` makes the one that draws the
-            whole texture in eight steps.
+        texture_scheduler: of flow matching, for `texture_unet`; `make_texture_scheduler` makes the one that draws
+            texture in eight steps.
         default_num_inference_steps: denoising steps where a call names none; saved with the pipeline.
         default_num_texture_steps: steps of the texture, likewise.
         prediction_type: what `unet` was trained to predict: "epsilon" (the noise), "v_prediction" or "sample"; `None`

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import platform
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -34,6 +35,11 @@ def fair_num_threads() -> int:
     """Threads for this process if those of this machine share its cores; launchers leave every process just one."""
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, num_cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def processor_seconds() -> float:
+    """Time of this process on the CPU, by thread: what a clock would show if the machine did nothing else."""
+    return time.process_time() / torch.get_num_threads()
 
 
 def machine_name() -> str:

@@ -85,9 +85,7 @@ def cache_latents(
     # how latents are scaled for the diffusion comes after encoding
     later = ("latents_", "_", "latent_scaling", "latent_range")
     config = {key: value for key, value in vqvae.config.items() if not key.startswith(later)}
-    weights = fingerprint_weights(
-        getattr(vqvae, "encoders", None) or vqvae.encoder, config, accelerator.mixed_precision
-    )
+    weights = fingerprint_weights(vqvae.encoders, config, accelerator.mixed_precision)
     for shard in range(accelerator.process_index, num_shards, accelerator.num_processes):
         rows = range(shard * shard_size, min((shard + 1) * shard_size, len(cells)))
         loader = DataLoader(Subset(cells, rows), batch_size=8, num_workers=num_workers)

@@ -26,7 +26,7 @@ from .checkpoints import (
     read_record,
     save_checkpoint,
 )
-from .hardware import fair_num_threads, fastest_precision, is_cpu_training, keep_freed_memory
+from .hardware import fair_num_threads, fastest_precision, is_cpu_training, keep_freed_memory, processor_seconds
 from .interruptions import Termination
 from .settings import StageSettings
 
@@ -275,9 +275,7 @@ class Stage:
 
     def _now(self) -> float:
         """Seconds, of what `minutes_of` says."""
-        if self.settings.minutes_of == "clock":
-            return time.perf_counter()
-        return time.process_time() / torch.get_num_threads()
+        return time.perf_counter() if self.settings.minutes_of == "clock" else processor_seconds()
 
     def _is_time_up(self) -> bool:
         """Whether `max_train_minutes` have passed in any process."""

@@ -15,6 +15,7 @@ from torch import nn
 from ...evaluation import has_classes
 from ...publishing.card import RUN_RECORD
 from ...training.checkpoints import checkpoint_step, list_checkpoints, read_record
+from ...training.hardware import processor_seconds
 from .. import evaluate, train, train_baseline
 from ..evaluate_run import load_pipeline
 from .plan import Command, Job
@@ -74,10 +75,7 @@ def measure_speed(command: Command, more: Mapping[str, Any]) -> dict[str, Any]:
     arguments = {"class_labels": 0} if has_classes(pipeline) else {}
     if args.num_inference_steps is not None:
         arguments["num_inference_steps"] = args.num_inference_steps
-
-    def now() -> float:
-        return time.perf_counter() if device.type != "cpu" else time.process_time() / torch.get_num_threads()
-
+    now = processor_seconds if device.type == "cpu" else time.perf_counter
     for seed in range(2):
         started = now()
         pipeline(batch_size, generator=torch.Generator().manual_seed(seed), **arguments)  # ends on the CPU

@@ -138,5 +138,5 @@ def show_texture(texture_unet: TextureUNet3D, vqvae: MultiCodebookVQModel, cells
     volumes = torch.stack([cells[index]["volumes"] for index in range(min(len(cells), 4))]).to(device)
     decoded = vqvae.decode(vqvae.encode(volumes).latents).sample
     generator = torch.Generator().manual_seed(0)
-    textured = add_texture(texture_unet, make_texture_scheduler(), decoded, 10, generator)
+    textured = add_texture(texture_unet, make_texture_scheduler(), decoded, 8, generator)
     return {"cells": volumes, "decoded": decoded, "with texture": textured}
