@@ -27,6 +27,7 @@ def read_cells(
     channel_names: tuple[str, ...],
     streaming: bool = False,
     condition_columns: Sequence[str] = (),
+    num_workers: int = 0,
 ) -> Cells:
     """All cells that `args` name, not split, as volumes of these channels.
 
@@ -35,6 +36,7 @@ def read_cells(
         channel_names: of the model.
         streaming: read a table in passing.
         condition_columns: of the numbers that each cell has beside its label.
+        num_workers: processes that read them once, of a folder and of phantoms.
 
     Raises:
         ValueError, OSError: if there are no such cells.
@@ -63,6 +65,7 @@ def read_cells(
         table_class = StreamedCells if streaming else CellTable
         return table_class(table, processor, args.label, args.dataset_config_name, args.image_column, **columns)
     if args.train_data_dir:
+        columns["num_workers"] = num_workers
         return CellFolder(args.train_data_dir, processor, args.label, args.cache_gb, **columns)
     known = ["dose_um"] if args.phantom_doses else []
     if set(condition_columns) - set(known):
@@ -71,7 +74,9 @@ def read_cells(
             " --phantom_doses with dose_um."
         )
     phenotypes = args.label or ["nocodazole"]
-    return PhantomCells(args.num_phantoms, processor, phenotypes, args.seed, args.cache_gb, args.phantom_doses)
+    return PhantomCells(
+        args.num_phantoms, processor, phenotypes, args.seed, args.cache_gb, args.phantom_doses, num_workers
+    )
 
 
 def split_for_training(

@@ -108,7 +108,8 @@ def read_training_cells(
     if state.is_main_process:
         remove_left_overs(Path(args.output_dir))
     with one_line_errors(ValueError, ImportError):
-        everything = read_cells(args, tuple(channel_names), args.streaming, vars(args).get("condition_columns", ()))
+        columns = vars(args).get("condition_columns", ())
+        everything = read_cells(args, tuple(channel_names), args.streaming, columns, args.dataloader_num_workers)
         cells, held_out_cells = split_for_training(args, everything, args.output_dir, resumes)
     num_held_out = len(held_out_cells) if held_out_cells else 0
     logger.info(f"{len(cells)} cells, {num_held_out} more held out: {', '.join(cells.class_names)}")

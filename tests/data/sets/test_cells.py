@@ -216,6 +216,16 @@ def test_a_bad_cell_is_found_at_construction(folder, array, match):
     assert str(folder / "d.npy") in str(caught.value)
 
 
+def test_a_bad_cell_is_found_by_several_processes_in_the_same_words(folder):
+    np.save(folder / "d.npy", make_cell(0)[:1])
+    messages = []
+    for num_workers in (0, 2):
+        with pytest.raises(ValueError, match="Expected 2 channels") as caught:
+            CellFolder(folder, PROCESSOR, num_workers=num_workers)
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+
+
 def test_truncated_cell_is_found_at_construction(folder):
     path = folder / "images" / "ä.ome.tif"
     path.write_bytes(path.read_bytes()[:-50])
@@ -260,6 +270,12 @@ def test_phantoms_depend_on_seed_and_index_alone():
         assert torch.equal(few[index]["volumes"], many[index]["volumes"])
         assert not torch.equal(few[index]["volumes"], others[index]["volumes"])
     assert few.truths == many.truths[:2]
+
+
+def test_phantoms_of_several_processes_are_the_same():
+    alone, together = (PhantomCells(3, PHANTOM_PROCESSOR, num_workers=workers) for workers in (0, 2))
+    for index in range(3):
+        assert torch.equal(alone[index]["volumes"], together[index]["volumes"])
 
 
 def test_some_phenotypes():

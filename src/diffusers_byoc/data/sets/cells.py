@@ -87,9 +87,9 @@ class CellDataset(Dataset):
     also ``"conditions": name -> (length,) float64``.
 
     A subclass may call `_prepare` at the end of its constructor: it reads and preprocesses every cell once, so that a
-    bad one is found before training and not hours into it, and keeps as many of them in memory as `cache_gb` allows.
-    The others are read again at each access. Worker processes share the memory; each process of a distributed run has
-    its own.
+    bad one is found before training and not hours into it, by several processes if it is told to, and keeps as many of
+    them in memory as `cache_gb` allows. The others are read again at each access. Worker processes share the memory;
+    each process of a distributed run has its own.
 
     Args:
         processor: makes raw crops into network input.
@@ -187,7 +187,7 @@ class CellDataset(Dataset):
     def _preprocess(self, volume: Volume, row: int) -> tuple[Tensor, PreprocessingRecord]:
         return preprocess(volume, self.processor, self._where(row))
 
-    def _prepare(self, cache_gb: float, description: str) -> None:
+    def _prepare(self, cache_gb: float, description: str, num_workers: int = 0) -> None:
         if not cache_gb >= 0:
             raise ValueError(f"Expected `cache_gb` of at least 0, got {cache_gb}. Raise it.")
         config = self.processor.config
@@ -195,13 +195,38 @@ class CellDataset(Dataset):
         num_cached = min(len(self), int(cache_gb * 1e9 / (4 * np.prod(shape))))
         cache = torch.empty(num_cached, *shape)
         voxel_sizes = set()
-        for index, row in enumerate(logging.tqdm(self._rows, desc=description, unit="cell")):
-            preprocessed, record = self._preprocess(self._read(row), row)
-            voxel_sizes.add(record.voxel_size_um)
+        loader = DataLoader(_Preprocessed(self), batch_size=None, num_workers=num_workers, collate_fn=_unchanged)
+        for index, preprocessed in enumerate(logging.tqdm(loader, desc=description, unit="cell")):
+            if isinstance(preprocessed, Exception):
+                raise preprocessed
+            volume, voxel_size_um = preprocessed
+            voxel_sizes.add(voxel_size_um)
             if index < num_cached:
-                cache[index] = preprocessed
+                cache[index] = volume
         self._cache = dict(zip(self._rows, cache, strict=False))
         self.voxel_size_um = voxel_sizes.pop() if len(voxel_sizes) == 1 else None
+
+
+def _unchanged(item):
+    return item
+
+
+class _Preprocessed(Dataset):
+    """Every cell of `cells`, read, with the voxel size; of a bad one the error, which no worker process decorates."""
+
+    def __init__(self, cells: CellDataset):
+        self.cells = cells
+
+    def __len__(self) -> int:
+        return len(self.cells)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, tuple[float, float, float] | None] | Exception:
+        row = self.cells._rows[index]
+        try:
+            volume, record = self.cells._preprocess(self.cells._read(row), row)
+        except Exception as error:
+            return error
+        return volume, record.voxel_size_um
 
 
 def conditions_item(population: Population, row: int) -> dict[str, dict[str, Tensor]]:

@@ -33,6 +33,7 @@ class CellFolder(CellDataset):
         label_column: column of the labels; None for `label`, if there is one.
         group_column: column of the groups; None for `source`, if there is one. Without it every cell is a group.
         condition_columns: columns of the cells' `conditions`, of numbers.
+        num_workers: processes that read the cells once, at construction; 0 for this one.
 
     Attributes:
         paths: file of every cell.
@@ -52,6 +53,7 @@ class CellFolder(CellDataset):
         label_column: str | None = None,
         group_column: str | None = None,
         condition_columns: Sequence[str] = (),
+        num_workers: int = 0,
     ):
         self.root = Path(root)
         if not self.root.is_dir():
@@ -63,7 +65,7 @@ class CellFolder(CellDataset):
         else:
             population = _cells_of_folder(self.root)
         super().__init__(processor, population, label, str(root))
-        self._prepare(cache_gb, f"Reading {self.root.name}")
+        self._prepare(cache_gb, f"Reading {self.root.name}", num_workers)
 
     @property
     def paths(self) -> list[Path]:

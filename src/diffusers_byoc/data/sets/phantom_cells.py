@@ -25,9 +25,10 @@ class PhantomCells(CellDataset):
         cache_gb: memory for preprocessed cells, in 10⁹ bytes; at 64³ and two channels a cell takes 2.1 MB.
         doses: of `make_phantom`, which the cells of each phenotype have in turn, as the condition `dose_um`; None for
             cells of the full effect, without a dose.
+        num_workers: processes that make them; 0 for this one.
 
     Attributes:
-        truths: `PhantomTruth` of every cell.
+        truths: `PhantomTruth` of every cell, which is made again for it.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -44,6 +45,7 @@ class PhantomCells(CellDataset):
         seed: int = 0,
         cache_gb: float = 1.0,
         doses: Sequence[float] | None = None,
+        num_workers: int = 0,
     ):
         phenotypes = PHENOTYPES if phenotypes is None else tuple(phenotypes)
         if num_cells < 1:
@@ -66,7 +68,6 @@ class PhantomCells(CellDataset):
                 " of these."
             )
         self.seed = seed
-        self._truths = [None] * num_cells
         population = Population(
             ids=tuple(f"phantom {row} of seed {seed}" for row in range(num_cells)),
             labels=tuple(phenotypes[row % len(phenotypes)] for row in range(num_cells)),
@@ -78,11 +79,11 @@ class PhantomCells(CellDataset):
             },
         )
         super().__init__(processor, population, None, "phantoms", sorted(set(phenotypes)))
-        self._prepare(cache_gb, "Making phantoms")
+        self._prepare(cache_gb, "Making phantoms", num_workers)
 
     @property
     def truths(self) -> list:
-        return [self._truths[row] for row in self._rows]
+        return [self._phantom(row).truth for row in self._rows]
 
     def phantom(self, index: int):
         """The whole `Phantom` of one cell, made again: raw counts, true masks, true measurements."""
@@ -99,9 +100,7 @@ class PhantomCells(CellDataset):
         )
 
     def _read(self, row: int) -> Volume:
-        phantom = self._phantom(row)
-        self._truths[row] = phantom.truth
-        return Volume(phantom.volume, self._phantom_voxel_size_um)
+        return Volume(self._phantom(row).volume, self._phantom_voxel_size_um)
 
     def _where(self, row: int) -> str:
         return self.population.ids[row]

@@ -111,7 +111,9 @@ def train_diffusion(
     states, ema = [lr_scheduler], None
     if settings.use_ema:
         warmup = {"inv_gamma": settings.ema_inv_gamma, "power": settings.ema_power}
-        ema = EMAModel(unet.parameters(), settings.ema_decay, use_ema_warmup=settings.use_ema_warmup, **warmup)
+        ema = EMAModel(
+            unet.parameters(), settings.ema_decay, use_ema_warmup=settings.use_ema_warmup, foreach=True, **warmup
+        )
         states.append(ema)
     stage.resume(*states, inputs={"autoencoder": fingerprint_weights(vqvae)})
     if ema:

@@ -70,7 +70,7 @@ def train_distillation(
         unet.compile()
     optimizer, lr_scheduler = make_optimizer(settings, unet.parameters(), settings.max_train_steps)
     unet, optimizer = accelerator.prepare(unet, optimizer)
-    ema = EMAModel(unet.parameters(), settings.ema_decay)
+    ema = EMAModel(unet.parameters(), settings.ema_decay, foreach=True)
     fingerprints = {"autoencoder": fingerprint_weights(vqvae), "teacher": fingerprint_weights(pretrained.unet)}
     stage.resume(lr_scheduler, ema, inputs=fingerprints)
     ema.to(accelerator.device)

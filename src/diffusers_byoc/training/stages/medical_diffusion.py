@@ -210,7 +210,8 @@ def train_medical_diffusion(
     unet, optimizer = accelerator.prepare(unet, optimizer)
     # no warm-up: the decay itself, as soon as it is an average
     update_after = settings.ema_start // settings.ema_update_every - 1
-    ema = EMAModel(unet.parameters(), settings.ema_decay, min_decay=settings.ema_decay, update_after_step=update_after)
+    decay = settings.ema_decay
+    ema = EMAModel(unet.parameters(), decay, min_decay=decay, update_after_step=update_after, foreach=True)
     stage.resume(lr_scheduler, ema, inputs={"autoencoder": fingerprint_weights(vqvae)})
     ema.to(accelerator.device)  # a restored one lies on the CPU
     vqvae.to(accelerator.device).requires_grad_(False).eval()

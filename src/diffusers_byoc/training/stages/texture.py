@@ -65,7 +65,7 @@ def train_texture(
         texture_unet.compile()
     optimizer, lr_scheduler = make_optimizer(settings, texture_unet.parameters(), settings.max_train_steps)
     texture_unet, optimizer = accelerator.prepare(texture_unet, optimizer)
-    ema = EMAModel(texture_unet.parameters(), settings.ema_decay)
+    ema = EMAModel(texture_unet.parameters(), settings.ema_decay, foreach=True)
     stage.resume(lr_scheduler, ema, inputs={"autoencoder": fingerprint_weights(vqvae)})
     ema.to(device)
     bare_texture_unet = accelerator.unwrap_model(texture_unet)
