@@ -64,7 +64,8 @@ def write_report(
     rows = {origin: real[:num_samples], "generated": generated}
     if class_labels is not None:
         rows = {}
-        for index, name in enumerate(cells.class_names):
+        for index in present:
+            name = cells.class_names[index]
             rows[f"{name}, {origin}"] = real[[label == index for label in real_labels]][:8]
             rows[f"{name}, generated"] = generated[[label == index for label in class_labels]][:8]
         rows = {heading: row for heading, row in rows.items() if len(row)}
