@@ -275,7 +275,8 @@ class Stage:
 
     def _now(self) -> float:
         """Seconds, of what `minutes_of` says."""
-        return time.perf_counter() if self.settings.minutes_of == "clock" else processor_seconds()
+        is_clock = self.settings.minutes_of == "clock" or not is_cpu_training()
+        return time.perf_counter() if is_clock else processor_seconds()
 
     def _is_time_up(self) -> bool:
         """Whether `max_train_minutes` have passed in any process."""
