@@ -121,3 +121,11 @@ def test_a_teacher_of_noise_is_refused():
     latents = torch.zeros(1, 4, 4, 4, 4)
     with pytest.raises(ValueError, match="Expected prediction_type 'v_prediction' or 'sample' .*got 'epsilon'"):
         distillation_loss(unet, unet, scheduler, latents, latents, torch.tensor([999]), 250, 2)
+
+
+def test_the_scheduler_may_lie_on_another_device_already():
+    """Where diffusers' `add_noise` has put its numbers: on that of the latents, which stands for a GPU here."""
+    scheduler, timesteps = make_scheduler("v_prediction"), torch.tensor([249, -1], device="meta")
+    unet, latents = Constant(torch.zeros(2, 4, 4, 4, 4, device="meta")), torch.zeros(2, 4, 4, 4, 4, device="meta")
+    loss = distillation_loss(unet, unet, scheduler, latents, latents, timesteps, 250, 2)
+    assert scheduler.alphas_cumprod.device == loss.device == timesteps.device

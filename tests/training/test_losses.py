@@ -135,6 +135,15 @@ def test_adaptive_weight_leaves_gradients_and_graph_alone():
     torch.testing.assert_close(weight.grad, 2.0 + factor.expand(3))
 
 
+def test_adaptive_weight_sees_gradients_that_fp16_cannot_hold():
+    """Those of means over a batch of voxels, going back through a layer that computes in fp16."""
+    layer = nn.Parameter(torch.tensor(0.5))
+    voxels = (layer.half() * torch.linspace(0.1, 1, 100).half()).float()
+    reconstruction, adversarial = voxels.square().sum() * 1e-8, voxels.sum() * 1e-7
+    exact = 1e-8 * (torch.linspace(0.1, 1, 100) ** 2).sum() / (1e-7 * torch.linspace(0.1, 1, 100).sum() + 1e-6)
+    torch.testing.assert_close(adaptive_weight(reconstruction, adversarial, layer), exact, rtol=0.02, atol=0)
+
+
 def test_adaptive_weight_is_bounded_where_the_adversary_is_silent():
     weight = nn.Parameter(torch.ones(3))
     assert adaptive_weight(weight.sum() * 1e3, weight.sum() * 0, weight) == 1e4

@@ -192,9 +192,12 @@ def test_minutes_of_the_processor_are_no_minutes_of_the_clock(run, monkeypatch):
     monkeypatch.setattr(stage_module, "time", SimpleNamespace(perf_counter=lambda: 0.0))
     monkeypatch.setattr(hardware, "time", SimpleNamespace(process_time=lambda: 40.0 * next(clock)))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(stage_module, "is_cpu_training", lambda: True)
     limit = {"max_train_steps": 9, "checkpointing_steps": 100, "max_train_minutes": 79 / 60}
     assert [step for step, *_ in run(**limit, minutes_of="processor")] == [1, 2, 3, 4]
     assert len(run(**limit, minutes_of="clock")) == 9
+    monkeypatch.setattr(stage_module, "is_cpu_training", lambda: False)
+    assert len(run(**limit, minutes_of="processor")) == 9  # its threads hardly work
 
 
 def test_without_ddp_the_gradients_of_the_processes_are_averaged(tmp_path, fresh_state, monkeypatch):
@@ -209,6 +212,25 @@ def test_without_ddp_the_gradients_of_the_processes_are_averaged(tmp_path, fresh
     monkeypatch.setattr(stage.accelerator, "reduce", lambda gradient, reduction: (gradient + 3 * gradient) / 2)
     stage.apply(model(torch.tensor([0.3, 0.4])).sum(), model, optimizer, schedule)
     assert torch.allclose(before - model.weight, 2 * torch.tensor([[0.3, 0.4]]))
+
+
+def test_the_scaler_of_fp16_leaves_what_other_optimizers_accumulate(tmp_path, fresh_state, monkeypatch):
+    """Two networks, two micro-steps each: a step is the mean of both gradients."""
+    stage, *_ = linear_stage(tmp_path, gradient_accumulation_steps=2)
+    accelerator = stage.accelerator
+    accelerator.scaler, accelerator.native_amp = torch.amp.GradScaler("cpu", init_scale=2.0**7), True
+    monkeypatch.setattr(type(accelerator), "mixed_precision", "fp16")
+    networks = [torch.nn.Linear(2, 1, bias=False) for _ in range(2)]
+    optimizers = [torch.optim.SGD(network.parameters(), lr=1.0) for network in networks]
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0) for optimizer in optimizers]
+    optimizers = [accelerator.prepare_optimizer(optimizer) for optimizer in optimizers]
+    before = [network.weight.detach().clone() for network in networks]
+    for number in (0.1, 0.3):
+        with accelerator.accumulate(*networks):
+            for network, optimizer, schedule in zip(networks, optimizers, schedules, strict=True):
+                stage.apply(network(torch.tensor([number, 0.4])).sum(), network, optimizer, schedule)
+    for network, weight in zip(networks, before, strict=True):
+        torch.testing.assert_close(weight - network.weight, torch.tensor([[0.2, 0.4]]))
 
 
 def linear_stage(tmp_path, **settings):

@@ -73,7 +73,7 @@ def add_optimization_arguments(parser: argparse.ArgumentParser, title: str):
     add = group.add_argument
     help_text = "of a stage, after which it ends as after its last step; the learning-rate schedule ignores it"
     add("--max_train_minutes", type=float, help=help_text)
-    help_text = "processor: of this process, by CPU thread, whatever else the machine does"
+    help_text = "processor: of this process, by CPU thread, whatever else the machine does; with a GPU the clock"
     add("--minutes_of", choices=["clock", "processor"], default="clock", help=help_text)
     add("--mixed_precision", choices=["auto", "no", "fp16", "bf16"], default="auto", help="auto: the fastest here")
     add("--allow_tf32", **FLAG, help="faster float32 products on NVIDIA GPUs since Ampere, of 10 bits' precision")

@@ -96,6 +96,7 @@ def noise_level(scheduler, timesteps: Tensor) -> tuple[Tensor, Tensor]:
 
     Timestep -1 is after the last step: 1 and 0.
     """
-    levels = torch.cat([scheduler.alphas_cumprod, torch.ones(1)]).to(timesteps.device)  # [-1] is the last
+    alphas_cumprod = scheduler.alphas_cumprod.to(timesteps.device)  # where `add_noise` has put it already
+    levels = torch.cat([alphas_cumprod, alphas_cumprod.new_ones(1)])  # [-1] is the last
     level = levels[timesteps][:, None, None, None, None]
     return level.sqrt(), (1 - level).sqrt()

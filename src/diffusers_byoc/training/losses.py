@@ -7,6 +7,11 @@ from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 
 
+# A power of two, which changes no digit. The gradient of a mean over the voxels of a batch is below fp16's smallest
+# number, and so zero where autocast computes in it; so much larger it is not, and its sums stay far below the largest.
+_FP16_SCALE = 2.0**12
+
+
 def reconstruction_loss(reconstruction: Tensor, volumes: Tensor) -> Tensor:
     """Mean squared error, the same weight for every channel. Both (B, M, D, H, W); returns a scalar (BYOC eq. 6)."""
     return F.mse_loss(reconstruction.float(), volumes.float())
@@ -65,7 +70,8 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: nn.
     """
     norms = []
     for loss in (reconstruction, adversarial):
-        grad = torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float().contiguous()
+        scaled = loss * _FP16_SCALE
+        grad = torch.autograd.grad(scaled, last_layer, retain_graph=True)[0].float().contiguous() / _FP16_SCALE
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(grad)
             grad /= dist.get_world_size()

@@ -25,7 +25,8 @@ class StageSettings:
         max_train_minutes: time in the steps, and in what they need first, as the encoding of cells, in all processes
             that resumed each other, after which the stage ends like after its last step; its learning-rate schedule
             knows nothing of it. None for no limit.
-        minutes_of: the "clock", or the "processor": of this process, by CPU thread, whatever else the machine does.
+        minutes_of: the "clock", or the "processor": of this process, by CPU thread, whatever else the machine does;
+            with a GPU, which does the work, the clock all the same.
         seed: of all that is drawn.
         resume_from_checkpoint: "latest", a checkpoint's name, or None to begin anew.
         checkpointing_steps: steps between checkpoints.

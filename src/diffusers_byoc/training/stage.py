@@ -240,10 +240,13 @@ class Stage:
             if self._averages_gradients and self.accelerator.num_processes > 1:
                 for parameter in (parameter for parameter in model.parameters() if parameter.requires_grad):
                     parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
-            norm = self.accelerator.clip_grad_norm_(model.parameters(), self.settings.max_grad_norm or float("inf"))
-            # fp16's scaler skips such a step, and lowers its scale; DeepSpeed has made its step already
-            if self.accelerator.scaler is None and torch.is_tensor(norm):
-                self._check_finite(norm, "gradient")
+            max_norm = self.settings.max_grad_norm or float("inf")
+            if self.accelerator.scaler is not None:  # of fp16: skips a step that is not finite, and lowers its scale
+                # accelerate's clipping would unscale what the other optimizers have accumulated, too
+                self.accelerator.unscale_gradients(optimizer)
+                nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+            elif torch.is_tensor(norm := self.accelerator.clip_grad_norm_(model.parameters(), max_norm)):
+                self._check_finite(norm, "gradient")  # not of DeepSpeed, which has made its step already
         optimizer.step()
         optimizer.zero_grad()
         if self.accelerator.sync_gradients:
@@ -275,7 +278,8 @@ class Stage:
 
     def _now(self) -> float:
         """Seconds, of what `minutes_of` says."""
-        return time.perf_counter() if self.settings.minutes_of == "clock" else processor_seconds()
+        is_clock = self.settings.minutes_of == "clock" or not is_cpu_training()
+        return time.perf_counter() if is_clock else processor_seconds()
 
     def _is_time_up(self) -> bool:
         """Whether `max_train_minutes` have passed in any process."""
