@@ -16,7 +16,6 @@ from ..metrics import (
     MORPHOLOGY_NAMES,
     find_channels,
     grid_excess,
-    load_med3d,
     measure_cells,
     morphology_features,
     segment_channel,
@@ -98,6 +97,8 @@ def grid(settings: EvaluationSettings) -> Extractor:
 
 def med3d(settings: EvaluationSettings) -> Extractor:
     """Features of the network that the paper's FID rests on."""
+    from ..metrics import load_med3d  # an extra, which the other features do without
+
     model = load_med3d(settings.med3d)
     # summed on the CPU: not every device has float64, and each would round another way
     weights = torch.stack([weight.double().sum() for weight in model.state_dict().values()]).tolist()
