@@ -203,9 +203,10 @@ def check_codec(path: Path, error: Exception) -> None:
         ImportError: with the package that brings it.
     """
     codecs = {
-        # tifffile, zarr 2 and 3, HDF5
+        # tifffile, zarr 2, 3.0 and 3.4, HDF5
         r"<\w+\.(\w+).* requires the 'imagecodecs' package": "imagecodecs",
         r"codec not available: '*([\w.-]+)": "numcodecs (or what else brings this codec of Zarr)",
+        r"UnknownCodecError: An implementation for codec '([^']+)'": "numcodecs (or what else brings this codec of Zarr)",
         r"UnknownCodecError.*?([\w.-]+)'?\)?$": "numcodecs (or what else brings this codec of Zarr)",
         r"required filter '([^']+)'|(can't open plugin|can't open directory)": "hdf5plugin",
     }
