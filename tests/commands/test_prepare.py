@@ -257,14 +257,9 @@ def test_labels_of_nuclei_decide(plate, prepare):
 
 
 def test_ome_zarr(plate, prepare, main):
-    from ome_zarr.writer import write_image
-
     data, labels = make_stack(0)
-    axes = [{"name": "c", "type": "channel"}]
-    axes += [{"name": name, "type": "space", "unit": "micrometer"} for name in "zyx"]
-    for name, array in (("images/A1", data), ("labels/A1_labels", labels[None])):
-        scale = [[{"type": "scale", "scale": [1.0, 1.0, 1.0, 1.0]}]]
-        write_image(array, f"{name}.ome.zarr", axes=axes, coordinate_transformations=scale, scale_factors=[])
+    write_zarr("images/A1.ome.zarr", data, "czyx")
+    write_zarr("labels/A1_labels.ome.zarr", labels[None], "czyx")
     arguments = ["--images", "images/*.ome.zarr", "--labels", "labels/*.zarr", "--output_dir", "zarr"]
     assert main([*arguments, "--channels", "cell=1", "nucleus=2"]) == 0
     prepare()

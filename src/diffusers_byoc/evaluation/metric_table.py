@@ -142,8 +142,9 @@ def grids(comparison: Comparison) -> dict[str, float]:
 
 
 def classes(comparison: Comparison):
-    """Trees that learned the classes from the row's cells name those of held-out real ones."""
-    if comparison.labels is None or len(np.unique(comparison.labels[1])) < 2:
+    """Trees that learned the classes from the row's cells name those of held-out real ones; empty cells teach none."""
+    is_empty = np.isnan(comparison.candidate).all()
+    if is_empty or comparison.labels is None or len(np.unique(comparison.labels[1])) < 2:
         return np.nan, np.nan, np.nan
     real, candidate = comparison.labels
     test = transfer_test(comparison.candidate, candidate, comparison.real, real, seed=comparison.settings.seed)

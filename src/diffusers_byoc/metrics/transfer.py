@@ -55,7 +55,7 @@ def transfer_test(
         The accuracy on the held-out cells.
 
     Raises:
-        ValueError: if features and labels do not fit, or there is one class only.
+        ValueError: if features and labels do not fit, there is one class only, or no cell to learn from has a feature.
         ImportError: if scikit-learn or SciPy is missing.
     """
     training, held_out = check_pair(training, held_out, min_cells=1, allow_nan=True)

@@ -21,10 +21,16 @@ def train_trees(features: np.ndarray, labels: Sequence, seed: int = 0) -> Callab
         (n, K) features -> (n,) labels.
 
     Raises:
+        ValueError: if no cell has any of the features.
         ImportError: if scikit-learn is missing.
     """
     ensemble = optional("sklearn.ensemble", "metrics")
     is_known = ~np.isnan(features).all(0)  # scikit-learn cannot bin a column without a number
+    if not is_known.any():
+        raise ValueError(
+            f"Expected cells that have at least one of {features.shape[1]} features, got {len(features)} that have"
+            " none. Give cells that are not empty."
+        )
     # at fewer than 20 cells a leaf, the default, trees of few cells would have no branch
     trees = ensemble.HistGradientBoostingClassifier(
         min_samples_leaf=max(1, min(20, len(features) // 10)), random_state=seed

@@ -127,7 +127,7 @@ def classifier_test(real: Features, generated: Features, num_folds: int = 5, see
         The cross-validated accuracy.
 
     Raises:
-        ValueError: if the features do not have these shapes, or a set has fewer cells than folds.
+        ValueError: if the features do not have these shapes, no cell has any, or a set has fewer cells than folds.
         ImportError: if scikit-learn or SciPy is missing.
     """
     real, generated = check_pair(real, generated, min_cells=num_folds, allow_nan=True)

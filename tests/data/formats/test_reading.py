@@ -114,7 +114,7 @@ def test_failed_write_leaves_the_old_one(tmp_path, name, monkeypatch):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(np, "savez_compressed", disk_full)
-    monkeypatch.setattr("ome_zarr.writer.write_multiscale", disk_full)
+    monkeypatch.setattr("ome_zarr.writer.write_multiscales_metadata", disk_full)
     with pytest.raises(OSError, match="No space"):
         write_volume(tmp_path / name, np.full(SHAPE, 0.1), 1.0)
     assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before

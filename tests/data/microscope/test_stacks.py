@@ -86,13 +86,13 @@ def test_channels_that_are_not_there(tmp_path, data):
 
 @pytest.mark.parametrize(("unit", "factor"), [("micrometer", 1), ("nanometer", 1e-3), (None, None)])
 def test_ome_zarr(tmp_path, data, unit, factor):
-    pytest.importorskip("ome_zarr")
-    from ome_zarr.writer import write_image
-
+    zarr, writer = pytest.importorskip("zarr"), pytest.importorskip("ome_zarr.writer")
     axes = [{"name": "c", "type": "channel"}]
     axes += [{"name": name, "type": "space"} | ({"unit": unit} if unit else {}) for name in "zyx"]
-    scale = [[{"type": "scale", "scale": [1.0, 1.5, 0.5, 0.25]}]]
-    write_image(data, str(tmp_path / "a.ome.zarr"), axes=axes, coordinate_transformations=scale, scale_factors=[])
+    scale = {"type": "scale", "scale": [1.0, 1.5, 0.5, 0.25]}
+    group = zarr.open_group(str(tmp_path / "a.ome.zarr"), mode="w")
+    zarr.array(data, store=group.store, path="s0", chunks=(1, 1, *data.shape[2:]))
+    writer.write_multiscales_metadata(group, [{"path": "s0", "coordinateTransformations": [scale]}], axes=axes)
     stack = open_stack(tmp_path / "a.ome.zarr")
     expected = None if factor is None else pytest.approx((1.5 * factor, 0.5 * factor, 0.25 * factor))
     assert stack.voxel_size_um == expected

@@ -80,13 +80,14 @@ def write(path: Path, volume: Volume) -> None:
     group = zarr.open_group(str(path), mode="w", **zarr_format)
     unit = {} if volume.voxel_size_um is None else {"unit": "micrometer"}
     scale = [1.0, *(volume.voxel_size_um or (1.0, 1.0, 1.0))]
-    optional("ome_zarr.writer", "zarr").write_multiscale(
-        [volume.data],
+    # not by write_multiscale of ome_zarr, which in 0.21 leaves out the units that axes state
+    chunks = (1, *volume.data.shape[1:])
+    zarr.array(volume.data, store=group.store, path="0", chunks=chunks, dimension_separator="/", **zarr_format)
+    optional("ome_zarr.writer", "zarr").write_multiscales_metadata(
         group,
+        [{"path": "0", "coordinateTransformations": [{"type": "scale", "scale": scale}]}],
         fmt=optional("ome_zarr.format", "zarr").FormatV04(),
         axes=[{"name": "c", "type": "channel"}, *({"name": axis, "type": "space", **unit} for axis in "zyx")],
-        coordinate_transformations=[[{"type": "scale", "scale": scale}]],
-        storage_options={"chunks": (1, *volume.data.shape[1:])},
         name=path.name.split(".")[0],
     )
     window = {"start": 0, "end": 65535, "min": 0, "max": 65535}

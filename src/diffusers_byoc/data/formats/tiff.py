@@ -47,19 +47,19 @@ def open_images(path: Path) -> list[OpenImage]:
                 f"Expected OME metadata in {path}, got none that can be read. It may be truncated or damaged: export"
                 " it again, or call it .tif if it has none."
             )
-        series = list(tiff.series)
+        series = _series_of(tiff)
         if not series:
             raise VolumeFileError(f"Expected an image in {path}, got none. {DAMAGE_REMEDY}")
-        if elements and (len(series) != len(elements) or any(one.kind != "ome" for one in series)):
+        if elements and (len(series) != len(elements) or any(one.kind != "ome" for one, _, _ in series)):
             # tifffile leaves out images of which it finds nothing, and guesses where the metadata do not fit
             raise _other_planes(path)
-        if tiff.is_imagej and not elements and len(tiff.pages) not in (1, _num_planes(series[0])):
+        num_planes = _num_planes(series[0][0])
+        if tiff.is_imagej and not elements and len(tiff.pages) not in (1, num_planes):
             raise VolumeFileError(
-                f"Expected {_num_planes(series[0])} planes in {path}, as ImageJ says, got {len(tiff.pages)}."
-                f" {DAMAGE_REMEDY}"
+                f"Expected {num_planes} planes in {path}, as ImageJ says, got {len(tiff.pages)}. {DAMAGE_REMEDY}"
             )
         images = []
-        for index, one in enumerate(series):
+        for index, (one, axes, shape) in enumerate(series):
             pages = _pages_of(path, one)
             name, other_names, channel_names = one.name, (), None
             if elements:
@@ -72,11 +72,11 @@ def open_images(path: Path) -> list[OpenImage]:
             images.append(
                 OpenImage(
                     path=path,
-                    axes=one.get_axes(squeeze=False),
-                    shape=tuple(one.get_shape(squeeze=False)),
+                    axes=axes,
+                    shape=shape,
                     dtype=one.dtype,
-                    read=functools.partial(_read, path, one, pages),
-                    lazy=functools.partial(_lazy, path, one, pages),
+                    read=functools.partial(_read, path, one, pages, shape),
+                    lazy=functools.partial(_lazy, path, one, pages, shape),
                     name=name,
                     other_names=other_names,
                     voxel_size=size,
@@ -112,6 +112,13 @@ def write(path: Path, volume: Volume) -> None:
 def _open(path: Path, ome_xml: str | None = None):
     # files of Micro-Manager are OME-TIFFs, whose own index tifffile would prefer: of all positions, in one image
     return optional("tifffile", "data").TiffFile(path, omexml=ome_xml, is_mmstack=False)
+
+
+def _series_of(tiff) -> list[tuple]:
+    """Series, axes and shape of each image, with the axes of length 1, which tifffile leaves out unless asked."""
+    if callable(tiff.series):  # since tifffile 2026.5.2
+        return [(one, one.axes, one.shape) for one in tiff.series(squeeze=False)]
+    return [(one, one.get_axes(squeeze=False), tuple(one.get_shape(squeeze=False))) for one in tiff.series]
 
 
 # which images an OME-TIFF holds
@@ -320,8 +327,7 @@ def _with_its_file_open(page, function: Callable):
             handle.close()
 
 
-def _read(path: Path, series, pages: list) -> np.ndarray:
-    shape = series.get_shape(squeeze=False)
+def _read(path: Path, series, pages: list, shape: tuple[int, ...]) -> np.ndarray:
     if series.dataoffset is not None:
         return np.array(_mapped(path, series), series.dtype).reshape(shape)
     for page in pages:
@@ -329,11 +335,11 @@ def _read(path: Path, series, pages: list) -> np.ndarray:
     return series.asarray(maxworkers=1).reshape(shape)
 
 
-def _lazy(path: Path, series, pages: list):
+def _lazy(path: Path, series, pages: list, shape: tuple[int, ...]):
     planes = _Planes(path, series, pages) if series.dataoffset is None else _mapped(path, series)
     # several threads would read from one place of one file
     array = optional("dask.array", "data").from_array(planes, (1, *planes.shape[1:]), asarray=True, lock=True)
-    return array.astype(series.dtype).reshape(series.get_shape(squeeze=False))
+    return array.astype(series.dtype).reshape(shape)
 
 
 def _mapped(path: Path, series) -> np.ndarray:

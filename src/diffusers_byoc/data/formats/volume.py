@@ -202,11 +202,13 @@ def check_codec(path: Path, error: Exception) -> None:
     Raises:
         ImportError: with the package that brings it.
     """
+    of_zarr = "numcodecs (or what else brings this codec of Zarr)"
     codecs = {
-        # tifffile, zarr 2 and 3, HDF5
+        # tifffile, zarr 2, 3.4 and 3.0, HDF5
         r"<\w+\.(\w+).* requires the 'imagecodecs' package": "imagecodecs",
-        r"codec not available: '*([\w.-]+)": "numcodecs (or what else brings this codec of Zarr)",
-        r"UnknownCodecError.*?([\w.-]+)'?\)?$": "numcodecs (or what else brings this codec of Zarr)",
+        r"codec not available: '*([\w.-]+)": of_zarr,
+        r"UnknownCodecError: An implementation for codec '([^']+)'": of_zarr,
+        r"UnknownCodecError.*?([\w.-]+)'?\)?$": of_zarr,
         r"required filter '([^']+)'|(can't open plugin|can't open directory)": "hdf5plugin",
     }
     for pattern, package in codecs.items():
