@@ -26,6 +26,7 @@ from tqdm import tqdm
 from diffusers_byoc import BYOCPipeline
 from diffusers_byoc.data import PhantomCells
 from diffusers_byoc.metrics import frechet_distance, measure_cells, standardize_features
+from diffusers_byoc.training.hardware import fastest_precision
 
 
 BATCH = 8
@@ -115,7 +116,8 @@ def judge_path(pipeline: BYOCPipeline, args: argparse.Namespace) -> None:
 
 def load(name: str) -> BYOCPipeline:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipeline = BYOCPipeline.from_pretrained(name).to(device)
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(fastest_precision(), torch.float32)
+    pipeline = BYOCPipeline.from_pretrained(name, dtype=dtype).to(device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -89,18 +89,27 @@ def cache_latents(
     for shard in range(accelerator.process_index, num_shards, accelerator.num_processes):
         rows = range(shard * shard_size, min((shard + 1) * shard_size, len(cells)))
         loader = DataLoader(Subset(cells, rows), batch_size=8, num_workers=num_workers)
+        if (known := _read_fingerprint(paths[shard])) is not None:
+            fingerprint = hashlib.sha256(weights.encode())
+            for _ in _hashed(loader, fingerprint):
+                pass
+            if fingerprint.hexdigest() == known:
+                continue
         fingerprint = hashlib.sha256(weights.encode())
-        for batch in loader:
-            fingerprint.update(batch["volumes"].numpy())
-        fingerprint = fingerprint.hexdigest()
-        if _read_fingerprint(paths[shard]) == fingerprint:
-            continue
         with accelerator.autocast():
-            latents = encode_batches(vqvae, (batch["volumes"] for batch in loader))
+            latents = encode_batches(vqvae, _hashed(loader, fingerprint))
         with whole_or_absent(paths[shard]) as temporary:
-            save_file({"latents": latents.contiguous()}, temporary, metadata={"fingerprint": fingerprint})
+            metadata = {"fingerprint": fingerprint.hexdigest()}
+            save_file({"latents": latents.contiguous()}, temporary, metadata=metadata)
     accelerator.wait_for_everyone()
     return CachedLatents(paths)
+
+
+def _hashed(batches: Iterable[dict[str, Tensor]], fingerprint) -> Iterator[Tensor]:
+    """The volumes of batches, with which `fingerprint`, of hashlib, is updated on the way."""
+    for batch in batches:
+        fingerprint.update(batch["volumes"].numpy())
+        yield batch["volumes"]
 
 
 def _read_fingerprint(path: Path) -> str | None:
