@@ -124,6 +124,19 @@ def test_classes_are_learned_from_a_row_and_named_in_held_out_real_cells():
     assert np.isnan(accuracy(good, None)) and np.isnan(accuracy(good, (labels, np.repeat("a", 60))))
 
 
+@pytest.mark.parametrize("value", [np.nan, 0.5])
+def test_empty_cells_teach_no_classes_and_equal_ones_chance(value):
+    labels, real = np.tile(["a", "b"], 10), np.random.default_rng(0).random((20, 3))
+    names, both = ("x", "y", "z"), (labels, labels)
+    comparison = Comparison(real, np.full((20, 3), value), real, names, False, EvaluationSettings(), both)
+    found = metric_table.compute_metrics("texture", comparison)
+    of_classes = [f"class_accuracy{end}" for end in ("", "_low", "_high")]
+    undefined = {f"texture/{name}" for name in (*of_classes, "features_that_differ", "median_effect")}
+    assert {key for key, number in found.items() if np.isnan(number)} == (undefined if np.isnan(value) else set())
+    assert found["texture/classifier_accuracy"] > 0.9
+    assert np.isnan(value) or found["texture/class_accuracy"] == 0.5
+
+
 def test_volumes_are_compared_by_mean_and_spread():
     real = np.random.default_rng(0).lognormal(size=(30, 1))
     candidate = 3 * real - real.mean()

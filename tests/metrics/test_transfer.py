@@ -50,3 +50,8 @@ def test_labels_that_do_not_fit_are_refused(labels, message):
     features = np.zeros((10, 2))
     with pytest.raises(ValueError, match=message):
         transfer_test(features, labels, features, ["a"] * 10)
+
+
+def test_cells_without_any_feature_are_refused():
+    with pytest.raises(ValueError, match="at least one of 3 features, got 10 that have none"):
+        transfer_test(np.full((10, 3), np.nan), ["a", "b"] * 5, np.zeros((2, 3)), ["a", "b"])

@@ -109,6 +109,11 @@ def columns(comparison: Comparison):
     return compare_features(comparison.real, comparison.candidate, comparison.names)
 
 
+def median_effect(rows) -> float:
+    effects = [row.effect for row in rows if np.isfinite(row.effect)]
+    return np.median(effects) if effects else np.nan
+
+
 def differing_share(rows) -> float:
     p_values = np.array([row.adjusted_p_value for row in rows])
     p_values = p_values[np.isfinite(p_values)]  # a measurement that no cell has cannot be tested
@@ -179,7 +184,7 @@ METRICS = (
     Metric("density", "density", "1", VECTORS, lambda c: c.once(neighbours).density),
     Metric("coverage", "coverage", "high", VECTORS, lambda c: c.once(neighbours).coverage, is_drawn=True),
     Metric("median_effect", "median Wasserstein distance of a feature, in its σ", "low", MEASUREMENTS,
-           lambda c: np.nanmedian([row.effect for row in c.once(columns)])),
+           lambda c: median_effect(c.once(columns))),
     Metric("features_that_differ", "share of features that differ (p < 0.05, corrected)", "low", MEASUREMENTS,
            lambda c: differing_share(c.once(columns))),
     Metric("classifier_accuracy", "accuracy of telling it from real, trees", "0.5", MEASUREMENTS, trees,
