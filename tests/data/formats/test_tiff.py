@@ -1,6 +1,7 @@
 """TIFFs as microscopes, ImageJ and converters write them; every one is read as a cell and as a stack, with one"
 " answer."""
 
+import re
 import struct
 import uuid
 
@@ -384,3 +385,12 @@ def test_what_is_written_shows_its_scale_without_ome(tmp_path, data):
     write_volume(tmp_path / "b.ome.tif", data / 65535, None)
     with tifffile.TiffFile(tmp_path / "b.ome.tif") as tiff:
         assert tiff.pages[0].resolution == (1, 1) and tiff.pages[0].resolutionunit == tifffile.RESUNIT.NONE
+
+
+def test_the_same_volume_is_the_same_file_and_another_one_has_another_uuid(tmp_path, data):
+    for name, volume in (("a", data), ("b", data.copy()), ("c", data[::-1])):
+        write_volume(tmp_path / f"{name}.ome.tif", volume / 65535, (1.5, 0.5, 0.25))
+    a, b, c = ((tmp_path / f"{name}.ome.tif").read_bytes() for name in "abc")
+    assert a == b
+    uuids = {re.search(rb'UUID="(urn:uuid:[0-9a-f-]{36})"', text)[1] for text in (a, b, c)}
+    assert len(uuids) == 2

@@ -1,12 +1,14 @@
 """TIFF, OME-TIFF and the hyperstacks of ImageJ, read and written by tifffile."""
 
 import functools
+import hashlib
 import lzma
 import math
 import re
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from uuid import NAMESPACE_OID, uuid5
 from xml.etree import ElementTree
 
 import numpy as np
@@ -91,8 +93,13 @@ def open_images(path: Path) -> list[OpenImage]:
 
 
 def write(path: Path, volume: Volume) -> None:
-    """OME-TIFF, zlib-compressed, with the voxel size in the TIFF tags too, for viewers that know no OME."""
+    """OME-TIFF, zlib-compressed, with the voxel size in the TIFF tags too, for viewers that know no OME.
+
+    The same volume gives the same bytes: the UUID, by default of the time and the machine, is that of the voxels.
+    """
+    name = hashlib.sha256(np.ascontiguousarray(volume.data)).hexdigest()
     metadata, resolution = {"axes": "CZYX", "Channel": {"Name": list(volume.channel_names)}}, {}
+    metadata["UUID"] = f"urn:uuid:{uuid5(NAMESPACE_OID, name)}"
     if volume.voxel_size_um is not None:
         for axis, size_um in zip("ZYX", volume.voxel_size_um, strict=True):
             metadata |= {f"PhysicalSize{axis}": size_um, f"PhysicalSize{axis}Unit": "µm"}
