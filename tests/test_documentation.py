@@ -152,7 +152,7 @@ def pages_with_python():
                 yield pytest.param(page, is_slow, id=f"{page}, {SLOW}" if is_slow else page, marks=marks)
 
 
-@pytest.mark.parametrize(("page", "is_slow"), pages_with_python())
+@pytest.mark.parametrize(("page", "is_slow"), list(pages_with_python()))
 def test_every_python_block_runs(page, is_slow, folders, hub):
     found = [(line, text) for line, text in blocks(page, "python") if (SLOW in text) == is_slow]
     if any("push_to_hub" in text or "HfApi" in text for _, text in found):  # in a process that knows the local Hub
