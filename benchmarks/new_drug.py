@@ -36,7 +36,11 @@ RECIPE = replace(
     root_radius=(3.0, 4.5),
     tip_radius=(0.9, 1.4),
 )
-MADE_HERE = {"num_channels", "latent_channels", "sample_size", "num_class_embeds"}  # of the U-Net, by byoc-train
+MADE_HERE = {  # of the U-Net, by byoc-train
+    *("num_channels", "latent_channels", "sample_size", "num_class_embeds"),
+    *("class_embed_type", "projection_class_embeddings_input_dim"),
+    *("conditioning_dropout_prob", "channel_timesteps_prob"),
+}
 BATCH = 8
 
 
