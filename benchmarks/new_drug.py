@@ -19,6 +19,7 @@ from timing import machine
 
 from diffusers_byoc import BYOCPipeline
 from diffusers_byoc.commands.train import main as train
+from diffusers_byoc.commands.train_pretrained import MADE_HERE
 from diffusers_byoc.commands.training_arguments import PRESETS
 from diffusers_byoc.data import VolumeProcessor, write_volume
 from diffusers_byoc.data.phantoms import phantom
@@ -36,11 +37,6 @@ RECIPE = replace(
     root_radius=(3.0, 4.5),
     tip_radius=(0.9, 1.4),
 )
-MADE_HERE = {  # of the U-Net, by byoc-train
-    *("num_channels", "latent_channels", "sample_size", "num_class_embeds"),
-    *("class_embed_type", "projection_class_embeddings_input_dim"),
-    *("conditioning_dropout_prob", "channel_timesteps_prob"),
-}
 BATCH = 8
 
 

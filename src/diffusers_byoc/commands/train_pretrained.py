@@ -12,6 +12,14 @@ from ..pipelines.schedulers import noise_schedule
 from .train_networks import make_noise_scheduler
 
 
+# of the U-Net's configuration, what the run itself decides
+MADE_HERE = {
+    *("num_channels", "latent_channels", "sample_size", "num_class_embeds"),
+    *("class_embed_type", "projection_class_embeddings_input_dim"),
+    *("conditioning_dropout_prob", "channel_timesteps_prob"),
+}
+
+
 def load_pretrained(args: argparse.Namespace) -> BYOCPipeline:
     """The pipeline that the run begins with; its networks' configurations take the place of the preset's.
 
@@ -29,10 +37,7 @@ def load_pretrained(args: argparse.Namespace) -> BYOCPipeline:
             f"Expected a scheduler with {theirs}, as {args.pretrained} was trained with, got {ours}. Say so in the"
             " preset's `scheduler`, or with --prediction_type."
         )
-    made_here = {"num_channels", "latent_channels", "sample_size", "num_class_embeds"}
-    made_here |= {"class_embed_type", "projection_class_embeddings_input_dim"}
-    made_here |= {"conditioning_dropout_prob", "channel_timesteps_prob"}
-    for name, not_taken in (("vqvae", {"sample_size"}), ("texture_unet", {"num_channels"}), ("unet", made_here)):
+    for name, not_taken in (("vqvae", {"sample_size"}), ("texture_unet", {"num_channels"}), ("unet", MADE_HERE)):
         network = getattr(pipeline, name)
         if network is not None:
             config = {key: value for key, value in network.config.items() if key[0] != "_" and key not in not_taken}
