@@ -109,6 +109,7 @@ def test_learning_rates_are_tried_where_none_is_settled():
         assert training.max_train_minutes == entries["tuning"]["minutes"]
         assert not evaluation.volume_classifier and evaluation.seed == TUNING_SEED
         assert evaluation.num_samples == entries["tuning"]["num_samples"]
+        assert evaluation.features == ["morphology"]  # what the criterion asks for
     assert rates == [(6e-5, 2.4e-4), (2e-4, 8e-4), (6e-4, 2.4e-3)]
     ours, settled = (job for job in jobs if job.kind == "train" and job.drug == "nocodazole")
     assert ours.needs == tuple(job.name for job in tried)
@@ -121,8 +122,8 @@ def test_a_short_training_has_as_much_fewer_steps():
     """Its cosine schedule ends, too."""
     (job, *_) = (job for job in read_plan("cpu", tune=True).jobs(TABLE) if job.name == "tune/medical_diffusion/3")
     args = parsed(job)
-    assert (args.autoencoder_max_train_steps, args.diffusion_max_train_steps) == (75, 75)  # 3 of 12 minutes
-    assert minutes(args) == pytest.approx(3)
+    assert (args.autoencoder_max_train_steps, args.diffusion_max_train_steps) == (38, 38)  # 1.5 of 6 minutes
+    assert minutes(args) == pytest.approx(1.5)
 
 
 def test_figure_6_needs_byoc():

@@ -186,10 +186,9 @@ class Plan:
         for factor in self.tuning["factors"]:
             extra = self._rates(model, factor) | self._fewer_steps(model, minutes)
             training = self._train(model, drug, fold, minutes, extra)
-            evaluation = self._evaluate(
-                drug, fold, TUNING_SEED, num_samples=self.tuning["num_samples"], volume_classifier=False
-            )
             name, criterion = f"tune/{model}/{factor:g}", self.tuning["criterion"]
+            judged = {"num_samples": self.tuning["num_samples"], "features": [criterion.partition("/")[0]]}
+            evaluation = self._evaluate(drug, fold, TUNING_SEED, volume_classifier=False, **judged)
             yield Job("tune", name, drug, model, (training, evaluation), fold, criterion=criterion)
 
     def _training_job(self, model, row, drug, fold, extra: Mapping, tuned: Sequence[Job]) -> Job:
