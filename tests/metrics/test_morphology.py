@@ -6,6 +6,8 @@ import sys
 import numpy as np
 import pytest
 import torch
+import trimesh
+from skimage.measure import marching_cubes
 
 from diffusers_byoc.metrics import MORPHOLOGY_NAMES, CellMorphology, channel_consistency, measure_cell, measure_cells
 
@@ -182,3 +184,15 @@ def test_a_volume_of_one_channel_is_measured_without_a_nucleus():
         assert getattr(alone, name) == pytest.approx(expected, nan_ok=True), name
     fit = channel_consistency([alone, alone])
     assert math.isnan(fit.one_nucleus_share) and math.isnan(fit.nucleus_inside_share) and fit.num_complete == 0
+
+
+def test_volume_and_area_of_the_surface_are_those_of_trimesh():
+    mask = np.zeros((24, 24, 24), bool)
+    mask[4:20, 6:12, 3:21] = mask[10:14, 6:20, 8:16] = True
+    spacing = (2.0, 1.0, 0.5)
+    vertices, faces, _, _ = marching_cubes(np.pad(mask, 1).astype(np.float32), 0.5, spacing=spacing)
+    mesh = trimesh.smoothing.filter_taubin(trimesh.Trimesh(vertices, faces, process=False), iterations=30)
+    cell = measure_cell(mask[None].astype(np.float32), spacing, nucleus_channel=None)
+    assert cell.cell_surface_um2 == pytest.approx(mesh.area)
+    assert cell.cell_sphericity == pytest.approx(np.pi ** (1 / 3) * (6 * abs(mesh.volume)) ** (2 / 3) / mesh.area)
+    assert cell.cell_solidity == pytest.approx(abs(mesh.volume) / mesh.convex_hull.volume, rel=1e-6)

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..optional import optional
 from ..volumes import check_unit_range, voxel_size_triple
-from .segmentation import Segmentation, segment_channel
+from .segmentation import Segmentation, bounding_box, segment_channel
 
 
 if TYPE_CHECKING:
@@ -272,7 +272,7 @@ def _shape(mask: np.ndarray, spacing: np.ndarray) -> dict[str, float]:
     measure = optional("skimage.measure", "metrics")
 
     # 1. moments: an ellipsoid of full axis a has the variance a² / 20 along it
-    region = measure.regionprops(mask.astype(np.uint8), spacing=spacing)[0]
+    region = measure.regionprops(mask[bounding_box(mask)].astype(np.uint8), spacing=spacing)[0]
     inertia = np.array(region.inertia_tensor)
     # each voxel is a box and adds its own variance; without it a plane of voxels would have no thickness
     covariance = np.eye(3) * inertia.trace() / 2 - inertia + np.diag(spacing**2) / 12
@@ -284,8 +284,11 @@ def _shape(mask: np.ndarray, spacing: np.ndarray) -> dict[str, float]:
         np.pad(region.image, 1).astype(np.float32), 0.5, spacing=tuple(spacing)
     )
     mesh = trimesh.Trimesh(vertices, faces, process=False)
-    trimesh.smoothing.filter_taubin(mesh, iterations=_SMOOTHING_PASSES)
-    volume, area = abs(mesh.volume), mesh.area
+    neighbours = trimesh.smoothing.laplacian_calculation(mesh).tocsr()  # quicker to multiply
+    trimesh.smoothing.filter_taubin(mesh, iterations=_SMOOTHING_PASSES, laplacian_operator=neighbours)
+    # as `mesh.volume`, which computes the moments of inertia, too
+    volume = abs(np.sum(mesh.triangles[:, :, 0].sum(1) * mesh.triangles_cross[:, 0])) / 6
+    area = mesh.area
     hull_volume = optional("scipy.spatial", "metrics").ConvexHull(mesh.vertices).volume
     ball_area = np.pi ** (1 / 3) * (6 * volume) ** (2 / 3)
     values = (long, middle, short, long / middle, middle / short)
@@ -301,13 +304,13 @@ def _brightness(channel: np.ndarray, mask: np.ndarray) -> dict[str, float]:
     feature = optional("skimage.feature", "metrics")
 
     # gray levels 1 to 16 in the mask; 0, for what is outside, is struck from the matrix
-    levels = np.clip((channel * _GRAY_LEVELS).astype(np.uint8), 0, _GRAY_LEVELS - 1) + 1
-    levels[~mask] = 0
-    box = tuple(slice(axis.min(), axis.max() + 1) for axis in np.nonzero(mask))
+    box = bounding_box(mask)
+    levels = np.clip((channel[box] * _GRAY_LEVELS).astype(np.uint8), 0, _GRAY_LEVELS - 1) + 1
+    levels[~mask[box]] = 0
     angles = (0, np.pi / 4, np.pi / 2, 3 * np.pi / 4)
     matrix = sum(
         feature.graycomatrix(plane, [1], angles, levels=_GRAY_LEVELS + 1, symmetric=True)[1:, 1:].astype(np.float64)
-        for plane in levels[box]
+        for plane in levels
     )
     if matrix.sum() == 0:  # no two neighbours in any plane
         values = (np.nan,) * len(textures)

@@ -41,6 +41,23 @@ class Segmentation:
     largest_part_share: float
 
 
+def bounding_box(mask: np.ndarray, margin: int = 0) -> tuple[slice, ...]:
+    """The part of a volume that holds a mask, and some voxels around it as far as there are any.
+
+    Args:
+        mask: (D, H, W) bool, not empty.
+        margin: voxels.
+
+    Returns:
+        A slice for each axis.
+    """
+    box = []
+    for axis in range(mask.ndim):
+        places = np.flatnonzero(mask.any(tuple(other for other in range(mask.ndim) if other != axis)))
+        box.append(slice(max(places[0] - margin, 0), places[-1] + margin + 1))
+    return tuple(box)
+
+
 def foreground(channel: np.ndarray, threshold: float | None = None) -> np.ndarray:
     """Voxels above a threshold, holes filled.
 
@@ -60,7 +77,10 @@ def foreground(channel: np.ndarray, threshold: float | None = None) -> np.ndarra
             return np.zeros_like(mask)
     else:
         mask = channel > threshold
-    return optional("scipy.ndimage", "metrics").binary_fill_holes(mask)
+    if mask.any():
+        box = bounding_box(mask)  # outside it nothing can be a hole
+        mask[box] = optional("scipy.ndimage", "metrics").binary_fill_holes(mask[box])
+    return mask
 
 
 def segment_channel(channel: np.ndarray, threshold: float | None = None) -> Segmentation:
@@ -77,13 +97,15 @@ def segment_channel(channel: np.ndarray, threshold: float | None = None) -> Segm
         ImportError: if SciPy or scikit-image is missing.
     """
     mask = foreground(channel, threshold)
-    components, num_components = optional("scipy.ndimage", "metrics").label(mask, structure=np.ones((3, 3, 3)))
-    if num_components == 0:
-        return Segmentation(mask, components, 0, float("nan"))
+    parts = np.zeros(mask.shape, np.int32)
+    if not mask.any():
+        return Segmentation(mask, parts, 0, float("nan"))
+    box = bounding_box(mask)
+    components, _ = optional("scipy.ndimage", "metrics").label(mask[box], structure=np.ones((3, 3, 3)))
     sizes = np.bincount(components.ravel())
     sizes[0] = 0  # background
     keep = sizes >= SPECK_SHARE * sizes.max()
     keep[0] = False
     part_of_component = np.where(keep, np.cumsum(keep), 0)
-    parts = part_of_component[components]
+    parts[box] = part_of_component[components]
     return Segmentation(parts > 0, parts, int(keep.sum()), float(sizes.max() / sizes.sum()))

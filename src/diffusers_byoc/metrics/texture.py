@@ -12,11 +12,13 @@ decomposition: the wavelet representation".
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import product
 
 import numpy as np
 
 from ..optional import optional
+from .segmentation import bounding_box
 from .spectrum import NUM_SHELLS, radial_spectrum
 
 
@@ -72,13 +74,13 @@ def _texture(channel: np.ndarray, mask: np.ndarray) -> np.ndarray:
     spectrum = radial_spectrum(channel[None], mask)[0]
     if not mask.any():
         return np.full(len(texture_names([""])), np.nan)
-    box = tuple(slice(max(axis.min() - 8, 0), axis.max() + 9) for axis in np.nonzero(mask))  # 8: of filters
+    box = bounding_box(mask, margin=8)  # 8: of filters
     channel, mask = channel[box].astype(np.float64), mask[box]
     return np.concatenate(
         [
             np.log10(np.maximum(spectrum, 1e-12)),
             *(pair_measures(channel, mask, distance) for distance in DISTANCES),
-            *(_spots(channel, mask, scale) for scale in SCALES),
+            _spots(channel, mask),
             _wavelets(channel, mask),
         ]
     )
@@ -120,12 +122,23 @@ def _shifted(shape: tuple[int, ...], offset: Sequence[int]) -> tuple[slice, ...]
     return tuple(slice(max(0, step), size + min(0, step)) for step, size in zip(offset, shape, strict=True))
 
 
-def _spots(channel: np.ndarray, mask: np.ndarray, scale: float) -> np.ndarray:
-    """(4,) moments of the Laplacian of a Gaussian, normalised by its scale, in the mask."""
-    response = scale**2 * optional("scipy.ndimage", "metrics").gaussian_laplace(channel, scale)[mask]
+def _spots(channel: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """(12,) moments of the Laplacian of a Gaussian, normalised by its scale, in the mask, for each scale."""
     stats = optional("scipy.stats", "metrics")
+    responses = np.stack([scale**2 * _laplacian(channel, mask, scale) for scale in SCALES])
     with np.errstate(invalid="ignore"):
-        return np.array([response.mean(), response.std(), stats.skew(response), stats.kurtosis(response)])
+        moments = (responses.mean(1), responses.std(1), stats.skew(responses, 1), stats.kurtosis(responses, 1))
+    return np.stack(moments, 1).ravel()
+
+
+def _laplacian(channel: np.ndarray, mask: np.ndarray, scale: float) -> np.ndarray:
+    """SciPy's `gaussian_laplace` in the mask: what lies beside it is left out, axis by axis, once it has been used."""
+    gaussian = partial(optional("scipy.ndimage", "metrics").gaussian_filter1d, sigma=scale)
+    z, y, x = bounding_box(mask)
+    smooth, curved = (gaussian(channel, axis=0, order=order)[z] for order in (0, 2))
+    curved = gaussian(curved, axis=1) + gaussian(smooth, axis=1, order=2)
+    smooth, curved = gaussian(smooth, axis=1)[:, y], curved[:, y]
+    return (gaussian(curved, axis=2) + gaussian(smooth, axis=2, order=2))[:, :, x][mask[z, y, x]]
 
 
 def _wavelets(channel: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -133,8 +146,7 @@ def _wavelets(channel: np.ndarray, mask: np.ndarray) -> np.ndarray:
     wavelets, stats = optional("pywt", "metrics"), optional("scipy.stats", "metrics")
     even = [(0, size % 2) for size in channel.shape]
     (bands,) = wavelets.swtn(np.pad(channel, even, mode="edge"), WAVELET, level=1)
-    found = []
-    for band in BANDS:
-        coefficients = bands[band.replace("L", "a").replace("H", "d")][tuple(map(slice, mask.shape))][mask]
-        found += [np.log10(max(np.mean(coefficients**2), 1e-12)), stats.kurtosis(coefficients)]
-    return np.array(found)
+    inside = tuple(map(slice, mask.shape))
+    coefficients = np.stack([bands[band.replace("L", "a").replace("H", "d")][inside][mask] for band in BANDS])
+    energies = np.log10(np.maximum(np.mean(coefficients**2, 1), 1e-12))
+    return np.stack([energies, stats.kurtosis(coefficients, 1)], 1).ravel()
