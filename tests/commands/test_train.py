@@ -37,6 +37,7 @@ from diffusers_byoc.commands.train import main
 from diffusers_byoc.data import read_volume
 from diffusers_byoc.pipelines.conditions import measure_conditions
 from diffusers_byoc.training import Stage, list_checkpoints
+from diffusers_byoc.training.hardware import machine_name
 from diffusers_byoc.training.stages import autoencoder, diffusion, distillation
 from diffusers_byoc.whole_files import lock_folder
 
@@ -757,10 +758,12 @@ def test_a_run_records_itself(unbroken, preset):
 
 def test_the_record_keeps_a_stage_that_another_run_made(train, no_report):
     output_dir = train("--stage", "autoencoder", "--learning_rate", 0.5, "--max_train_steps", 1)
-    train("--stage", "diffusion", "--learning_rate", 0.25, "--max_train_steps", 1)
+    train("--stage", "diffusion", "--learning_rate", 0.25, "--max_train_steps", 1, "--num_cpu_threads", 2)
     stages = json.loads((output_dir / "arguments.json").read_text())
     rates = [stages[stage]["arguments"][f"{stage}_learning_rate"] for stage in ("autoencoder", "diffusion")]
     assert rates == [0.5, 0.25]
+    hardware = [stages[stage]["hardware"] for stage in ("autoencoder", "diffusion")]
+    assert hardware == [machine_name(1), machine_name(2)]  # what trains, not what this process began with
 
 
 @pytest.mark.parametrize(
@@ -1267,7 +1270,9 @@ def test_a_private_repository_is_filled(preset, hub):
     """Pipeline, card, report; no checkpoint, no log, no latent."""
     arguments = ["--preset", str(preset), "--max_train_steps", "1", "--push_to_hub"]
     arguments += ["--hub_model_id", "org/phantoms", "--hub_private_repo"]
-    hub.run(f"from diffusers_byoc.commands.train import main; main({arguments!r})")
+    loaded = 'print(BYOCPipeline.from_pretrained("org/phantoms")(1).volumes.shape)'
+    code = "from diffusers_byoc import BYOCPipeline; from diffusers_byoc.commands.train import main"
+    assert hub.run(f"{code}; main({arguments!r}); {loaded}").endswith("\n(1, 2, 32, 32, 32)\n")
     assert hub.repos["models/org/phantoms"]["private"]
     files = hub.files("org/phantoms")
     weights = [

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from diffusers_byoc.training import fair_num_threads, fastest_precision, is_cpu_training, keep_freed_memory
+from diffusers_byoc.training.hardware import machine_name
 
 
 def test_cores_are_shared_among_the_processes(monkeypatch):
@@ -30,6 +31,12 @@ def test_fastest_precision(monkeypatch, cuda, any_gpu, bf16, expected):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     assert fastest_precision() == expected
     assert is_cpu_training() is not any_gpu
+
+
+def test_the_name_of_a_cpu_ends_with_its_threads(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert machine_name(1).endswith(", 1 thread") and machine_name(2).endswith(", 2 threads")
 
 
 def pages_of_a_new_buffer(keep: bool) -> int:

@@ -22,7 +22,7 @@ from .. import __version__
 from ..data import Cells
 from ..publishing import create_repository, prepare_folder, upload_pipeline
 from ..publishing.card import RUN_RECORD
-from ..training import StageSettings, follow_launcher, is_cpu_training
+from ..training import StageSettings, fair_num_threads, follow_launcher, is_cpu_training
 from ..training.checkpoints import check_record, find_checkpoint
 from ..training.hardware import machine_name
 from ..training.report import write_report
@@ -159,7 +159,7 @@ def write_record(
             "voxel_size_um": cells.voxel_size_um or cells.processor.voxel_size_um,
             "is_phantom": cells.is_phantom,
         },
-        "hardware": machine_name(),
+        "hardware": machine_name(args.num_cpu_threads or fair_num_threads()),  # as each stage sets it
         "num_processes": num_processes,
     }
     known |= dict.fromkeys(stages, record)

@@ -42,8 +42,8 @@ def processor_seconds() -> float:
     return time.process_time() / torch.get_num_threads()
 
 
-def machine_name() -> str:
-    """What a process of this run computes with, in words: the GPU's name, or the CPU's and the number of threads."""
+def machine_name(num_cpu_threads: int) -> str:
+    """What a process of this run computes with, in words: the GPU's name, or the CPU's and its number of threads."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     if torch.accelerator.is_available():
@@ -52,7 +52,7 @@ def machine_name() -> str:
     with suppress(OSError):  # of Linux
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {torch.get_num_threads()} threads"
+    return f"{name}, {num_cpu_threads} thread{'s' if num_cpu_threads > 1 else ''}"
 
 
 def keep_freed_memory() -> None:
