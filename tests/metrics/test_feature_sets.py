@@ -17,6 +17,13 @@ def test_what_a_cell_does_not_have_becomes_the_references_mean_and_constants_kee
     np.testing.assert_allclose(found, [[0.0, 2.0, 0.0], [0.0, 0.0, 0.0]])
 
 
+def test_what_every_reference_cell_has_counts_as_far_away_where_it_is_missing():
+    """A volume without any cell would otherwise be nearer to cells than a bad cell is."""
+    reference = np.random.default_rng(0).normal(size=(50, 2))
+    reference[0, 1] = np.nan
+    assert standardize_features([[np.nan, np.nan]], reference).tolist() == [[10.0, 0.0]]
+
+
 def test_a_feature_that_hardly_varies_does_not_decide_alone():
     reference = np.concatenate([np.ones((99, 1)), [[1 + 1e-6]]])
     assert standardize_features([[2.0], [0.0]], reference).ravel().tolist() == [10.0, -10.0]

@@ -57,10 +57,11 @@ def check_pair(
 
 
 def standardize_features(features: Features, reference: Features) -> np.ndarray:
-    """Features in standard deviations of a reference set, at most `MAX_DEVIATIONS`, NaN replaced by its mean.
+    """Features in standard deviations of a reference set, at most `MAX_DEVIATIONS`, without NaN.
 
-    A feature that a cell does not have (the shape of a missing nucleus) then neither adds to a distance nor takes
-    from it; that it is missing shows in the features that every cell has, as a nucleus volume of 0. A column that is
+    A feature that a cell does not have (the shape of a missing nucleus) takes the mean of the reference set if some
+    cell there does not have it either, and then neither adds to a distance nor takes from it. If all have it, it counts
+    as `MAX_DEVIATIONS`: otherwise volumes without any cell would be nearer to cells than bad cells are. A column that is
     constant in the reference is centred and keeps its unit. Without the limit, a feature in which hardly any real cell
     differs from the others (the number of parts) would alone decide a distance as soon as one cell does.
 
@@ -84,4 +85,6 @@ def standardize_features(features: Features, reference: Features) -> np.ndarray:
     preprocessing = optional("sklearn.preprocessing", "metrics")
     with np.errstate(invalid="ignore"):  # a column of nan has no mean, which is what nan_to_num answers
         scaler = preprocessing.StandardScaler().fit(reference)
-    return np.nan_to_num(scaler.transform(features), nan=0.0).clip(-MAX_DEVIATIONS, MAX_DEVIATIONS)
+    scaled = scaler.transform(features).clip(-MAX_DEVIATIONS, MAX_DEVIATIONS)
+    missing = np.where(np.isnan(reference).any(axis=0), 0.0, MAX_DEVIATIONS)
+    return np.where(np.isnan(scaled), missing, scaled)

@@ -122,7 +122,7 @@ def test_a_short_training_has_as_much_fewer_steps():
     """Its cosine schedule ends, too."""
     (job, *_) = (job for job in read_plan("cpu", tune=True).jobs(TABLE) if job.name == "tune/medical_diffusion/3")
     args = parsed(job)
-    assert (args.autoencoder_max_train_steps, args.diffusion_max_train_steps) == (38, 38)  # 1.5 of 6 minutes
+    assert (args.autoencoder_max_train_steps, args.diffusion_max_train_steps) == (65, 175)  # 1.5 of 4.5 minutes
     assert minutes(args) == pytest.approx(1.5)
 
 
