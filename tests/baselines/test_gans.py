@@ -83,6 +83,24 @@ def test_half_precision_stays_near(model_class, tmp_path):
 
 
 @each
+@torch.no_grad()
+def test_it_compiles_into_one_graph(model_class):
+    model = make(model_class)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(seeded(2, 8)).sample, model(seeded(2, 8)).sample)
+
+
+@each
+@torch.no_grad()
+def test_layerwise_casting_stays_near(model_class):
+    model = make(model_class)
+    expected = model(seeded(2, 8)).sample
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert any(parameter.dtype == torch.float8_e4m3fn for parameter in model.parameters())
+    assert (model(seeded(2, 8)).sample - expected).abs().mean() < 0.3 * expected.abs().mean()
+
+
+@each
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

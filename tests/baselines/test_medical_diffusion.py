@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import cpu_offload
 
 from diffusers_byoc.baselines import MedicalDiffusionVQModel
 from diffusers_byoc.baselines.medical_diffusion import DoublingReplicateConv3d, ReplicateConv3d, RestartedCodebook
@@ -162,7 +163,8 @@ def test_save_and_load(tmp_path):
     vqvae = model()
     sample = volumes(vqvae)
     vqvae.initialize_codebook(vqvae.encode(sample).latents)
-    vqvae.save_pretrained(tmp_path)
+    vqvae.save_pretrained(tmp_path, max_shard_size="5KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
     loaded = MedicalDiffusionVQModel.from_pretrained(tmp_path)
     assert torch.equal(loaded(sample).sample, vqvae(sample).sample)
     assert loaded.codebook.is_initialized
@@ -191,6 +193,37 @@ def test_half_precision_decodes_like_float32(dtype):
     output = copy.deepcopy(vqvae).to(dtype).decode(latents).sample
     assert output.dtype == dtype
     assert (output.float() - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+@torch.no_grad()
+def test_layerwise_casting_leaves_the_codes_and_the_norms_in_full_precision():
+    vqvae = model()
+    codes = vqvae.codebook.embedding.clone()
+    vqvae.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert vqvae.decoder.conv_out.weight.dtype == torch.float8_e4m3fn
+    assert vqvae.decoder.norm_in.weight.dtype == torch.float32 and torch.equal(vqvae.codebook.embedding, codes)
+    assert torch.isfinite(vqvae(volumes(vqvae)).sample).all()
+
+
+@torch.no_grad()
+def test_offloaded_weights_are_brought_back_for_every_public_call():
+    vqvae = model()
+    latents = vqvae.encode(volumes(vqvae)).latents
+    calls = [vqvae.normalize_latents, vqvae.denormalize_latents, lambda x: vqvae.quantize(x).latents]
+    calls.append(lambda x: vqvae.decode(x).sample)
+    expected = [call(latents) for call in calls]
+    cpu_offload(vqvae, "cpu", offload_buffers=True)
+    for call, want in zip(calls, expected, strict=True):
+        assert torch.equal(call(latents), want)
+        assert all(parameter.is_meta for parameter in vqvae.parameters())
+
+
+@torch.no_grad()
+def test_it_compiles_into_one_graph():
+    vqvae = model()
+    sample = volumes(vqvae)
+    compiled = torch.compile(vqvae, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(sample).sample, vqvae(sample).sample)
 
 
 @pytest.mark.parametrize(

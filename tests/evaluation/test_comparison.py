@@ -14,6 +14,7 @@ from diffusers_byoc.evaluation import (
     EvaluationSettings,
     Metric,
     Results,
+    Variant,
     compare_rows,
     extract_features,
     make_folds,
@@ -94,6 +95,24 @@ def test_one_channel_is_judged_on_the_morphology_of_its_cell(volumes, tmp_path):
     assert "nucleus_volume_um3" not in page and "one nucleus" not in page.split("## ")[0].split("| metric")[1]
     both = {row: values["morphology/frechet"] for row, values in found[0].items()}
     assert np.isfinite(list(both.values())).all() and both["blurred"] > 3 * both["real"]
+
+
+def test_what_the_3d_network_found_is_kept_without_changing_the_cells_again(tmp_path, monkeypatch):
+    changes = []
+
+    def negative(volumes):
+        changes.append(len(volumes))
+        return -volumes
+
+    cells = np.random.default_rng(0).random((30, 1, 2, 2, 2), np.float32)
+    real = CellSet("real", 30, lambda i: cells[i], variants={"negative": Variant("negative", negative)})
+    folds = [(np.arange(10), np.arange(10, 30)), (np.arange(20, 30), np.arange(20))]
+    monkeypatch.setattr(
+        "diffusers_byoc.evaluation.comparison.compute_metrics", lambda kind, c: {"mean": float(c.candidate.mean())}
+    )
+    again = [compare_rows([real], {}, {}, folds, EvaluationSettings(classifier_cells=5), tmp_path) for _ in range(2)]
+    assert again[0] == again[1] and changes == [5, 5]
+    assert all(fold["negative"]["mean"] < 0 < fold["real"]["mean"] for fold in again[0])
 
 
 def test_a_new_row_of_the_table_reaches_the_results_and_the_page(volumes, tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -45,6 +46,10 @@ def test_each_cell_is_read_once_and_changed_once_for_all_kinds_of_features(tmp_p
     kept = extract_features(cells, again, tmp_path)
     assert changes == Counter(range(40))
     np.testing.assert_array_equal(kept["negative"]["double"], features["negative"]["double"])
+    # without the row that is made of them, they are still the same cells
+    alone = extract_features(replace(cells, variants={}), again, tmp_path)
+    assert list(alone) == ["real"]
+    np.testing.assert_array_equal(alone["real"]["double"], features["real"]["double"])
     # other settings are another identity
     with pytest.raises(AssertionError):
         extract_features(cells, {"first": Extractor("first, otherwise", never)}, tmp_path)

@@ -25,6 +25,12 @@ def test_rows_of_real_cells_are_made_of_the_same_cells(cells):
     assert blurred.std() < volumes.std() and blurred.mean() == pytest.approx(volumes.mean(), rel=1e-3)
 
 
+def test_real_cells_may_stand_alone(cells):
+    alone, real = real_cells(cells, has_controls=False), real_cells(cells)
+    assert alone.rows == ("real",) and alone.labels == real.labels
+    np.testing.assert_array_equal(alone.volumes([2, 4], "real"), real.volumes([2, 4]))
+
+
 def test_one_channel_cannot_be_shuffled(tmp_path):
     for index in range(3):
         np.save(tmp_path / f"{index}.npy", np.random.default_rng(index).random((1, 12, 12, 12), np.float32))

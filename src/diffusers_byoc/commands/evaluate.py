@@ -37,6 +37,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="in which to generate")
     add("--batch_size", type=positive, default=16, help="cells generated at a time, in each process")
     add("--med3d", default="TencentMedicalNet/MedicalNet-Resnet50", help="weights: .pth, folder or Hub repository")
+    help_text = "beside the real cells, judge what is made of them: decoded, textured, shuffled, blurred"
+    add("--controls", action=argparse.BooleanOptionalAction, default=True, help=help_text)
     add("--cell_threshold", type=float, help="the cell is brighter than this (default: Otsu's; membrane dye: 0.05)")
     add("--neighbours", type=positive, default=5, help="that span a neighbourhood, for precision and the like")
     add("--volume_classifier", action=argparse.BooleanOptionalAction, default=True, help="train the 3D network")

@@ -98,7 +98,8 @@ def run(args: argparse.Namespace, state: PartialState) -> None:
 
     # 2. every set of cells, measured and compared
     autoencoder = pipeline and autoencoder_of(pipeline)
-    real = real_cells(cells, autoencoder, pipeline if getattr(pipeline, "texture_unet", None) else None)
+    textured = pipeline if getattr(pipeline, "texture_unet", None) else None
+    real = real_cells(cells, autoencoder, textured, args.controls)
     sets, features = (generated, real), {}
     for cell_set in sets:
         features |= extract_features(cell_set, extractors, cache)

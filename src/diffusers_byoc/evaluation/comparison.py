@@ -90,9 +90,11 @@ def _compare_volumes(sets, cells: CellSet, row: str, number: int, fold: Fold, se
     pool = training if _is_of_real(cells) else np.arange(cells.num_cells)
     num_cells = min(settings.classifier_cells, len(held_out), len(training), *(other.num_cells for other in sets))
     volumes = real.volumes(_generator(settings.seed, REAL, number).choice(held_out, num_cells, replace=False))
-    candidate = cells.volumes(_generator(settings.seed, row, number).choice(pool, num_cells, replace=False), row)
-    path = kept_path(folder, f"volumes {settings.seed}", volumes, candidate, suffix=".json")
+    candidate = cells.volumes(_generator(settings.seed, row, number).choice(pool, num_cells, replace=False))
+    identity = f"volumes {settings.seed}{cells.change_of(row)}"
+    path = kept_path(folder, identity, volumes, candidate, suffix=".json")
     if not path.is_file():
+        candidate = cells.changed(candidate, row)  # which may take longer than all else
         metrics = compute_metrics("volumes", Comparison(volumes, candidate, volumes, None, row == REAL, settings))
         with whole_or_absent(path) as temporary:
             temporary.write_text(json.dumps(metrics), encoding="utf-8")

@@ -157,12 +157,10 @@ def kept_path(folder: Path, identity: str, *volumes: np.ndarray, suffix: str = "
 def _chunks(cells: CellSet) -> list[np.ndarray]:
     """Indices of cells that are read together.
 
-    In a set that lends channels from cell to cell, cells that follow each other, often of one image, are kept apart.
+    Cells that follow each other, often of one image, are kept apart: a row may lend channels from cell to cell.
     """
     num_chunks = -(-cells.num_cells // CHUNK)
-    if cells.variants:
-        return [np.arange(start, cells.num_cells, num_chunks) for start in range(num_chunks)]
-    return [np.arange(start, min(start + CHUNK, cells.num_cells)) for start in range(0, cells.num_cells, CHUNK)]
+    return [np.arange(start, cells.num_cells, num_chunks) for start in range(num_chunks)]
 
 
 def _features_of_chunk(
@@ -171,12 +169,10 @@ def _features_of_chunk(
     """Row -> kind -> (B, K)."""
     features = {}
     for row in cells.rows:
-        variant = cells.variants.get(row)
-        suffix = "" if variant is None else f" of {variant.identity}"
-        paths = {kind: kept_path(folder, e.identity + suffix, volumes) for kind, e in extractors.items()}
+        paths = {kind: kept_path(folder, e.identity + cells.change_of(row), volumes) for kind, e in extractors.items()}
         missing = [kind for kind, path in paths.items() if not path.is_file()]
         if missing:
-            changed = volumes if variant is None else variant.change(volumes)
+            changed = cells.changed(volumes, row)
         for kind in missing:
             with whole_or_absent(paths[kind]) as temporary:
                 np.save(temporary, extractors[kind].extract(changed))

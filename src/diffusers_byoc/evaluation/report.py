@@ -26,6 +26,12 @@ from .sets import GENERATED, REAL, CellSet
 
 NUM_DISTRIBUTIONS = 36  # measurements of a kind that are drawn, of those that differ most
 
+CONTROLS = (
+    " Obviously bad generators: *blurred* (σ = 2 voxels) and, of several channels, *shuffled channels* (each from"
+    " another cell). *encoded and decoded*: what the pipeline's autoencoder makes of real cells, if it has one; *with"
+    " texture*: the same, after its texture network."
+)
+
 
 @dataclass(frozen=True)
 class Results:
@@ -109,9 +115,7 @@ def _page(results: Results, summary: Mapping, comparisons: Mapping, figures: Map
         f"{num_cells[GENERATED]} cells of `{results.origin}` against {num_cells[REAL]}"
         f" {kind if results.is_phantom else 'real ones'}. Mean ± standard deviation over {len(results.folds)}"
         " fold(s); every column is compared with the same held-out cells, in equal numbers. *real*: the other real"
-        " cells, the best that can be reached. Obviously bad generators: *blurred* (σ = 2 voxels) and, of several"
-        " channels, *shuffled channels* (each from another cell). *encoded and decoded*: what the pipeline's"
-        " autoencoder makes of real cells, if it has one; *with texture*: the same, after its texture network.",
+        f" cells, the best that can be reached.{CONTROLS if set(summary) > {REAL, GENERATED} else ''}",
         "",
         *(line for note in results.notes for line in (f"> {note}", "")),
         "| metric | good is | " + " | ".join(summary) + " |",

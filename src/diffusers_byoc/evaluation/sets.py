@@ -1,7 +1,7 @@
 """The sets of cells that an evaluation compares: generated ones, real ones, and what is made of real ones."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from zlib import crc32
@@ -57,12 +57,22 @@ class CellSet:
 
     def volumes(self, indices: Sequence[int], row: str | None = None) -> np.ndarray:
         """(B, M, D, H, W) of these cells, as they stand in one of the rows."""
-        volumes = np.stack([self.volume(int(index)) for index in indices])
+        return self.changed(np.stack([self.volume(int(index)) for index in indices]), row)
+
+    def changed(self, volumes: np.ndarray, row: str | None) -> np.ndarray:
+        """(B, M, D, H, W) of some of these cells -> the same as they stand in one of the rows."""
         return self.variants[row].change(volumes) if row in self.variants else volumes
+
+    def change_of(self, row: str) -> str:
+        """What is done to the cells for a row, to be added to the identity of what is computed of them."""
+        return f" of {self.variants[row].identity}" if row in self.variants else ""
 
 
 def real_cells(
-    cells: CellDataset, autoencoder: torch.nn.Module | None = None, textured: BYOCPipeline | None = None
+    cells: CellDataset,
+    autoencoder: torch.nn.Module | None = None,
+    textured: BYOCPipeline | None = None,
+    has_controls: bool = True,
 ) -> CellSet:
     """Real cells; what an autoencoder makes of them; and two obviously bad generators.
 
@@ -70,7 +80,12 @@ def real_cells(
         cells: the data set.
         autoencoder: of the pipeline that is judged: how much of the gap is its own.
         textured: that pipeline, if it draws texture into what the autoencoder decodes.
+        has_controls: False leaves out all but the real cells.
     """
+    labels = tuple(cells.class_names[label] for label in cells.labels)
+    real = CellSet(REAL, len(cells), lambda index: ((cells[index]["volumes"] + 1) / 2).numpy(), labels)
+    if not has_controls:
+        return real
     variants = {}
     if autoencoder is not None:
         identity = f"decoded {fingerprint_weights(autoencoder, dict(autoencoder.config))}"
@@ -82,8 +97,7 @@ def real_cells(
     if cells.processor.config.num_channels > 1:
         variants["shuffled channels"] = Variant("shuffled", _shuffle_channels)
     variants["blurred"] = Variant(f"blurred {BLUR}", _blur)
-    labels = tuple(cells.class_names[label] for label in cells.labels)
-    return CellSet(REAL, len(cells), lambda index: ((cells[index]["volumes"] + 1) / 2).numpy(), labels, variants)
+    return replace(real, variants=variants)
 
 
 def folder_cells(paths: Sequence[Path], processor: VolumeProcessor, labels: Sequence[str] | None = None) -> CellSet:

@@ -48,6 +48,7 @@ def test_models_that_are_trained_once_are_judged_on_other_phantoms():
     judged = [parsed(job) for job in of_kind(jobs, "evaluate")]
     assert trained == {3} and {args.seed for args in judged} == {10_003}
     assert all((args.num_folds, args.fold) == (3, None) for args in judged)
+    assert not any(args.controls for args in judged)  # the table shows none
 
 
 def test_the_papers_preset_holds_out_the_fold_that_it_judges():

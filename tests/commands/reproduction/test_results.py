@@ -138,10 +138,19 @@ def test_the_page_says_what_the_numbers_rest_on():
     for text in ("phantoms, shapes drawn by a formula", "judged on other phantoms, in 3 folds", "on other data"):
         assert text in page
     assert "> Not done, and missing here: train/x" in page and "at most 12 minutes" in page
+    assert "Minutes: processor time" in page
     assert "| BYOC | 5 | – |" in page and "morphology/frechet after 3 minutes, of nocodazole" in page
     given = read_plan("paper", cells={"train_data_dir": "x"})
     page = "\n".join(page_of(FIGURE, given, [row("cell", fold(10))], {}))
     assert "the given cells" in page and "trained 5 times, without one fold" in page and "FID, paper" not in page
+
+
+def test_the_page_says_that_fid_is_missing_once_something_was_judged_without_it():
+    said = "no weights of Med3D were given (`--med3d`)"
+    for values, is_missing in ((fold(10), True), (fold(10) | {"med3d/frechet": 2.0}, False)):
+        page = "\n".join(page_of(TABLE, read_plan("cpu"), [row("byoc", values)], {"nocodazole": [values]}))
+        assert (said in page) == is_missing and ("| FID ↓ |" in page) != is_missing
+    assert said not in "\n".join(page_of(TABLE, read_plan("cpu"), [Row("nocodazole", "byoc")], {}))
 
 
 @pytest.mark.parametrize("study", [TABLE, FIGURE])

@@ -223,7 +223,8 @@ class Plan:
         """On the fold that was not trained on, or, of phantoms alone, on others, in folds."""
         seed = self.seed + (seed_offset if fold is None else 0)
         folds = {"num_folds": self.num_folds} if fold is None else self._fold_arguments(fold)
-        arguments = self.cells | self.evaluation | {"label": [drug], "seed": seed} | folds | more
+        rows = {"controls": False}  # the table shows generated and real cells alone
+        arguments = rows | self.cells | self.evaluation | {"label": [drug], "seed": seed} | folds | more
         return Command("byoc-evaluate", {name: value for name, value in arguments.items() if value is not None})
 
     def _fold_arguments(self, fold: int | None) -> dict[str, int]:

@@ -183,9 +183,12 @@ def page_of(
         "",
         f"On {cells}. {judged} Mean ± standard deviation over the folds; bold: the best of a drug. *real*: other real"
         " cells, as many, against the same held-out ones: no generator can be expected to do better. Trees and 3D"
-        " network: how often they tell a cell from a real one. docs/evaluation.md says what each column measures.",
+        " network: how often they tell a cell from a real one. Nucleus inside, one nucleus, correlation of volumes:"
+        " whether the channels belong to one cell. docs/evaluation.md says what each column measures.",
         "",
     ]
+    if floors and "med3d/frechet" not in _defined(COLUMNS, rows, floors):
+        lines += ["FID and MMD, the paper's metrics, are missing: no weights of Med3D were given (`--med3d`).", ""]
     if not_done:
         lines += [f"> Not done, and missing here: {', '.join(not_done)}", ""]
     lines += [*overview_of(rows, floors), "", "With all measurements, and what each model costs:", ""]
@@ -195,8 +198,10 @@ def page_of(
     devices = sorted({row.speed["device"] for row in rows if row.speed})
     lines += ["", f"Seconds a cell: the faster of two batches, on {', '.join(devices) or 'nothing yet'}."]
     lines += ["Parameters: of all networks of the saved pipeline, of a GAN of its generator alone."]
+    clock = "processor time of the training's threads" if plan.training.get("minutes_of") == "processor" else "time"
+    lines += [f"Minutes: {clock} in steps, all stages together. Samples seen: volumes, stage by stage."]
     if plan.train_minutes is not None:
-        lines += [f"Every training: at most {plan.train_minutes:g} minutes of steps, all its stages together."]
+        lines += [f"Every training: at most {plan.train_minutes:g} minutes."]
     if scores:
         tried = f"{plan.tuning['criterion']} after {plan.tuning['minutes']:g} minutes, of {plan.drugs[0]}"
         lines += ["", f"Learning rates: {tried}, by the factor of the preset's rates; the lowest was taken.", ""]
