@@ -91,6 +91,17 @@ def test_it_compiles_into_one_graph(model_class):
 
 
 @each
+@pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
+@torch.no_grad()
+def test_offloading_in_groups_changes_nothing(model_class, offload_type):
+    model = make(model_class)
+    expected = model(seeded(2, 8)).sample
+    blocks = {"num_blocks_per_group": 1} if offload_type == "block_level" else {}
+    model.enable_group_offload(torch.device("cpu"), offload_type=offload_type, **blocks)
+    assert torch.equal(model(seeded(2, 8)).sample, expected)
+
+
+@each
 @torch.no_grad()
 def test_layerwise_casting_stays_near(model_class):
     model = make(model_class)

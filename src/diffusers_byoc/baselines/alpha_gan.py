@@ -38,16 +38,14 @@ class AlphaGANEncoder(nn.Module):
         return self.conv_out(self.layers(to_fast_memory_format(volumes))).flatten(1)
 
 
-class CodeDiscriminator(nn.Sequential):
+def code_discriminator(latent_dim: int, hidden_size: int, use_batch_norm: bool) -> nn.Sequential:
     """C_ω: codes (B, latent_dim) to logits (B, 1)."""
-
-    def __init__(self, latent_dim: int, hidden_size: int, use_batch_norm: bool):
-        layers: list[nn.Module] = []
-        for width in (latent_dim, hidden_size):
-            layers += [nn.Linear(width, hidden_size)]
-            layers += [nn.BatchNorm1d(hidden_size)] if use_batch_norm else []
-            layers += [nn.LeakyReLU(0.2)]
-        super().__init__(*layers, nn.Linear(hidden_size, 1))
+    layers: list[nn.Module] = []  # of a plain `nn.Sequential`, which group offloading can slice
+    for width in (latent_dim, hidden_size):
+        layers += [nn.Linear(width, hidden_size)]
+        layers += [nn.BatchNorm1d(hidden_size)] if use_batch_norm else []
+        layers += [nn.LeakyReLU(0.2)]
+    return nn.Sequential(*layers, nn.Linear(hidden_size, 1))
 
 
 class AlphaGAN(GANModel):
@@ -84,7 +82,7 @@ class AlphaGAN(GANModel):
         self.encoder = AlphaGANEncoder(num_channels, sample_size, latent_dim, base_channels)
         self.generator = AlphaGANGenerator(num_channels, sample_size, latent_dim, base_channels)
         self.discriminator = AlphaGANEncoder(num_channels, sample_size, 1, base_channels, use_batch_norm)
-        self.code_discriminator = CodeDiscriminator(latent_dim, code_hidden_size, use_batch_norm)
+        self.code_discriminator = code_discriminator(latent_dim, code_hidden_size, use_batch_norm)
 
 
 # ---------------------------------------------------------------------- losses

@@ -111,28 +111,25 @@ class HAGANDiscriminator(nn.Module):
         return (high + self.low(to_fast_memory_format(low))) / 2
 
 
-class HAGANEncoder(nn.Sequential):
+# functions, as group offloading slices an `nn.Sequential`, and a subclass with arguments of its own breaks there
+def ha_gan_encoder(num_channels: int, base_channels: int) -> nn.Sequential:
     """E^H: slices (B, M, D/8, H, W) to features (B, n, D/32, H/4, W/4)."""
-
-    def __init__(self, num_channels: int, base_channels: int):
-        width = base_channels
-        super().__init__(
-            *(Conv3d(num_channels, width, 4, stride=2, padding=1), *norm_act(width)),
-            *(Conv3d(width, width, 3, padding=1), *norm_act(width)),
-            *(Conv3d(width, 2 * width, 4, stride=2, padding=1), *norm_act(2 * width)),
-        )
+    width = base_channels
+    return nn.Sequential(
+        *(Conv3d(num_channels, width, 4, stride=2, padding=1), *norm_act(width)),
+        *(Conv3d(width, width, 3, padding=1), *norm_act(width)),
+        *(Conv3d(width, 2 * width, 4, stride=2, padding=1), *norm_act(2 * width)),
+    )
 
 
-class HAGANFeatureEncoder(nn.Sequential):
+def ha_gan_feature_encoder(sample_size: int, latent_dim: int, base_channels: int) -> nn.Sequential:
     """E^G: features (B, n, D/4, H/4, W/4) to codes (B, latent_dim)."""
-
-    def __init__(self, sample_size: int, latent_dim: int, base_channels: int):
-        layers: list[nn.Module] = []
-        widths = low_widths(sample_size, 8 * base_channels)
-        pairs = zip([2 * base_channels, *widths[:-1]], widths, low_strides(sample_size), strict=True)
-        for width_in, width_out, stride in pairs:
-            layers += [low_convolution(width_in, width_out, stride), *norm_act(width_out)]
-        super().__init__(*layers, Conv3d(8 * base_channels, latent_dim, 4), nn.Flatten())
+    layers: list[nn.Module] = []
+    widths = low_widths(sample_size, 8 * base_channels)
+    pairs = zip([2 * base_channels, *widths[:-1]], widths, low_strides(sample_size), strict=True)
+    for width_in, width_out, stride in pairs:
+        layers += [low_convolution(width_in, width_out, stride), *norm_act(width_out)]
+    return nn.Sequential(*layers, Conv3d(8 * base_channels, latent_dim, 4), nn.Flatten())
 
 
 def low_strides(sample_size: int) -> list[int]:
@@ -186,8 +183,8 @@ class HAGAN(GANModel):
             )
         self.generator = HAGANGenerator(num_channels, sample_size, latent_dim, base_channels)
         self.discriminator = HAGANDiscriminator(num_channels, sample_size, base_channels)
-        self.encoder = HAGANEncoder(num_channels, base_channels)
-        self.feature_encoder = HAGANFeatureEncoder(sample_size, latent_dim, base_channels)
+        self.encoder = ha_gan_encoder(num_channels, base_channels)
+        self.feature_encoder = ha_gan_feature_encoder(sample_size, latent_dim, base_channels)
 
     @property
     def crop_size(self) -> int:
