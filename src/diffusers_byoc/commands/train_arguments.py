@@ -125,7 +125,7 @@ def set_train_steps(args: argparse.Namespace, num_cells: int, num_processes: int
 def _make_parser(description: str) -> argparse.ArgumentParser:
     parser = make_parser(description)
     add = parser.add_argument
-    presets = "cells, demo, phantom, phantom_channels, phantom_drug, phantom_lora, phantom_few_steps, paper"
+    presets = "cells, coarse, demo, phantom, phantom_channels, phantom_drug, phantom_lora, phantom_few_steps, paper"
     add("--preset", default="demo", help=f"{presets}, or the path of a JSON file of such overrides")
     add("--output_dir", default="outputs/demo", help="pipeline, checkpoints, logs and report go here")
     add("--stage", choices=["all", *STAGES], default="all")
