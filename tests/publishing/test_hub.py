@@ -107,6 +107,11 @@ def test_an_evaluation_of_real_cells_says_so(tmp_path):
     assert evaluation.comparison == "120 generated cells against held-out cells among 240"
 
 
+def test_an_evaluation_in_other_steps_says_so(tmp_path):
+    evaluation = read_evaluation(evaluation_of(tmp_path / "results", num_inference_steps=5), SAVED)
+    assert evaluation.comparison == "120 generated cells (5 steps) against held-out phantoms among 240"
+
+
 @pytest.mark.parametrize("missing", ["metrics.json", "generated/generation.json", "same weights"])
 def test_an_evaluation_of_nobody_knows_what_is_refused(run, tmp_path, missing):
     evaluation_dir = evaluation_of(tmp_path / "results")

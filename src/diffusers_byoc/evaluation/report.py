@@ -242,7 +242,8 @@ def in_words(row: Mapping[str, Mapping[str, float]], key: str, factor: float) ->
     if not np.isfinite(value["mean"]):
         return "–"
     if np.isfinite(value["std"]):
-        spread = f" ± {value['std'] * factor:.3g}"
+        std = f"{round(value['std'] * factor, 9):.3g}"  # 0, not the 1e-17 that folds of the same value leave
+        spread = f" ± {float(std):g}"  # 1140, not 1.14e+03
     elif f"{key}_low" in row:
         low, high = (row[key + end]["mean"] * factor for end in ("_low", "_high"))
         spread = f" [{low:.3g}, {high:.3g}]"

@@ -23,6 +23,7 @@ class EvaluationResults:
     Args:
         folder: of the evaluation.
         num_generated, num_real: cells that were compared.
+        num_inference_steps: that the generated ones were made in; None for the pipeline's own.
         is_phantom: the "real" ones are phantoms.
         summary: "generated" and "real" -> key of ``metrics.json`` -> "mean" and "std".
     """
@@ -30,6 +31,7 @@ class EvaluationResults:
     folder: Path
     num_generated: int
     num_real: int
+    num_inference_steps: int | None
     is_phantom: bool
     summary: Mapping[str, Mapping[str, Mapping[str, float]]]
 
@@ -37,7 +39,8 @@ class EvaluationResults:
     def comparison(self) -> str:
         """What was compared with what."""
         real = "held-out phantoms" if self.is_phantom else "held-out cells"
-        return f"{self.num_generated} generated cells against {real} among {self.num_real}"
+        steps = f" ({self.num_inference_steps} steps)" if self.num_inference_steps else ""
+        return f"{self.num_generated} generated cells{steps} against {real} among {self.num_real}"
 
     def rows(self) -> list[dict[str, str]]:
         """For the card's table, in the order of ``metrics.md``: title, good, generated, real."""
@@ -102,4 +105,5 @@ def read_evaluation(folder: str | os.PathLike, pretrained: str | os.PathLike) ->
     }
     is_phantom = not (arguments["train_data_dir"] or arguments["dataset_name"])
     num_cells = results["num_cells"]
-    return EvaluationResults(folder, num_cells["generated"], num_cells["real"], is_phantom, summary)
+    steps = arguments.get("num_inference_steps")
+    return EvaluationResults(folder, num_cells["generated"], num_cells["real"], steps, is_phantom, summary)
