@@ -98,7 +98,7 @@ def write_report(output_dir: Path, results: Results) -> None:
 def summarize_folds(values: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
     """Metric -> "mean" and "std" (n - 1) over the folds where it is defined; nan where there is none."""
     summary = {}
-    for metric in values[0]:
+    for metric in values[0] if values else ():
         numbers = np.array([value[metric] for value in values], dtype=float)
         numbers = numbers[np.isfinite(numbers)]
         spread = numbers.std(ddof=1) if len(numbers) > 1 else math.nan

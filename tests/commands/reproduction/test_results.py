@@ -137,9 +137,9 @@ def test_the_page_says_what_the_numbers_rest_on():
     page = "\n".join(page_of(TABLE, plan, [row("byoc", fold(10))], {}, {"byoc": {"0.3": 5.0, "1": None}}, ["train/x"]))
     for text in ("phantoms, shapes drawn by a formula", "judged on other phantoms, in 3 folds", "on other data"):
         assert text in page
-    assert "> Not done, and missing here: train/x" in page and "at most 12 minutes" in page
+    assert "> Not done, and missing here: train/x" in page and "at most 4.5 minutes" in page
     assert "Minutes: processor time" in page
-    assert "| BYOC | 5 | – |" in page and "morphology/frechet after 3 minutes, of nocodazole" in page
+    assert "| BYOC | 5 | – |" in page and "morphology/frechet after 1.5 minutes, of nocodazole" in page
     given = read_plan("paper", cells={"train_data_dir": "x"})
     page = "\n".join(page_of(FIGURE, given, [row("cell", fold(10))], {}))
     assert "the given cells" in page and "trained 5 times, without one fold" in page and "FID, paper" not in page
@@ -167,6 +167,8 @@ def test_results_are_gathered_over_the_folds_and_written(study, tmp_path, monkey
     monkeypatch.setattr(running, "run_commands", run_commands)
     plan = read_plan("paper", drugs=["nocodazole"], num_folds=2)
     jobs = Jobs(plan.jobs(study), tmp_path)
+    write_results(study, plan, jobs)  # of nothing yet
+    assert "missing here: evaluate/nocodazole/" in (tmp_path / f"{study}.md").read_text()
     for number in range(len(jobs.jobs) - 1):  # the last evaluation is missing
         jobs.run(number)
     rows, floors = gather(jobs)

@@ -228,8 +228,8 @@ def table_of(
     lines += ["|" + " --- |" * (2 + len(heads) + len(paper) + len(costs))]
     for drug in dict.fromkeys(row.drug for row in rows):
         here = [row for row in rows if row.drug == drug]
-        summaries = {row.model: summarize_folds(row.folds) if row.folds else {} for row in here}
-        floor = summarize_folds(floors[drug]) if floors.get(drug) else {}
+        summaries = {row.model: summarize_folds(row.folds) for row in here}
+        floor = summarize_folds(floors.get(drug, ()))
         best = {key: _best(metrics[key], key, summaries, floor) for key in keys}
         for row in here:
             words = [_in_words(summaries[row.model], key, metrics[key], row.model in best[key]) for key in keys]
@@ -248,7 +248,7 @@ def overview_of(rows: Sequence[Row], floors: Mapping[str, Sequence[Mapping[str, 
     """
     keys = _defined(PANELS, rows, floors)[:2]
     drugs = list(dict.fromkeys(row.drug for row in rows))
-    summaries = {(row.model, row.drug): summarize_folds(row.folds) if row.folds else {} for row in rows}
+    summaries = {(row.model, row.drug): summarize_folds(row.folds) for row in rows}
     places = [(drug, key) for drug in drugs for key in keys]
     lines = ["| model | " + " | ".join(f"{drug}: {PANELS[key]} ↓" for drug, key in places) + " |"]
     lines += ["|" + " --- |" * (1 + len(places))]
@@ -260,7 +260,7 @@ def overview_of(rows: Sequence[Row], floors: Mapping[str, Sequence[Mapping[str, 
             is_best = model in _best(_metric(key), key, here, {})
             words.append(_in_words(here[model], key, _metric(key), is_best))
         lines.append(f"| {TITLES[model]} | " + " | ".join(words) + " |")
-    words = [_in_words(summarize_folds(floors[d]) if d in floors else {}, key, _metric(key)) for d, key in places]
+    words = [_in_words(summarize_folds(floors.get(d, ())), key, _metric(key)) for d, key in places]
     return [*lines, "| *real* | " + " | ".join(words) + " |"]
 
 
