@@ -1074,7 +1074,8 @@ def test_minutes_are_those_of_a_stage_or_of_all():
 
 def test_texture_can_be_left_out():
     pretrained = Path(__file__).parents[2] / "pretrained" / "byoc-phantom"
-    for more, stages in ([], ["autoencoder", "texture", "diffusion"]), (["--no-texture"], ["autoencoder", "diffusion"]):
+    without = ["autoencoder", "diffusion"]
+    for more, stages in ([], ["autoencoder", "texture", "diffusion"]), (["--no-texture"], without):
         args = parse("--preset", "phantom", "--pretrained", pretrained, *more)
         assert train_run.stages_of(args) == stages
         train_pretrained.load_pretrained(args)

@@ -60,10 +60,11 @@ def standardize_features(features: Features, reference: Features) -> np.ndarray:
     """Features in standard deviations of a reference set, at most `MAX_DEVIATIONS`, without NaN.
 
     A feature that a cell does not have (the shape of a missing nucleus) takes the mean of the reference set if some
-    cell there does not have it either, and then neither adds to a distance nor takes from it. If all have it, it counts
-    as `MAX_DEVIATIONS`: otherwise volumes without any cell would be nearer to cells than bad cells are. A column that is
-    constant in the reference is centred and keeps its unit. Without the limit, a feature in which hardly any real cell
-    differs from the others (the number of parts) would alone decide a distance as soon as one cell does.
+    cell there does not have it either, and then neither adds to a distance nor takes from it. If all have it, it
+    counts as `MAX_DEVIATIONS`: otherwise volumes without any cell would be nearer to cells than bad cells are. A
+    column that is constant in the reference is centred and keeps its unit. Without the limit, a feature in which
+    hardly any real cell differs from the others (the number of parts) would alone decide a distance as soon as one
+    cell does.
 
     Args:
         features: (N, K), NaN for what a cell does not have.

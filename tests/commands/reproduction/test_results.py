@@ -168,7 +168,7 @@ def test_results_are_gathered_over_the_folds_and_written(study, tmp_path, monkey
     plan = read_plan("paper", drugs=["nocodazole"], num_folds=2)
     jobs = Jobs(plan.jobs(study), tmp_path)
     write_results(study, plan, jobs)  # of nothing yet
-    assert "missing here: evaluate/nocodazole/" in (tmp_path / f"{study}.md").read_text()
+    assert "missing here: train/nocodazole/" in (tmp_path / f"{study}.md").read_text()
     for number in range(len(jobs.jobs) - 1):  # the last evaluation is missing
         jobs.run(number)
     rows, floors = gather(jobs)
