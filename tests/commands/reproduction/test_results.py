@@ -52,9 +52,9 @@ def test_the_best_is_what_is_nearest_to_what_is_good():
     ]
     rows[-1].folds.append(fold())  # a fold that has nothing changes nothing
     table = columns(table_of(rows, {"nocodazole": [fold(5, 0.5, 0.81)]}))
-    assert table["nocodazole", "W-GAN"]["Fréchet, morphology ↓"] == "12 ± 2.8"
+    assert table["nocodazole", "W-GAN"]["Fréchet, morphology ↓"] == "12 ± 2.83"
     assert table["nocodazole", "BYOC"]["Fréchet, morphology ↓"] == "**11** ± 0"
-    assert table["nocodazole", "HA-GAN"]["trees, morphology → 0.5"] == "**0.52** ± 0.028"
+    assert table["nocodazole", "HA-GAN"]["trees, morphology → 0.5"] == "**0.52** ± 0.0283"
     assert table["nocodazole", "BYOC"]["nucleus inside as real"] == "**0.8** ± 0"  # not the highest
     assert table["nocodazole", "*real*"]["Fréchet, morphology ↓"] == "5"
     assert "Fréchet, texture ↓" not in table["nocodazole", "BYOC"]  # nan everywhere
@@ -182,5 +182,5 @@ def test_results_are_gathered_over_the_folds_and_written(study, tmp_path, monkey
     assert record["not_done"] == [jobs.jobs[-1].name]
     assert ("paper" in record) == (study == TABLE)
     page = (tmp_path / f"{study}.md").read_text()
-    assert f"missing here: {jobs.jobs[-1].name}" in page and "10.5 ± 0.71" in page
+    assert f"missing here: {jobs.jobs[-1].name}" in page and "10.5 ± 0.707" in page
     assert (tmp_path / "figure6.png").is_file() == ("(figure6.png)" in page) == (study == FIGURE)

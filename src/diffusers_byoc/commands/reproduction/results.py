@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 
 from ...evaluation import METRICS, Metric, summarize_folds
-from ...evaluation.report import without_nan
+from ...evaluation.report import in_words, without_nan
 from ...visualization import metric_bars, write_png
 from ...whole_files import whole_or_absent
 from .jobs import Jobs
@@ -308,12 +308,9 @@ def _best(metric: Metric, key: str, summaries: Mapping[str, Mapping], floor: Map
 
 
 def _in_words(summary: Mapping[str, Mapping[str, float]], key: str, metric: Metric, is_best: bool = False) -> str:
-    value = summary.get(key, {"mean": math.nan})
-    if not math.isfinite(value["mean"]):
-        return "–"
-    words = f"{value['mean'] * metric.factor:.4g}"
-    words = f"**{words}**" if is_best else words
-    return f"{words} ± {value['std'] * metric.factor:.2g}" if math.isfinite(value["std"]) else words
+    words = in_words(summary, key, metric.factor) if key in summary else "–"
+    mean, *spread = words.split(" ", 1)
+    return " ".join([f"**{mean}**", *spread]) if is_best else words
 
 
 def _costs(row: Row) -> list[str]:
