@@ -29,7 +29,6 @@ from diffusers_byoc.commands import (
     train_arguments,
     train_checks,
     train_networks,
-    train_pretrained,
     train_run,
     training_runs,
 )
@@ -957,7 +956,6 @@ def test_an_adapter_is_trained_of_the_class_it_was_told(continue_base, base_dir,
             ["--stage", "distillation", "--pretrained", "x", "--num_inference_steps", 4],
             "Expected no --num_inference_steps with --stage distillation",
         ),
-        (["--stage", "texture", "--no-texture"], "Expected no --no-texture with --stage texture"),
     ],
 )
 def test_arguments_that_contradict_each_other_are_refused(preset, arguments, message, capsys):
@@ -1070,16 +1068,6 @@ def test_minutes_are_those_of_a_stage_or_of_all():
     assert minutes("--max_train_minutes", 3) == [3, 3, 3]
     assert minutes("--max_train_minutes", 3, "--texture_max_train_minutes", 1) == [3, 1, 3]
     assert minutes("--diffusion_max_train_minutes", 1) == [None, None, 1]
-
-
-def test_texture_can_be_left_out():
-    pretrained = Path(__file__).parents[2] / "pretrained" / "byoc-phantom"
-    without = ["autoencoder", "diffusion"]
-    for more, stages in ([], ["autoencoder", "texture", "diffusion"]), (["--no-texture"], without):
-        args = parse("--preset", "phantom", "--pretrained", pretrained, *more)
-        assert train_run.stages_of(args) == stages
-        train_pretrained.load_pretrained(args)
-        assert train_run.stages_of(args) == stages
 
 
 def test_common_arguments_reach_both_stages_and_a_stages_own_wins(preset):

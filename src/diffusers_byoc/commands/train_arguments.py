@@ -60,9 +60,7 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
         )
     for name in NETWORKS:
         setattr(args, name, dict(config.get(name, {})))
-    args.with_texture = args.texture and "texture_unet" in config
-    if args.stage == "texture" and not args.texture:
-        parser.error("Expected no --no-texture with --stage texture, which trains it, got both. Leave one out.")
+    args.with_texture = "texture_unet" in config
     if args.stage == "texture" and not args.with_texture:
         parser.error(f"Expected a texture_unet in {path} for --stage texture, got none. Add one; {{}} is the default.")
     for name in ("latent_scaling", "latent_range", "share_codebook"):
@@ -88,7 +86,7 @@ def _check_lora(parser: argparse.ArgumentParser, args: argparse.Namespace, given
         )
     names = ("vqvae_path", "share_codebook", "latent_scaling", "latent_range", "class_conditional", "push_to_hub")
     of_unet = ("conditioning_dropout_prob", "channel_timesteps_prob")
-    for name in (*names, *of_unet, "num_inference_steps", "num_texture_steps", "inference_scheduler", "texture"):
+    for name in (*names, *of_unet, "num_inference_steps", "num_texture_steps", "inference_scheduler"):
         if name in given:
             parser.error(
                 f"Expected no --{name} with --train_lora, which saves an adapter alone, got one. Leave it out."
@@ -105,7 +103,7 @@ def _check_distillation(parser: argparse.ArgumentParser, args: argparse.Namespac
     if args.pretrained is None:
         parser.error("Expected a teacher in --pretrained for --stage distillation, got none. Name a pipeline.")
     names = ("vqvae_path", "share_codebook", "latent_scaling", "latent_range", "class_conditional", "loss_type")
-    names += ("conditioning_dropout_prob", "channel_timesteps_prob", "texture")
+    names += ("conditioning_dropout_prob", "channel_timesteps_prob")
     for name in (*names, "snr_gamma", "num_inference_steps", "num_texture_steps", "inference_scheduler", "ema_decay"):
         if name in given:
             parser.error(
@@ -157,8 +155,6 @@ def _make_parser(description: str) -> argparse.ArgumentParser:
     add("--autoencoder_crop_size", type=positive, help="train on crops around the cell, voxels (default: all)")
 
     add = parser.add_argument_group("texture").add_argument
-    help_text = "draw what codes cannot carry, where the preset or --pretrained has a network for it"
-    add("--texture", action=argparse.BooleanOptionalAction, default=True, help=help_text)
     add("--texture_crop_size", type=positive, default=40, help="crops around the cell, voxels")
     add("--texture_ema_decay", type=float, default=0.999, help="the model is a moving average")
     add("--num_texture_steps", type=positive, default=8, help="the saved pipeline's default")

@@ -51,7 +51,7 @@ def load_pretrained(args: argparse.Namespace) -> BYOCPipeline:
         args.vqvae[name] = getattr(args, name) or args.vqvae[name]
         pipeline.vqvae.register_to_config(**{name: args.vqvae[name]})
     pipeline.vqvae.register_to_config(sample_size=args.sample_size)
-    args.with_texture |= args.texture and pipeline.texture_unet is not None
+    args.with_texture |= pipeline.texture_unet is not None
     if keeps_unet(args):
         check_same_size(args, pipeline)
         keep_conditions(args, pipeline)

@@ -286,9 +286,7 @@ def _shape(mask: np.ndarray, spacing: np.ndarray) -> dict[str, float]:
     mesh = trimesh.Trimesh(vertices, faces, process=False)
     neighbours = trimesh.smoothing.laplacian_calculation(mesh).tocsr()  # quicker to multiply
     trimesh.smoothing.filter_taubin(mesh, iterations=_SMOOTHING_PASSES, laplacian_operator=neighbours)
-    # as `mesh.volume`, which computes the moments of inertia, too
-    volume = abs(np.sum(mesh.triangles[:, :, 0].sum(1) * mesh.triangles_cross[:, 0])) / 6
-    area = mesh.area
+    volume, area = abs(mesh.volume), mesh.area
     hull_volume = optional("scipy.spatial", "metrics").ConvexHull(mesh.vertices).volume
     ball_area = np.pi ** (1 / 3) * (6 * volume) ** (2 / 3)
     values = (long, middle, short, long / middle, middle / short)

@@ -51,11 +51,8 @@ def bounding_box(mask: np.ndarray, margin: int = 0) -> tuple[slice, ...]:
     Returns:
         A slice for each axis.
     """
-    box = []
-    for axis in range(mask.ndim):
-        places = np.flatnonzero(mask.any(tuple(other for other in range(mask.ndim) if other != axis)))
-        box.append(slice(max(places[0] - margin, 0), places[-1] + margin + 1))
-    return tuple(box)
+    (box,) = optional("scipy.ndimage", "metrics").find_objects(mask.astype(np.uint8))
+    return tuple(slice(max(axis.start - margin, 0), axis.stop + margin) for axis in box)
 
 
 def foreground(channel: np.ndarray, threshold: float | None = None) -> np.ndarray:

@@ -12,7 +12,6 @@ decomposition: the wavelet representation".
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from itertools import product
 
 import numpy as np
@@ -124,21 +123,11 @@ def _shifted(shape: tuple[int, ...], offset: Sequence[int]) -> tuple[slice, ...]
 
 def _spots(channel: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """(12,) moments of the Laplacian of a Gaussian, normalised by its scale, in the mask, for each scale."""
-    stats = optional("scipy.stats", "metrics")
-    responses = np.stack([scale**2 * _laplacian(channel, mask, scale) for scale in SCALES])
+    ndimage, stats = optional("scipy.ndimage", "metrics"), optional("scipy.stats", "metrics")
+    responses = np.stack([scale**2 * ndimage.gaussian_laplace(channel, scale)[mask] for scale in SCALES])
     with np.errstate(invalid="ignore"):
         moments = (responses.mean(1), responses.std(1), stats.skew(responses, 1), stats.kurtosis(responses, 1))
     return np.stack(moments, 1).ravel()
-
-
-def _laplacian(channel: np.ndarray, mask: np.ndarray, scale: float) -> np.ndarray:
-    """SciPy's `gaussian_laplace` in the mask: what lies beside it is left out, axis by axis, once it has been used."""
-    gaussian = partial(optional("scipy.ndimage", "metrics").gaussian_filter1d, sigma=scale)
-    z, y, x = bounding_box(mask)
-    smooth, curved = (gaussian(channel, axis=0, order=order)[z] for order in (0, 2))
-    curved = gaussian(curved, axis=1) + gaussian(smooth, axis=1, order=2)
-    smooth, curved = gaussian(smooth, axis=1)[:, y], curved[:, y]
-    return (gaussian(curved, axis=2) + gaussian(smooth, axis=2, order=2))[:, :, x][mask[z, y, x]]
 
 
 def _wavelets(channel: np.ndarray, mask: np.ndarray) -> np.ndarray:
