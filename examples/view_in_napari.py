@@ -76,6 +76,7 @@ def main() -> None:
     viewer = napari.Viewer(title="Build Your Own Cell", ndisplay=3)
     for data, options in layers(cells, names):
         viewer.add_image(data, **options)
+    viewer.reset_view()  # all of them, not the first alone
     viewer.scale_bar.visible = True
     napari.run()
 

@@ -102,7 +102,11 @@ def make_page(models: Models, limits: Limits | None = None) -> "gradio.Blocks":
                     )
                 with gr.Tab("Numbers"):
                     measurements = gr.Dataframe(
-                        label="Median (5 % to 95 %)", interactive=False, wrap=True, show_search="none"
+                        label="Median (5 % to 95 %)",
+                        interactive=False,
+                        wrap=True,
+                        show_search="none",
+                        column_widths=["28%", "19%", "26%", "27%"],  # whole on a phone
                     )
                     chart = gr.Plot(show_label=False)
                 with gr.Tab("Files"):
