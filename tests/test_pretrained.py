@@ -32,7 +32,8 @@ def test_it_loads_and_draws_a_cell(folder):
     pipeline.set_progress_bar_config(disable=True)
     label = 0 if pipeline.unet.config.num_class_embeds else None
     seed = torch.Generator().manual_seed(0)
-    volumes = pipeline(1, class_labels=label, num_inference_steps=4, num_texture_steps=2, generator=seed).volumes
+    steps = pipeline.config.num_distilled_steps or 4
+    volumes = pipeline(1, class_labels=label, num_inference_steps=steps, num_texture_steps=2, generator=seed).volumes
     assert volumes.shape == (1, 2, 64, 64, 64)
     assert 0.002 < (volumes[0, 0] > 0).mean() < 0.2
     assert pipeline.volume_processor.voxel_size_um == (1.0, 1.0, 1.0)

@@ -49,6 +49,7 @@ def page(request, browser, page_url):
     page.get_by_role("button", name="Sampler").click()
     steps = page.get_by_label("number input for Steps")
     expect(steps).to_have_value("5", timeout=TIMEOUT_MS)  # the pipeline has said what it can
+    page.wait_for_timeout(1000)  # Gradio sets the fields once more, over what is typed in that moment
     yield page
     context.close()
 
