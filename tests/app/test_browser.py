@@ -49,7 +49,6 @@ def page(request, browser, page_url):
     page.get_by_role("button", name="Sampler").click()
     steps = page.get_by_label("number input for Steps")
     expect(steps).to_have_value("5", timeout=TIMEOUT_MS)  # the pipeline has said what it can
-    page.wait_for_timeout(1000)  # Gradio sets the fields once more, over what is typed in that moment
     yield page
     context.close()
 
@@ -82,9 +81,21 @@ def open_tab(page, name):
     tab.click()
 
 
+def fill(page, name, number):
+    """Type until it stays: for a moment Gradio sets the fields of a new page again, over what is typed."""
+    field = page.get_by_label(f"number input for {name}")
+    for _ in range(20):
+        field.fill(str(number))
+        page.keyboard.press("Tab")
+        page.wait_for_timeout(500)
+        if field.input_value() == str(number):
+            return
+    raise AssertionError(f"{name} does not stay at {number}")
+
+
 def generate(page, cells=2, steps=3):
-    page.get_by_label("number input for Cells").fill(str(cells))
-    page.get_by_label("number input for Steps").fill(str(steps))
+    fill(page, "Cells", cells)
+    fill(page, "Steps", steps)
     page.get_by_role("button", name="Generate").click()
 
 
@@ -181,7 +192,7 @@ def test_a_morph_goes_from_one_cell_to_another(page):
     generate(page)
     page.get_by_text("2 cells of nocodazole, 3 steps").wait_for()
     page.get_by_role("button", name="Morph").first.click()
-    page.get_by_label("number input for Frames").fill("4")
+    fill(page, "Frames", 4)
     page.get_by_role("button", name="Morph").last.click()
     page.get_by_text("4 frames from cell 1 to cell 2").wait_for()
     page.locator(".gallery img").nth(3).wait_for()
@@ -202,7 +213,7 @@ def test_an_uploaded_nucleus_gets_its_cells(page, tmp_path):
     complete.wait_for()
     page.locator("input[type=file]").first.set_input_files(tmp_path / "nucleus.ome.tif")
     page.get_by_text("nucleus.ome").first.wait_for()
-    page.get_by_label("number input for Cells").fill("2")
+    fill(page, "Cells", 2)
     complete.click()
     page.get_by_text("2 cells of nocodazole for the uploaded nucleus.").wait_for()
     page.locator(".gallery img").nth(1).wait_for()
@@ -217,6 +228,6 @@ def test_too_much_gets_a_message(page):
     assert "at most 30 cells x steps, got 6 x 6" in message.inner_text()
     picture(page, "too_much")
     page.get_by_test_id("toast-close").click()
-    page.get_by_label("number input for Steps").fill("5")
+    fill(page, "Steps", 5)
     page.get_by_role("button", name="Generate").click()
     page.get_by_text("6 cells of nocodazole").wait_for()
