@@ -32,11 +32,13 @@ def draw(pipeline: BYOCPipeline, **given) -> np.ndarray:
 
 
 def phantoms(pipeline: BYOCPipeline, phenotype: str, **given) -> np.ndarray:
+    """(NUM_CELLS, 2, D, H, W) in [0, 1]."""
     cells = PhantomCells(NUM_CELLS, pipeline.volume_processor, [phenotype], 4711, **given)
     return np.stack([cells[index]["volumes"].numpy() for index in range(NUM_CELLS)]) / 2 + 0.5
 
 
 def guidance(pipeline: BYOCPipeline, args: argparse.Namespace) -> dict[str, np.ndarray]:
+    """Heading -> a row of cells (NUM_CELLS, 2, D, H, W), as those below."""
     rows = {"blebbistatin, phantoms": phantoms(pipeline, "blebbistatin")}
     for scale in (1.0, 2.0, 4.0):
         rows[f"guidance_scale {scale:g}"] = draw(pipeline, class_labels="blebbistatin", guidance_scale=scale)
@@ -44,7 +46,7 @@ def guidance(pipeline: BYOCPipeline, args: argparse.Namespace) -> dict[str, np.n
 
 
 def channels(pipeline: BYOCPipeline, args: argparse.Namespace) -> dict[str, np.ndarray]:
-    """The first row's first nucleus is given to all cells of the second, each row's own nucleus to the third."""
+    """Cells for one nucleus, a cell for each nucleus, a nucleus for each cell, all of the cells `true`."""
     names = list(pipeline.vqvae.config.channel_names)
     true = read_cells(pipeline, args.cells) if args.cells else phantoms(pipeline, "binimetinib")
     label = args.class_label or "binimetinib"
@@ -77,7 +79,7 @@ def new_drug(pipeline: BYOCPipeline, args: argparse.Namespace) -> dict[str, np.n
 
 
 def read_cells(pipeline: BYOCPipeline, folder: str) -> np.ndarray:
-    """The first cells of a folder, as the pipeline returns cells."""
+    """(NUM_CELLS, 2, D, H, W) in [0, 1]: the first cells of a folder, prepared as those of the training."""
     cells = [read_volume(path) for path in find_volumes(Path(folder))[:NUM_CELLS]]
     prepared = [pipeline.volume_processor.preprocess(cell.data, cell.voxel_size_um) for cell in cells]
     return pipeline.volume_processor.postprocess(torch.stack(prepared))
@@ -85,9 +87,8 @@ def read_cells(pipeline: BYOCPipeline, folder: str) -> np.ndarray:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    questions = (guidance, channels, conditions, new_drug)
-    names = [question.__name__ for question in questions] + ["interpolation"]
-    parser.add_argument("question", choices=names)
+    questions = {question.__name__: question for question in (guidance, channels, conditions, new_drug)}
+    parser.add_argument("question", choices=[*questions, "interpolation"])
     parser.add_argument("--pretrained", required=True)
     parser.add_argument("--adapter", help="new_drug: folder of the adapter")
     parser.add_argument("--cells", help="new_drug, channels: folder of the true cells (channels: phantoms)")
@@ -102,7 +103,7 @@ def main() -> None:
         frames = pipeline.interpolate(8, class_labels=["binimetinib", "blebbistatin"], generator=generator).volumes
         figure = frame_strip(frames)
     else:
-        rows = questions[names.index(args.question)](pipeline, args)
+        rows = questions[args.question](pipeline, args)
         figure = compare_volumes(rows, voxel_size_um=pipeline.volume_processor.voxel_size_um)
     write_png(figure, args.output or IMAGES / f"{args.question}.png")
 

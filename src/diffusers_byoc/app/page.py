@@ -106,7 +106,7 @@ def make_page(models: Models, limits: Limits | None = None) -> "gradio.Blocks":
                         interactive=False,
                         wrap=True,
                         show_search="none",
-                        column_widths=["28%", "19%", "26%", "27%"],  # whole on a phone
+                        column_widths=["31%", "19%", "25%", "25%"],  # whole on a phone
                     )
                     chart = gr.Plot(show_label=False)
                 with gr.Tab("Files"):
