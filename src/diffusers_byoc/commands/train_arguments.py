@@ -48,6 +48,7 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
         )
     _check_lora(parser, args, given_arguments(parser, argv))
     _check_distillation(parser, args, given_arguments(parser, argv))
+    _check_autoguidance(parser, args, given_arguments(parser, argv))
     if args.push_to_hub and args.stage not in ("all", "diffusion", "distillation"):
         parser.error(
             f"Expected a run that ends with a pipeline for --push_to_hub, got --stage {args.stage}. Push with the"
@@ -110,6 +111,26 @@ def _check_distillation(parser: argparse.ArgumentParser, args: argparse.Namespac
                 f"Expected no --{name} with --stage distillation, which has its own or the teacher's, got one. Leave"
                 " it out."
             )
+
+
+def _check_autoguidance(parser: argparse.ArgumentParser, args: argparse.Namespace, given: dict) -> None:
+    names = [name for name in ("reset_unet", "weak_unet") if getattr(args, name)]
+    for name in names:
+        if args.pretrained is None or args.stage != "diffusion" or args.train_lora or args.vqvae_path:
+            parser.error(
+                f"Expected a --pretrained pipeline and --stage diffusion for --{name}, without --train_lora and"
+                " --vqvae_path: the autoencoder stays as it is, and with it the latents. Correct them."
+            )
+    if len(names) > 1:
+        parser.error("Expected --reset_unet, which makes a weak U-Net, or --weak_unet, which names it, got both.")
+    of_weak = [name for name in given if name.startswith("autoguidance_")]
+    if of_weak and not args.weak_unet:
+        parser.error(f"Expected a --weak_unet for --{of_weak[0]}, got none. Train one with --reset_unet.")
+    if not 0 <= args.autoguidance_start < args.autoguidance_stop <= 1:
+        parser.error(
+            "Expected 0 <= --autoguidance_start < --autoguidance_stop <= 1, got"
+            f" {args.autoguidance_start:g} and {args.autoguidance_stop:g}. Correct them."
+        )
 
 
 def set_train_steps(args: argparse.Namespace, num_cells: int, num_processes: int) -> None:
@@ -176,6 +197,14 @@ def _make_parser(description: str) -> argparse.ArgumentParser:
     add("--train_lora", **FLAG, help=help_text)
     add("--rank", type=positive, help="of the adapter (default: 8)")
     add("--lora_class", help="the class, of a --pretrained that has classes, that the adapter makes the new drug of")
+    help_text = "begin without what --pretrained's U-Net has learnt: for a weak one"
+    add("--reset_unet", **FLAG, help=help_text)
+    help_text = "pipeline of a less trained U-Net, away from which --pretrained's is moved (autoguidance)"
+    add("--weak_unet", help=help_text)
+    add("--autoguidance_scale", type=float, default=1.5, help="how far; 1: not at all")
+    help_text = "from which share of the denoising steps on"
+    add("--autoguidance_start", type=float, default=0.4, help=help_text)
+    add("--autoguidance_stop", type=float, default=0.9, help="up to which")
     help_text = "augmentations of a cell whose latents are kept (default: encode others in every epoch)"
     add("--num_augmented_copies", type=positive, help=help_text)
     add("--prediction_type", choices=["epsilon", "v_prediction", "sample"], help="what the U-Net predicts")

@@ -57,6 +57,8 @@ def check_arguments(
         for name in ("latent_scaling", "latent_range"):
             if getattr(args, name):
                 vqvae.register_to_config(**{name: getattr(args, name)})
+        if args.vqvae_path or not pretrained:  # whose U-Net knows the latents by their statistics
+            vqvae.set_latent_statistics(None, None)
         vqvae.check_latent_range()
         return vqvae
     check_sample_size(args)

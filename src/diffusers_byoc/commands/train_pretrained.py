@@ -1,15 +1,20 @@
 """The pipeline that a training begins with: what of it a run takes, and what it cannot be used for."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from ..data import Cells
+from ..models import DualChannelUNet3D, MultiCodebookVQModel
+from ..models.fingerprint import fingerprint_weights
 from ..optional import optional
 from ..pipelines import BYOCPipeline
-from ..pipelines.conditions import measure_conditions
+from ..pipelines.conditions import measure_conditions, num_condition_features
 from ..pipelines.loading import hub_errors
 from ..pipelines.schedulers import noise_schedule
-from .train_networks import make_noise_scheduler
+from .train_networks import make_noise_scheduler, make_unet
 
 
 # of the U-Net's configuration, what the run itself decides
@@ -47,6 +52,8 @@ def load_pretrained(args: argparse.Namespace) -> BYOCPipeline:
             f"Expected a pipeline with one codebook for --share_codebook, got {args.pretrained} with one for each "
             "channel. Leave one of the two out."
         )
+    if args.latent_scaling not in (None, pipeline.vqvae.config.latent_scaling):
+        pipeline.vqvae.set_latent_statistics(None, None)
     for name in ("latent_scaling", "latent_range"):
         args.vqvae[name] = getattr(args, name) or args.vqvae[name]
         pipeline.vqvae.register_to_config(**{name: args.vqvae[name]})
@@ -60,6 +67,43 @@ def load_pretrained(args: argparse.Namespace) -> BYOCPipeline:
     if args.stage == "distillation":
         check_distillation(args, pipeline)
     return pipeline
+
+
+def load_weak_unet(
+    args: argparse.Namespace, vqvae: MultiCodebookVQModel, names: Sequence[str], conditions: list[dict] | None
+) -> DualChannelUNet3D:
+    """The U-Net of the pipeline `args.weak_unet`, away from which that of the run is to move.
+
+    Args:
+        args: of the run.
+        vqvae: of the run.
+        names: of its classes.
+        conditions: that its U-Net is told, as the pipeline knows them.
+
+    Raises:
+        ValueError: if it was trained on other latents, classes or conditions than the run is.
+    """
+    with hub_errors(args.weak_unet):
+        weak = BYOCPipeline.from_pretrained(args.weak_unet)
+    with torch.device("meta"):
+        unet = make_unet(args, vqvae, len(names), num_condition_features(conditions or ()))
+    statistics = ("latent_scaling", "latents_mean", "latents_std")
+    differing = {
+        "an autoencoder": fingerprint_weights(weak.vqvae) != fingerprint_weights(vqvae),
+        "statistics of the latents": any(weak.vqvae.config[name] != vqvae.config[name] for name in statistics),
+        "inputs": any(
+            weak.unet.config[name] != unet.config[name] for name in MADE_HERE - {"conditioning_dropout_prob"}
+        ),
+        "conditions": (weak.config.conditions or None) != (conditions or None),
+        "classes": args.class_conditional and class_names(weak) != list(names),
+    }
+    for name, differs in differing.items():
+        if differs:
+            raise ValueError(
+                f"Expected a --weak_unet with {name} as this run has, got others in {args.weak_unet}. Train it with"
+                f" --pretrained {args.pretrained} --reset_unet on the same cells."
+            )
+    return weak.unet
 
 
 def keeps_unet(args: argparse.Namespace) -> bool:

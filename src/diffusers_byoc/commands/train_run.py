@@ -1,6 +1,7 @@
 """A run of training: the stages, what they resume with, and what comes after them."""
 
 import argparse
+import copy
 import time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -16,6 +17,7 @@ from ..models.fingerprint import fingerprint_weights
 from ..pipelines import BYOCPipeline
 from ..pipelines.conditions import num_condition_features
 from ..training import Stage, StageSettings
+from ..training.autoguidance import Autoguidance
 from ..training.checkpoints import find_checkpoint, read_record
 from ..training.settings import configuration
 from ..training.stages.autoencoder import train_autoencoder
@@ -35,7 +37,13 @@ from .train_networks import (
     settings_of,
     stages_of,
 )
-from .train_pretrained import in_known_classes, keeps_unet, load_pretrained, measure_or_take_conditions
+from .train_pretrained import (
+    in_known_classes,
+    keeps_unet,
+    load_pretrained,
+    load_weak_unet,
+    measure_or_take_conditions,
+)
 from .training_runs import (
     check_resumable,
     data_inputs,
@@ -80,6 +88,7 @@ def run(
         conditions = measure_or_take_conditions(args, cells, pretrained)
         sizes = (len(cells.class_names), num_condition_features(conditions or ()))
         inputs = {stage: stage_inputs(args, stage, vqvae, *sizes) | {"data": data} for stage in stages_of(args)}
+        weak_unet = load_weak_unet(args, vqvae, cells.class_names, conditions) if args.weak_unet else None
     check_stages_resumable(args, state.num_processes, inputs)
     prepare_upload(args, state)
     if state.is_main_process:
@@ -104,10 +113,14 @@ def run(
         settings = settings_for_autoencoder(args, "diffusion", vqvae)
         with Stage(output_dir, "diffusion", settings, inputs["diffusion"]) as stage:
             unet = pretrained.unet if args.train_lora else make_unet(args, vqvae, *sizes)
-            if pretrained and not args.train_lora:
+            if pretrained and not args.train_lora and not args.reset_unet:
                 take_unet_weights(unet, pretrained.unet, pretrained.config.label2id, cells.class_names)
-            noise_scheduler = make_noise_scheduler(args)
-            train_diffusion(stage, unet, noise_scheduler, vqvae, cells, held_out_cells, texture_unet, conditions)
+            autoguidance = None
+            if weak_unet:
+                interval = (args.autoguidance_start, args.autoguidance_stop)
+                autoguidance = Autoguidance(copy.deepcopy(unet), weak_unet, args.autoguidance_scale, *interval)
+            known = (texture_unet, conditions, autoguidance)
+            train_diffusion(stage, unet, make_noise_scheduler(args), vqvae, cells, held_out_cells, *known)
         if state.is_main_process:
             pipeline = BYOCPipeline.from_pretrained(args.pretrained if args.train_lora else output_dir)
             if args.train_lora:
@@ -134,8 +147,10 @@ def settings_for_autoencoder(args: argparse.Namespace, stage: str, vqvae: MultiC
 
 def run_inputs(args: argparse.Namespace) -> dict:
     """What decides every stage: the cells, and the pipeline that the run begins with."""
-    given = {name: getattr(args, name) for name in ("pretrained", "lora_class") if getattr(args, name)}
-    return data_inputs(args) | given
+    names = ["pretrained", "lora_class", "reset_unet", "weak_unet"]
+    if args.weak_unet:
+        names += ["autoguidance_scale", "autoguidance_start", "autoguidance_stop"]
+    return data_inputs(args) | {name: getattr(args, name) for name in names if getattr(args, name)}
 
 
 def stage_inputs(
@@ -180,6 +195,8 @@ def describe_training(args: argparse.Namespace) -> str:
         parts.append(f"{steps} of the {stage} (learning rate {settings.learning_rate})")
     if args.stage == "distillation":
         parts.append(f"from {args.num_teacher_steps} steps of {args.pretrained} to {args.num_distilled_steps}")
+    if args.weak_unet:
+        parts.append(f"guided {args.autoguidance_scale:g} times away from {args.weak_unet}")
     adapter = f"as an adapter of {args.pretrained}" if args.train_lora else ""
     adapter += f" from its class {args.lora_class}" if args.lora_class else ""
     return ", ".join(filter(None, [*parts, adapter, f"seed {args.seed}"]))

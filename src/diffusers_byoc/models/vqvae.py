@@ -286,9 +286,13 @@ class MultiCodebookVQModel(CheckedModelMixin, AutoencoderMixin, ConfigMixin):
         shift, scale = self._latent_affine(latents)
         return (latents.float() * scale + shift).to(latents.dtype)
 
-    def set_latent_statistics(self, mean: Tensor | None, std: Tensor) -> None:
-        """Record the latents' mean and deviation, each (M*n,), for `latent_scaling`; "cell" has no use for a mean."""
-        self.register_to_config(latents_mean=None if mean is None else mean.tolist(), latents_std=std.tolist())
+    def set_latent_statistics(self, mean: Tensor | None, std: Tensor | None) -> None:
+        """Record the latents' mean and deviation, each (M*n,), for `latent_scaling`; "cell" has no use for a mean.
+
+        None for both forgets them.
+        """
+        mean, std = (statistic if statistic is None else statistic.tolist() for statistic in (mean, std))
+        self.register_to_config(latents_mean=mean, latents_std=std)
 
     @torch.no_grad()
     def background_latents(self, grid: tuple[int, int, int], device: torch.device | None = None) -> Tensor:

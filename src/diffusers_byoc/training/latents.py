@@ -153,7 +153,12 @@ def latent_statistics(vqvae: MultiCodebookVQModel, chunks: Iterable[Tensor]) -> 
 
 
 def measure_latents(vqvae: MultiCodebookVQModel, latents: CachedLatents) -> None:
-    """Record in the autoencoder what its `latent_scaling` needs of the training latents."""
+    """Record in the autoencoder what its `latent_scaling` needs of the training latents, if it has none yet.
+
+    That of a trained pipeline has: the U-Net that was trained with it knows the latents by that scale.
+    """
+    if vqvae.config.latents_std is not None:
+        return
     if vqvae.config.latent_scaling == "standardize":
         vqvae.set_latent_statistics(*latents.mean_and_std())
     elif vqvae.config.latent_scaling == "cell":

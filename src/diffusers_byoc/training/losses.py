@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 
+from .autoguidance import Autoguidance
+
 
 # A power of two, which changes no digit. The gradient of a mean over the voxels of a batch is below fp16's smallest
 # number, and so zero where autocast computes in it; so much larger it is not, and its sums stay far below the largest.
@@ -89,6 +91,7 @@ def diffusion_loss(
     loss_type: str = "l1",
     snr_gamma: float | None = None,
     conditions: Tensor | None = None,
+    autoguidance: Autoguidance | None = None,
 ) -> Tensor:
     """Error of the predicted noise (or v, or sample, by the scheduler's `prediction_type`), a scalar.
 
@@ -102,6 +105,7 @@ def diffusion_loss(
         loss_type: "l1" (Table 3) or "l2".
         snr_gamma: weigh every cell by `min_snr_weights` of its timestep; None weighs all alike.
         conditions: of the U-Net, (B, P), or None.
+        autoguidance: moves the target away from what a weaker U-Net predicts; None leaves it.
 
     Raises:
         ValueError: for another `loss_type` or `prediction_type`.
@@ -125,6 +129,8 @@ def diffusion_loss(
         raise ValueError(
             f"Expected prediction_type 'epsilon', 'v_prediction' or 'sample', got {prediction_type!r}. Choose one."
         )
+    if autoguidance is not None:
+        target = target + autoguidance.correction(noisy_latents, timesteps, len(scheduler), **given)
     if loss_type not in ("l1", "l2"):
         raise ValueError(f"Expected loss_type 'l1' or 'l2', got {loss_type!r}. Choose one.")
     error = (F.l1_loss if loss_type == "l1" else F.mse_loss)(prediction, target, reduction="none")

@@ -59,6 +59,7 @@ def train_autoencoder(
     settings, accelerator = stage.settings, stage.accelerator
 
     # 1. networks and optimizers
+    vqvae.set_latent_statistics(None, None)  # of what its encoders are not any more
     discriminator = PatchDiscriminator3D(vqvae.config.num_channels)
     if settings.gradient_checkpointing:
         vqvae.enable_gradient_checkpointing()

@@ -16,6 +16,7 @@ from ...pipelines import BYOCPipeline
 from ...pipelines.conditions import measure_conditions, standardize_conditions, typical_conditions
 from ...pipelines.schedulers import make_texture_scheduler
 from ...randomness import process_share
+from ..autoguidance import Autoguidance
 from ..batches import cells_to_encode_once, latent_batches, sample_cells
 from ..latents import cache_latents, latent_statistics, measure_latents
 from ..lora import add_adapter, save_adapter
@@ -72,6 +73,7 @@ def train_diffusion(
     held_out_cells: Cells | None = None,
     texture_unet: TextureUNet3D | None = None,
     conditions: list[dict] | None = None,
+    autoguidance: Autoguidance | None = None,
 ) -> BYOCPipeline:
     """Train `unet` on the latents of `cells`, and on their conditions where it takes some.
 
@@ -82,11 +84,13 @@ def train_diffusion(
         stage: entered, with `DiffusionSettings`.
         unet: untrained; trained for an adapter.
         noise_scheduler: adds the noise.
-        vqvae: trained; it stays as it is, but for the statistics of its latents.
+        vqvae: trained; it stays as it is, but for the statistics of its latents, if it has none yet.
         cells: to train on.
         held_out_cells: for the validation losses; None for none.
         texture_unet: trained, or None; a part of the pipeline that has nothing to do here.
         conditions: of the pipeline that `unet` comes from, whose scale it knows; None measures those of `cells`.
+        autoguidance: of `unet` as it is before this training, by a weaker one; None for none. The validation losses
+            know nothing of it, and rise with its scale.
 
     Returns:
         The pipeline, also saved to OUTPUT_DIR; of an adapter only itself is saved.
@@ -115,7 +119,11 @@ def train_diffusion(
             unet.parameters(), settings.ema_decay, use_ema_warmup=settings.use_ema_warmup, foreach=True, **warmup
         )
         states.append(ema)
-    stage.resume(*states, inputs={"autoencoder": fingerprint_weights(vqvae)})
+    inputs = {"autoencoder": fingerprint_weights(vqvae)}
+    if autoguidance:
+        autoguidance.to(accelerator.device)
+        inputs["weak_unet"] = fingerprint_weights(autoguidance.weak_unet)
+    stage.resume(*states, inputs=inputs)
     if ema:
         ema.to(accelerator.device)  # a restored one lies on the CPU
 
@@ -126,8 +134,7 @@ def train_diffusion(
     known = sample_cells(cells, 256, settings.seed) if kept is None else kept
     folder, workers = stage.output_dir / "latents", settings.dataloader_num_workers
     latents = cache_latents(vqvae, known, folder / "train", accelerator, num_workers=workers)
-    if not settings.train_lora:  # whose pipeline has its own scaling
-        measure_latents(vqvae, latents)
+    measure_latents(vqvae, latents)
     statistics = latent_statistics(vqvae, latents.chunks())
     accelerator.log(statistics, step=0)
     logger.info(f"latents, normalised: {', '.join(f'{name} {value:.3f}' for name, value in statistics.items())}")
@@ -167,7 +174,9 @@ def train_diffusion(
 
         with accelerator.accumulate(unet):
             weighting = (settings.loss_type, settings.snr_gamma)
-            loss = diffusion_loss(unet, noise_scheduler, clean, noise, timesteps, class_labels, *weighting, vectors)
+            with accelerator.autocast():
+                given = (class_labels, *weighting, vectors, autoguidance)
+                loss = diffusion_loss(unet, noise_scheduler, clean, noise, timesteps, *given)
             stage.apply(loss, unet, optimizer, lr_scheduler)
         if stage.is_accumulating:
             continue
