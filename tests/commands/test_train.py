@@ -952,6 +952,20 @@ def test_an_adapter_is_trained_of_the_class_it_was_told(continue_base, base_dir,
         ),
         (["--num_distilled_steps", 4], "Expected --stage distillation for --num_distilled_steps, got --stage all"),
         (["--stage", "distillation"], "Expected a teacher in --pretrained for --stage distillation, got none"),
+        (["--weak_unet", "x"], "Expected a --pretrained pipeline and --stage diffusion for --weak_unet"),
+        (
+            ["--reset_unet", "--pretrained", "x", "--stage", "diffusion", "--vqvae_path", "y"],
+            "Expected a --pretrained pipeline and --stage diffusion for --reset_unet, without --train_lora and",
+        ),
+        (
+            ["--reset_unet", "--weak_unet", "x", "--pretrained", "x", "--stage", "diffusion"],
+            "Expected --reset_unet, which makes a weak U-Net, or --weak_unet, which names it, got both",
+        ),
+        (["--autoguidance_scale", 2], "Expected a --weak_unet for --autoguidance_scale, got none"),
+        (
+            ["--weak_unet", "x", "--pretrained", "x", "--stage", "diffusion", "--autoguidance_start", 0.9],
+            "Expected 0 <= --autoguidance_start < --autoguidance_stop <= 1, got 0.9 and 0.9",
+        ),
         (
             ["--stage", "distillation", "--pretrained", "x", "--num_inference_steps", 4],
             "Expected no --num_inference_steps with --stage distillation",
@@ -973,6 +987,59 @@ def test_an_adapter_that_does_not_fit_its_pipeline_is_refused(continue_base, bas
         continue_base(*LORA, "--sample_size", 40)
     with pytest.raises(SystemExit, match="Expected an --output_dir of its own for the adapter, got .*holds a pipel"):
         continue_base(*LORA, output_dir=base_dir)
+
+
+# ---------------------------------------------------------------------- autoguidance
+
+
+def test_a_pipeline_learns_to_move_away_from_a_weaker_one(continue_base, base_dir, monkeypatch, tmp_path):
+    drugs = ("--stage", "diffusion", "--label", "blebbistatin", "nocodazole", "--class_conditional")
+    weak = continue_base(*drugs, "--reset_unet", output_dir=tmp_path / "weak")
+    of_weak, of_base = (load_file(folder / FINAL_WEIGHTS[1]) for folder in (weak, base_dir))
+    assert not any(torch.allclose(of_weak[name], of_base[name]) for name in of_base if name.endswith("conv1.weight"))
+    assert_same_weights(weak, base_dir, FINAL_WEIGHTS[:1])
+
+    guides, loss = [], diffusion.diffusion_loss
+    monkeypatch.setattr(diffusion, "diffusion_loss", lambda *args: guides.append(args[-1]) or loss(*args))
+    guided = (*drugs, "--weak_unet", weak, "--autoguidance_scale", 2, "--autoguidance_stop", 0.8)
+    whole = continue_base(*guided, output_dir=tmp_path / "guided")
+    assert [(guide.scale, guide.start, guide.stop) for guide in guides] == [(2, 0.4, 0.8)] * 2
+    for name, weight in guides[1].unet.state_dict().items():  # as it was at first, whatever has been learnt since
+        torch.testing.assert_close(weight, of_base[name])
+    assert BYOCPipeline.from_pretrained(whole)(1, class_labels="nocodazole").volumes.shape == (1, 2, 32, 32, 32)
+    record = json.loads((whole / "arguments.json").read_text())
+    assert record["diffusion"]["arguments"]["weak_unet"] == str(weak)
+
+    shutil.copytree(whole / "diffusion/checkpoint-1", tmp_path / "broken/diffusion/checkpoint-1")
+    resumed = ("--resume_from_checkpoint", "latest")
+    continue_base(*guided, *resumed, output_dir=tmp_path / "broken")
+    assert_same_weights(tmp_path / "broken", whole, FINAL_WEIGHTS[1:])
+    with pytest.raises(SystemExit, match="autoguidance_scale"):
+        continue_base(*guided, "--autoguidance_scale", 3, *resumed, output_dir=tmp_path / "broken")
+
+    with pytest.raises(SystemExit, match="Expected a --weak_unet with inputs as this run has, got others"):
+        continue_base("--stage", "diffusion", "--label", "nocodazole", "--weak_unet", weak, output_dir=tmp_path / "x")
+    other = ("--label", "binimetinib", "nocodazole")
+    with pytest.raises(SystemExit, match="Expected a --weak_unet with classes as this run has, got others"):
+        continue_base(*drugs[:2], *other, "--class_conditional", "--weak_unet", weak, output_dir=tmp_path / "y")
+
+
+def test_the_scale_of_the_latents_stays_with_the_unet_that_knows_it(continue_base, base_dir, tmp_path):
+    pipeline = BYOCPipeline.from_pretrained(base_dir)
+    pipeline.vqvae.register_to_config(latent_scaling="cell")
+    pipeline.vqvae.set_latent_statistics(None, torch.full((8,), 0.5))
+    pipeline.save_pretrained(tmp_path / "base")
+    diffusion_alone = ("--stage", "diffusion", "--label", "nocodazole", "--class_conditional")
+
+    def statistics(*arguments, name):
+        folder = continue_base(*arguments, pretrained=tmp_path / "base", output_dir=tmp_path / name)
+        return BYOCPipeline.from_pretrained(folder).vqvae.config.latents_std
+
+    assert statistics(*diffusion_alone, name="kept") == [0.5] * 8
+    assert statistics("--label", "nocodazole", "--class_conditional", name="all") != [0.5] * 8
+    vqvae_path = ("--vqvae_path", tmp_path / "base/vqvae")
+    assert statistics(*diffusion_alone, *vqvae_path, name="path") != [0.5] * 8
+    assert statistics(*diffusion_alone, "--latent_scaling", "standardize", name="scaled") != [0.5] * 8
 
 
 # ---------------------------------------------------------------------- few steps

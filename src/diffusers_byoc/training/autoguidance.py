@@ -48,13 +48,13 @@ class Autoguidance:
             num_train_timesteps: of the schedule.
             given: `class_labels` and `conditions`, of both networks.
         """
-        predictions = (
+        strong, weak = (
             network(noisy_latents, timesteps, **given, return_dict=False)[0].float()
             for network in (self.unet, self.weak_unet)
         )
-        strong, weak = predictions
-        way = 1 - (timesteps.view(len(timesteps), -1) + 1) / num_train_timesteps  # (B, 1) or (B, M)
-        is_guided = (self.start <= way) & (way < self.stop)
+        first, end = (num_train_timesteps - round(share * num_train_timesteps) for share in (self.start, self.stop))
+        is_guided = (timesteps < first) & (timesteps >= end)
+        is_guided = is_guided.view(len(timesteps), -1)  # (B, 1) or (B, M)
         features = noisy_latents.shape[1] // is_guided.shape[1]
         is_guided = is_guided.repeat_interleave(features, 1)[:, :, None, None, None]
         return (self.scale - 1) * is_guided * (strong - weak)

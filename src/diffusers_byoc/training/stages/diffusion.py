@@ -122,7 +122,7 @@ def train_diffusion(
     inputs = {"autoencoder": fingerprint_weights(vqvae)}
     if autoguidance:
         autoguidance.to(accelerator.device)
-        inputs["weak_unet"] = fingerprint_weights(autoguidance.weak_unet)
+        inputs["weak_weights"] = fingerprint_weights(autoguidance.weak_unet)
     stage.resume(*states, inputs=inputs)
     if ema:
         ema.to(accelerator.device)  # a restored one lies on the CPU
