@@ -963,8 +963,8 @@ def test_an_adapter_is_trained_of_the_class_it_was_told(continue_base, base_dir,
         ),
         (["--autoguidance_scale", 2], "Expected a --weak_unet for --autoguidance_scale, got none"),
         (
-            ["--weak_unet", "x", "--pretrained", "x", "--stage", "diffusion", "--autoguidance_start", 0.9],
-            "Expected 0 <= --autoguidance_start < --autoguidance_stop <= 1, got 0.9 and 0.9",
+            ["--weak_unet", "x", "--pretrained", "x", "--stage", "diffusion", "--autoguidance_start", 1],
+            "Expected 0 <= --autoguidance_start < --autoguidance_stop <= 1, got 1 and 1",
         ),
         (
             ["--stage", "distillation", "--pretrained", "x", "--num_inference_steps", 4],
@@ -1003,7 +1003,7 @@ def test_a_pipeline_learns_to_move_away_from_a_weaker_one(continue_base, base_di
     monkeypatch.setattr(diffusion, "diffusion_loss", lambda *args: guides.append(args[-1]) or loss(*args))
     guided = (*drugs, "--weak_unet", weak, "--autoguidance_scale", 2, "--autoguidance_stop", 0.8)
     whole = continue_base(*guided, output_dir=tmp_path / "guided")
-    assert [(guide.scale, guide.start, guide.stop) for guide in guides] == [(2, 0.4, 0.8)] * 2
+    assert [(guide.scale, guide.start, guide.stop) for guide in guides] == [(2, 0, 0.8)] * 2
     for name, weight in guides[1].unet.state_dict().items():  # as it was at first, whatever has been learnt since
         torch.testing.assert_close(weight, of_base[name])
     assert BYOCPipeline.from_pretrained(whole)(1, class_labels="nocodazole").volumes.shape == (1, 2, 32, 32, 32)

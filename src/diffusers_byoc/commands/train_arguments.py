@@ -201,10 +201,10 @@ def _make_parser(description: str) -> argparse.ArgumentParser:
     add("--reset_unet", **FLAG, help=help_text)
     help_text = "pipeline of a less trained U-Net, away from which --pretrained's is moved (autoguidance)"
     add("--weak_unet", help=help_text)
-    add("--autoguidance_scale", type=float, default=1.5, help="how far; 1: not at all")
+    add("--autoguidance_scale", type=float, default=1.3, help="how far; 1: not at all")
     help_text = "from which share of the denoising steps on"
-    add("--autoguidance_start", type=float, default=0.4, help=help_text)
-    add("--autoguidance_stop", type=float, default=0.9, help="up to which")
+    add("--autoguidance_start", type=float, default=0.0, help=help_text)
+    add("--autoguidance_stop", type=float, default=1.0, help="up to which")
     help_text = "augmentations of a cell whose latents are kept (default: encode others in every epoch)"
     add("--num_augmented_copies", type=positive, help=help_text)
     add("--prediction_type", choices=["epsilon", "v_prediction", "sample"], help="what the U-Net predicts")

@@ -196,7 +196,7 @@ def describe_training(args: argparse.Namespace) -> str:
     if args.stage == "distillation":
         parts.append(f"from {args.num_teacher_steps} steps of {args.pretrained} to {args.num_distilled_steps}")
     if args.weak_unet:
-        parts.append(f"guided {args.autoguidance_scale:g} times away from {args.weak_unet}")
+        parts.append(f"autoguidance {args.autoguidance_scale:g} away from {args.weak_unet}")
     adapter = f"as an adapter of {args.pretrained}" if args.train_lora else ""
     adapter += f" from its class {args.lora_class}" if args.lora_class else ""
     return ", ".join(filter(None, [*parts, adapter, f"seed {args.seed}"]))

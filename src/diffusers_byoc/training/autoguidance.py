@@ -18,8 +18,8 @@ class Autoguidance:
         unet: trained; stays as it is.
         weak_unet: of the same latents, classes and conditions, less trained or smaller; stays as it is.
         scale: 1 changes nothing, 2 goes as far beyond `unet` as it is from `weak_unet`.
-        start, stop: between which shares of the way from noise to cell, as of diffusers' guiders. The noisiest
-            steps decide how large a cell is, which varies too much when guided; the last ones how even it is.
+        start, stop: between which shares of the way from noise to cell, as of diffusers' guiders. The first steps
+            decide how large a cell is: with a large scale, sizes vary too much.
 
     Source: Karras et al. 2024 (autoguidance), eq. 5; Kynkäänniemi et al. 2024 for the interval; after Meng et al. 2023
     (guidance, distilled).
@@ -27,7 +27,7 @@ class Autoguidance:
 
     unet: nn.Module
     weak_unet: nn.Module
-    scale: float = 1.5
+    scale: float = 1.3
     start: float = 0.0
     stop: float = 1.0
 
