@@ -119,8 +119,17 @@ def run(
             if weak_unet:
                 interval = (args.autoguidance_start, args.autoguidance_stop)
                 autoguidance = Autoguidance(copy.deepcopy(unet), weak_unet, args.autoguidance_scale, *interval)
-            known = (texture_unet, conditions, autoguidance)
-            train_diffusion(stage, unet, make_noise_scheduler(args), vqvae, cells, held_out_cells, *known)
+            train_diffusion(
+                stage,
+                unet,
+                make_noise_scheduler(args),
+                vqvae,
+                cells,
+                held_out_cells,
+                texture_unet,
+                conditions,
+                autoguidance,
+            )
         if state.is_main_process:
             pipeline = BYOCPipeline.from_pretrained(args.pretrained if args.train_lora else output_dir)
             if args.train_lora:
