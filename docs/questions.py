@@ -3,6 +3,7 @@
     python docs/questions.py guidance --pretrained pretrained/byoc-phantom
     python docs/questions.py interpolation --pretrained pretrained/byoc-phantom
     python docs/questions.py channels --pretrained outputs/channels
+    python docs/questions.py three_channels --pretrained outputs/three_channels
     python docs/questions.py conditions --pretrained outputs/doses
     python docs/questions.py new_drug --pretrained pretrained/byoc-phantom --adapter outputs/my_drug --cells my_cells
 
@@ -61,6 +62,18 @@ def channels(pipeline: BYOCPipeline, args: argparse.Namespace) -> dict[str, np.n
     }
 
 
+def three_channels(pipeline: BYOCPipeline, args: argparse.Namespace) -> dict[str, np.ndarray]:
+    true = phantoms(pipeline, "nocodazole")
+    given = dict(zip(pipeline.vqvae.config.channel_names, true.swapaxes(0, 1), strict=True))
+    nuclei = {"nucleus": given.pop("nucleus")}
+    return {
+        "true": true,
+        "cell and mitochondria for each nucleus": draw(pipeline, given_channels=nuclei),
+        "a nucleus for each cell and its mitochondria": draw(pipeline, given_channels=given, keep_given=True),
+        "generated": draw(pipeline),
+    }
+
+
 def conditions(pipeline: BYOCPipeline, args: argparse.Namespace) -> dict[str, np.ndarray]:
     rows = {}
     for dose in (0.0, 1.0, 4.0, 20.0):
@@ -87,7 +100,9 @@ def read_cells(pipeline: BYOCPipeline, folder: str) -> np.ndarray:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    questions = {question.__name__: question for question in (guidance, channels, conditions, new_drug)}
+    questions = {
+        question.__name__: question for question in (guidance, channels, three_channels, conditions, new_drug)
+    }
     parser.add_argument("question", choices=[*questions, "interpolation"])
     parser.add_argument("--pretrained", required=True)
     parser.add_argument("--adapter", help="new_drug: folder of the adapter")
@@ -104,7 +119,8 @@ def main() -> None:
         figure = frame_strip(frames)
     else:
         rows = questions[args.question](pipeline, args)
-        figure = compare_volumes(rows, voxel_size_um=pipeline.volume_processor.voxel_size_um)
+        names = pipeline.vqvae.config.channel_names
+        figure = compare_volumes(rows, names, voxel_size_um=pipeline.volume_processor.voxel_size_um)
     write_png(figure, args.output or IMAGES / f"{args.question}.png")
 
 
