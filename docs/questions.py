@@ -27,19 +27,19 @@ NUM_CELLS = 5  # of a row
 
 
 def draw(pipeline: BYOCPipeline, **given) -> np.ndarray:
-    """(NUM_CELLS, 2, D, H, W), the same noise in every call."""
+    """(NUM_CELLS, M, D, H, W), the same noise in every call."""
     generators = [torch.Generator().manual_seed(index) for index in range(NUM_CELLS)]
     return pipeline(NUM_CELLS, generator=generators, **given).volumes
 
 
 def phantoms(pipeline: BYOCPipeline, phenotype: str, **given) -> np.ndarray:
-    """(NUM_CELLS, 2, D, H, W) in [0, 1]."""
+    """(NUM_CELLS, M, D, H, W) in [0, 1]."""
     cells = PhantomCells(NUM_CELLS, pipeline.volume_processor, [phenotype], 4711, **given)
     return np.stack([cells[index]["volumes"].numpy() for index in range(NUM_CELLS)]) / 2 + 0.5
 
 
 def guidance(pipeline: BYOCPipeline, args: argparse.Namespace) -> dict[str, np.ndarray]:
-    """Heading -> a row of cells (NUM_CELLS, 2, D, H, W), as those below."""
+    """Heading -> a row of cells (NUM_CELLS, M, D, H, W), as those below."""
     rows = {"blebbistatin, phantoms": phantoms(pipeline, "blebbistatin")}
     for scale in (1.0, 2.0, 4.0):
         rows[f"guidance_scale {scale:g}"] = draw(pipeline, class_labels="blebbistatin", guidance_scale=scale)
@@ -63,6 +63,7 @@ def channels(pipeline: BYOCPipeline, args: argparse.Namespace) -> dict[str, np.n
 
 
 def three_channels(pipeline: BYOCPipeline, args: argparse.Namespace) -> dict[str, np.ndarray]:
+    """The other two channels for each nucleus, a nucleus for each two, and all three."""
     true = phantoms(pipeline, "nocodazole")
     given = dict(zip(pipeline.vqvae.config.channel_names, true.swapaxes(0, 1), strict=True))
     nuclei = {"nucleus": given.pop("nucleus")}
@@ -92,7 +93,7 @@ def new_drug(pipeline: BYOCPipeline, args: argparse.Namespace) -> dict[str, np.n
 
 
 def read_cells(pipeline: BYOCPipeline, folder: str) -> np.ndarray:
-    """(NUM_CELLS, 2, D, H, W) in [0, 1]: the first cells of a folder, prepared as those of the training."""
+    """(NUM_CELLS, M, D, H, W) in [0, 1]: the first cells of a folder, prepared as those of the training."""
     cells = [read_volume(path) for path in find_volumes(Path(folder))[:NUM_CELLS]]
     prepared = [pipeline.volume_processor.preprocess(cell.data, cell.voxel_size_um) for cell in cells]
     return pipeline.volume_processor.postprocess(torch.stack(prepared))

@@ -1014,8 +1014,9 @@ def test_a_pipeline_learns_to_move_away_from_a_weaker_one(continue_base, base_di
     resumed = ("--resume_from_checkpoint", "latest")
     continue_base(*guided, *resumed, output_dir=tmp_path / "broken")
     assert_same_weights(tmp_path / "broken", whole, FINAL_WEIGHTS[:2])
-    with pytest.raises(SystemExit, match="autoguidance_scale"):
-        continue_base(*guided, "--autoguidance_scale", 3, *resumed, output_dir=tmp_path / "broken")
+    for name, value in (("autoguidance_scale", 3), ("autoguidance_start", 0.1)):
+        with pytest.raises(SystemExit, match=name):
+            continue_base(*guided, f"--{name}", value, *resumed, output_dir=tmp_path / "broken")
 
     with pytest.raises(SystemExit, match="Expected a --weak_unet with inputs as this run has, got others"):
         continue_base("--stage", "diffusion", "--label", "nocodazole", "--weak_unet", weak, output_dir=tmp_path / "x")

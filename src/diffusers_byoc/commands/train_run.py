@@ -156,10 +156,11 @@ def settings_for_autoencoder(args: argparse.Namespace, stage: str, vqvae: MultiC
 
 def run_inputs(args: argparse.Namespace) -> dict:
     """What decides every stage: the cells, and the pipeline that the run begins with."""
-    names = ["pretrained", "lora_class", "reset_unet", "weak_unet"]
+    names = ("pretrained", "lora_class", "reset_unet", "weak_unet")
+    given = {name: getattr(args, name) for name in names if getattr(args, name)}
     if args.weak_unet:
-        names += ["autoguidance_scale", "autoguidance_start", "autoguidance_stop"]
-    return data_inputs(args) | {name: getattr(args, name) for name in names if getattr(args, name)}
+        given |= {name: vars(args)[name] for name in ("autoguidance_scale", "autoguidance_start", "autoguidance_stop")}
+    return data_inputs(args) | given
 
 
 def stage_inputs(
