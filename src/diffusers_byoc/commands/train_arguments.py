@@ -16,7 +16,7 @@ from .training_arguments import (
 
 
 # the stages in their order, with the learning rate of each
-STAGES = {"autoencoder": 3e-4, "texture": 1e-3, "diffusion": 1e-4, "distillation": 3e-4}
+STAGES = {"autoencoder": 3e-4, "texture": 1e-3, "diffusion": 1e-4, "distillation": 1e-4}
 # whose configuration a preset overrides; there is a texture stage where it has a `texture_unet`
 NETWORKS = ("vqvae", "texture_unet", "unet", "scheduler")
 # one name for all stages; `--STAGE_NAME` wins over it
@@ -97,12 +97,17 @@ def _check_lora(parser: argparse.ArgumentParser, args: argparse.Namespace, given
 
 def _check_distillation(parser: argparse.ArgumentParser, args: argparse.Namespace, given: dict) -> None:
     if args.stage != "distillation":
-        for name in ("num_distilled_steps", "num_teacher_steps"):
+        for name in ("distillation_method", "num_distilled_steps", "num_teacher_steps"):
             if name in given:
                 parser.error(f"Expected --stage distillation for --{name}, got --stage {args.stage}. Say it.")
         return
     if args.pretrained is None:
         parser.error("Expected a teacher in --pretrained for --stage distillation, got none. Name a pipeline.")
+    if "num_teacher_steps" in given and args.distillation_method != "progressive":
+        parser.error(
+            f"Expected --distillation_method progressive for --num_teacher_steps, got {args.distillation_method},"
+            " which asks the teacher at any timestep. Leave one of the two out."
+        )
     names = ("vqvae_path", "share_codebook", "latent_scaling", "latent_range", "class_conditional", "loss_type")
     names += ("conditioning_dropout_prob", "channel_timesteps_prob")
     for name in (*names, "snr_gamma", "num_inference_steps", "num_texture_steps", "inference_scheduler", "ema_decay"):
@@ -221,8 +226,11 @@ def _make_parser(description: str) -> argparse.ArgumentParser:
     add("--inference_scheduler", choices=schedulers, default="DDPMScheduler", help="the saved pipeline's")
 
     add = parser.add_argument_group("distillation").add_argument
+    help_text = "ancestral steps that match the teacher's moments, or steps of DDIM that halve its number"
+    methods = ["moment_matching", "progressive"]
+    add("--distillation_method", choices=methods, default="moment_matching", help=help_text)
     add("--num_distilled_steps", type=positive, default=4, help="that the distilled U-Net takes, and no others")
-    help_text = "of its teacher (default: those it was distilled to itself, otherwise 32)"
+    help_text = "of its teacher in progressive distillation (default: those it was distilled to itself, otherwise 32)"
     add("--num_teacher_steps", type=positive, help=help_text)
     add("--distillation_ema_decay", type=float, default=0.999, help="the model is a moving average")
 

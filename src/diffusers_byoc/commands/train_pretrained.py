@@ -150,9 +150,9 @@ def check_lora(args: argparse.Namespace, pipeline: BYOCPipeline) -> None:
 
 
 def check_distillation(args: argparse.Namespace, pipeline: BYOCPipeline) -> None:
-    """Refuse what `pipeline` cannot be the teacher of; `num_teacher_steps` becomes a number."""
+    """Refuse what `pipeline` cannot be the teacher of; `num_teacher_steps` of a progressive one becomes a number."""
     num_steps, distilled = args.num_distilled_steps, pipeline.config.num_distilled_steps
-    args.num_teacher_steps = args.num_teacher_steps or distilled or 32
+    is_progressive = args.distillation_method == "progressive"
     if pipeline.config.prediction_type == "epsilon":
         raise ValueError(
             f"Expected a U-Net that predicts v or the sample for few steps, got {args.pretrained}, which predicts the"
@@ -164,6 +164,15 @@ def check_distillation(args: argparse.Namespace, pipeline: BYOCPipeline) -> None
             f"Expected --num_distilled_steps that divide the {num_timesteps} timesteps, got {num_steps}. Give 1, 2, 4"
             " or 8."
         )
+    if distilled is not None and not (is_progressive and pipeline.config.distilled_scheduler == "DDIMScheduler"):
+        raise ValueError(
+            f"Expected a teacher that takes any number of steps for --distillation_method {args.distillation_method},"
+            f" got {args.pretrained}, distilled to {distilled} of {pipeline.config.distilled_scheduler}. Name the one"
+            " that it was distilled from."
+        )
+    if not is_progressive:
+        return
+    args.num_teacher_steps = args.num_teacher_steps or distilled or 32
     if distilled not in (None, args.num_teacher_steps):
         raise ValueError(
             f"Expected --num_teacher_steps {distilled}, which {args.pretrained} was distilled to, got"

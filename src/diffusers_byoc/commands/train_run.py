@@ -204,7 +204,9 @@ def describe_training(args: argparse.Namespace) -> str:
         steps = f"{settings.max_train_steps} steps{time_limit}"
         parts.append(f"{steps} of the {stage} (learning rate {settings.learning_rate})")
     if args.stage == "distillation":
-        parts.append(f"from {args.num_teacher_steps} steps of {args.pretrained} to {args.num_distilled_steps}")
+        method = args.distillation_method.replace("_", " ")
+        teacher = f"{args.num_teacher_steps} steps of {args.pretrained}" if args.num_teacher_steps else args.pretrained
+        parts.append(f"from {teacher} to {args.num_distilled_steps} steps ({method})")
     if args.weak_unet:
         parts.append(f"autoguidance {args.autoguidance_scale:g} away from {args.weak_unet}")
     adapter = f"as an adapter of {args.pretrained}" if args.train_lora else ""

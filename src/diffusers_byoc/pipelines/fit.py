@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..data import VolumeProcessor
 from .conditions import num_condition_features
-from .schedulers import SCHEDULERS_FOR, check_texture_scheduler
+from .schedulers import DISTILLED_SCHEDULERS, SCHEDULERS_FOR, check_texture_scheduler
 
 
 def check_fit(pipeline) -> None:
@@ -24,6 +24,11 @@ def check_fit(pipeline) -> None:
             f"Expected a prediction_type among {', '.join(SCHEDULERS_FOR)} in {index}, got "
             f"{config.prediction_type!r}. Say what the "
             "unet was trained to predict, or load the pipeline with a newer version."
+        )
+    if config.distilled_scheduler not in DISTILLED_SCHEDULERS:
+        raise ValueError(
+            f"Expected a distilled_scheduler among {', '.join(DISTILLED_SCHEDULERS)} in {index}, got "
+            f"{config.distilled_scheduler!r}. Say whose steps the unet was distilled to."
         )
     processor = _volume_processor(config.volume_processor_config, index)
     if vqvae is None:

@@ -65,6 +65,7 @@ class BYOCPipeline(DiffusionPipeline, BYOCLoraLoaderMixin):
             `measure_conditions` makes them; `None` for none.
         num_distilled_steps: denoising steps that `unet` was distilled to, the only ones that it is for; `None` for a
             U-Net that takes any.
+        distilled_scheduler: diffusers' class whose steps these are: "DDIMScheduler" or "DDPMScheduler".
 
     Raises:
         ValueError: if the components, or what the configuration says of them, do not fit together.
@@ -94,6 +95,7 @@ class BYOCPipeline(DiffusionPipeline, BYOCLoraLoaderMixin):
         default_guidance_scale: float = 1.0,
         conditions: list[dict] | None = None,
         num_distilled_steps: int | None = None,
+        distilled_scheduler: str = "DDIMScheduler",
     ):
         super().__init__()
         self.register_modules(
@@ -118,6 +120,7 @@ class BYOCPipeline(DiffusionPipeline, BYOCLoraLoaderMixin):
             default_guidance_scale=default_guidance_scale,
             conditions=conditions,
             num_distilled_steps=num_distilled_steps,
+            distilled_scheduler=distilled_scheduler,
         )
         check_fit(self)
 
@@ -259,7 +262,8 @@ class BYOCPipeline(DiffusionPipeline, BYOCLoraLoaderMixin):
         self.check_inputs(num_samples, steps, output_type, callback_on_step_end_tensor_inputs, texture_steps)
         schedulers.check_scheduler(self.scheduler, self.config.prediction_type, self.config.noise_schedule, steps)
         if self.config.num_distilled_steps is not None:
-            schedulers.check_distilled(self.scheduler, self.config.num_distilled_steps, steps)
+            distilled = (self.config.distilled_scheduler, self.config.num_distilled_steps)
+            schedulers.check_distilled(self.scheduler, *distilled, steps)
         check_given_channels(self, volumes_given, num_samples, steps, strength, keep_given, output_type)
         device = self._execution_device
         given = {"class_labels": prepare_class_labels(self, class_labels, num_samples, device)}

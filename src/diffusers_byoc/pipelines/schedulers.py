@@ -38,6 +38,12 @@ SCHEDULERS_FOR = {
     "sample": tuple(name for name in USABLE_SCHEDULERS if name not in _CANNOT_TAKE_SAMPLES),
 }
 
+# Whose steps a U-Net can be distilled to -> what these must have
+DISTILLED_SCHEDULERS = {
+    "DDIMScheduler": {"timestep_spacing": "trailing", "set_alpha_to_one": True},
+    "DDPMScheduler": {"timestep_spacing": "trailing", "variance_type": "fixed_small"},
+}
+
 # For a texture network, which is trained by flow matching
 _FLOW_MATCHING = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 _FLOW_MATCHING_IF_CONFIGURED = ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
@@ -136,22 +142,23 @@ def check_scheduler(scheduler, prediction_type: str, trained_noise_schedule: dic
         )
 
 
-def check_distilled(scheduler, num_distilled_steps: int, num_inference_steps: int) -> None:
+def check_distilled(scheduler, distilled_scheduler: str, num_distilled_steps: int, num_inference_steps: int) -> None:
     """Refuse what a U-Net that was distilled to few steps was not distilled for.
 
     Args:
         scheduler: that `check_scheduler` has accepted.
+        distilled_scheduler: a key of `DISTILLED_SCHEDULERS`.
         num_distilled_steps: of the U-Net, a divisor of the scheduler's timesteps.
         num_inference_steps: of the call.
 
     Raises:
         ValueError: naming what was asked for, and what works.
     """
-    name, wanted = type(scheduler).__name__, {"timestep_spacing": "trailing", "set_alpha_to_one": True}
-    if name != "DDIMScheduler":
+    name, wanted = type(scheduler).__name__, DISTILLED_SCHEDULERS[distilled_scheduler]
+    if name != distilled_scheduler:
         raise ValueError(
-            f"Expected DDIMScheduler, whose {num_distilled_steps} steps the unet was distilled to, got {name}. Make it"
-            f" with DDIMScheduler.from_config(pipe.scheduler.config, {_listed(wanted)})."
+            f"Expected {distilled_scheduler}, whose {num_distilled_steps} steps the unet was distilled to, got {name}."
+            f" Make it with {distilled_scheduler}.from_config(pipe.scheduler.config, {_listed(wanted)})."
         )
     if any(scheduler.config[key] != value for key, value in wanted.items()):
         raise ValueError(

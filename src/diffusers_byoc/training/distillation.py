@@ -41,16 +41,11 @@ def distillation_loss(
             where it is, in both, and has no error. None: all channels are.
 
     Raises:
-        ValueError: for another `prediction_type`: noise says nothing about a clean sample of which nothing is left.
+        ValueError: for another `prediction_type`.
 
     Source: Salimans & Ho 2022, algorithm 2 (of two substeps), appendix G for the target.
     """
-    prediction_type = scheduler.config.prediction_type
-    if prediction_type not in ("v_prediction", "sample"):
-        raise ValueError(
-            f"Expected prediction_type 'v_prediction' or 'sample' for few steps, got {prediction_type!r}. Train the"
-            " diffusion with one of these."
-        )
+    check_prediction_type(scheduler)
     at, is_denoised = timesteps, torch.ones_like(timesteps, dtype=torch.bool)[:, None]
     if channel_timesteps is not None:
         at, is_denoised = channel_timesteps, channel_timesteps == timesteps[:, None]  # (B, M)
@@ -72,7 +67,7 @@ def distillation_loss(
     end_alpha, end_sigma = noise_level(scheduler, timesteps - stride)
     ratio = end_sigma / sigma
     target = (reached - ratio * noisy_latents) / (end_alpha - ratio * alpha)
-    if prediction_type == "v_prediction":
+    if scheduler.config.prediction_type == "v_prediction":
         target = (alpha * noisy_latents - target) / sigma
     prediction = unet(noisy_latents, at, **given, return_dict=False)[0].float()
     return (goes * (prediction - target).square()).mean()
@@ -85,10 +80,25 @@ def ddim_step(scheduler, prediction: Tensor, start: Tensor, stop: Tensor, latent
     """
     alpha, sigma = noise_level(scheduler, start)
     end_alpha, end_sigma = noise_level(scheduler, stop)
-    clean = prediction
-    if scheduler.config.prediction_type == "v_prediction":
-        clean = alpha * latents - sigma * prediction
+    clean = clean_latents(scheduler, prediction, start, latents)
     return end_alpha * clean + end_sigma * (latents - alpha * clean) / sigma
+
+
+def clean_latents(scheduler, prediction: Tensor, timesteps: Tensor, latents: Tensor) -> Tensor:
+    """What (B, M*n, d, h, w) `latents` at `timesteps` (B,) are without noise, if the U-Net's `prediction` is right."""
+    if scheduler.config.prediction_type == "sample":
+        return prediction
+    alpha, sigma = noise_level(scheduler, timesteps)
+    return alpha * latents - sigma * prediction
+
+
+def check_prediction_type(scheduler) -> None:
+    """Raise `ValueError` for a U-Net that predicts noise: it says nothing about clean latents where none is left."""
+    if scheduler.config.prediction_type not in ("v_prediction", "sample"):
+        raise ValueError(
+            "Expected prediction_type 'v_prediction' or 'sample' for few steps, got"
+            f" {scheduler.config.prediction_type!r}. Train the diffusion with one of these."
+        )
 
 
 def noise_level(scheduler, timesteps: Tensor) -> tuple[Tensor, Tensor]:
