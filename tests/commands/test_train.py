@@ -363,7 +363,7 @@ def test_three_channels_of_which_some_are_given(train, tmp_path):
     arguments = ("--preset", preset, "--gradient_accumulation_steps", 1, "--prediction_type", "v_prediction")
     output_dir = train(*arguments, "--channel_timesteps_prob", 0.5)
     few = ("--stage", "distillation", "--pretrained", output_dir, "--distillation_max_train_steps", 2)
-    distilled = train(*arguments, *few, "--num_teacher_steps", 8, output_dir=tmp_path / "few")
+    distilled = train(*arguments, *few, output_dir=tmp_path / "few")
     given = {"nucleus": np.zeros((2, 32, 32, 32)), "mitochondria": np.zeros((32, 32, 32))}
     for folder in (output_dir, distilled):
         pipeline = BYOCPipeline.from_pretrained(folder)
@@ -952,6 +952,11 @@ def test_an_adapter_is_trained_of_the_class_it_was_told(continue_base, base_dir,
         ),
         (["--num_distilled_steps", 4], "Expected --stage distillation for --num_distilled_steps, got --stage all"),
         (["--stage", "distillation"], "Expected a teacher in --pretrained for --stage distillation, got none"),
+        (
+            ["--stage", "distillation", "--pretrained", "x", "--num_teacher_steps", 8],
+            "Expected --distillation_method progressive for --num_teacher_steps, got moment_matching",
+        ),
+        (["--freeze_encoder"], "Expected --stage autoencoder and a --pretrained pipeline for --freeze_encoder"),
         (["--weak_unet", "x"], "Expected a --pretrained pipeline and --stage diffusion for --weak_unet"),
         (
             ["--reset_unet", "--pretrained", "x", "--stage", "diffusion", "--vqvae_path", "y"],
@@ -1043,11 +1048,56 @@ def test_the_scale_of_the_latents_stays_with_the_unet_that_knows_it(continue_bas
     assert statistics(*diffusion_alone, "--latent_scaling", "standardize", name="scaled") != [0.5] * 8
 
 
+def test_the_decoder_alone_learns_noisy_latents(continue_base, base_dir, monkeypatch):
+    """Encoder, codebooks and statistics stay, and with them what a U-Net knows."""
+    noises, add_noise = [], MultiCodebookVQModel.add_latent_noise
+    monkeypatch.setattr(
+        MultiCodebookVQModel, "add_latent_noise", lambda *args: noises.append(args[3]) or add_noise(*args)
+    )
+    arguments = ("--stage", "autoencoder", "--label", "nocodazole", "--latent_noise", 0.5, "--freeze_encoder")
+    folder = continue_base(*arguments)
+    before, after = (load_file(path / FINAL_WEIGHTS[0]) for path in (base_dir, folder))
+    changed = {name.partition(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"decoder"}
+    configs = [json.loads((path / "vqvae/config.json").read_text()) for path in (base_dir, folder)]
+    assert configs[0]["latents_std"] == configs[1]["latents_std"]
+    deviations = torch.cat(noises).flatten(1).std(1)
+    assert (deviations < 0.55).all() and len(set(deviations.tolist())) == len(deviations)
+
+
 # ---------------------------------------------------------------------- few steps
 
 
-def test_a_pipeline_is_distilled_and_distilled_again(continue_base, base_dir, monkeypatch, tmp_path):
+def test_a_pipeline_is_distilled_by_moment_matching(continue_base, base_dir, monkeypatch, tmp_path):
     few = ("--stage", "distillation", "--label", "nocodazole")
+    calls, losses = [], distillation.moment_matching_losses
+    monkeypatch.setattr(
+        distillation, "moment_matching_losses", lambda *args: calls.append(args[6:10]) or losses(*args)
+    )
+    four = continue_base(*few, output_dir=tmp_path / "four")
+    for timesteps, stops, _, class_labels in calls:
+        assert set(timesteps.tolist()) <= {249, 499, 749, 999}
+        assert ((0 < timesteps - stops) & (timesteps - stops <= 250) & (stops >= 0)).all()
+        assert class_labels.tolist() == [1, 1]  # of the teacher's classes
+    pipeline = BYOCPipeline.from_pretrained(four)
+    assert (pipeline.config.num_distilled_steps, pipeline.config.default_num_inference_steps) == (4, 4)
+    assert pipeline.config.distilled_scheduler == type(pipeline.scheduler).__name__ == "DDPMScheduler"
+    assert pipeline(1, class_labels="nocodazole").volumes.shape == (1, 2, 32, 32, 32)
+    assert_same_weights(four, base_dir, FINAL_WEIGHTS[:1])
+    assert sorted(scalars(four, "distillation")["loss/auxiliary"]) == [1, 2]
+
+    shutil.copytree(four / "distillation/checkpoint-1", tmp_path / "broken/distillation/checkpoint-1")
+    continue_base(*few, "--resume_from_checkpoint", "latest", output_dir=tmp_path / "broken")
+    assert_same_weights(tmp_path / "broken", four, FINAL_WEIGHTS[1:2])
+
+    for method in ("moment_matching", "progressive"):
+        message = f"Expected a teacher .* for --distillation_method {method}, got .*, distilled to 4 of DDPMScheduler"
+        with pytest.raises(SystemExit, match=message):
+            continue_base(*few, "--distillation_method", method, "--num_distilled_steps", 1, pretrained=four)
+
+
+def test_a_pipeline_is_distilled_and_distilled_again(continue_base, base_dir, monkeypatch, tmp_path):
+    few = ("--stage", "distillation", "--label", "nocodazole", "--distillation_method", "progressive")
     calls, loss = [], distillation.distillation_loss
     monkeypatch.setattr(distillation, "distillation_loss", lambda *args: calls.append(args[5:]) or loss(*args))
     four = continue_base(*few, "--num_teacher_steps", 8, output_dir=tmp_path / "four")
@@ -1097,9 +1147,9 @@ def test_few_steps_and_adapters_keep_the_conditions(continue_base, base_dir, mon
     )
     doses = measure_conditions({"dose_um": np.array([[0.0], [8.0]])})
     BYOCPipeline(base.vqvae, unet, base.scheduler, conditions=doses).save_pretrained(tmp_path / "doses")
-    calls, loss = [], distillation.distillation_loss
-    monkeypatch.setattr(distillation, "distillation_loss", lambda *args: calls.append(args[9]) or loss(*args))
-    few = ("--stage", "distillation", "--num_teacher_steps", 8, "--phantom_doses", 2, "--train_batch_size", 8)
+    calls, losses = [], distillation.moment_matching_losses
+    monkeypatch.setattr(distillation, "moment_matching_losses", lambda *args: calls.append(args[10]) or losses(*args))
+    few = ("--stage", "distillation", "--phantom_doses", 2, "--train_batch_size", 8)
     four = continue_base(*few, pretrained=tmp_path / "doses", output_dir=tmp_path / "four")
     vectors = torch.cat(calls)
     given = vectors[vectors.isfinite()]

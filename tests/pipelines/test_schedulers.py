@@ -222,3 +222,17 @@ def test_a_distilled_pipeline_takes_the_steps_it_was_distilled_to(tmp_path):
         call = advised[advised.index("DDIMScheduler.from_config") :].rstrip(".")
         pipeline.scheduler = eval(call, {"DDIMScheduler": DDIMScheduler, "pipe": pipeline})  # what the message advises
         pipeline(output_type="latent")
+
+
+def test_a_pipeline_that_was_distilled_to_ancestral_steps_takes_these():
+    pipeline = make_pipeline()
+    trailing = DDPMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
+    parts = (pipeline.vqvae, pipeline.unet, trailing)
+    distilled = {"default_num_inference_steps": 4, "num_distilled_steps": 4}
+    pipeline = BYOCPipeline(*parts, **distilled, distilled_scheduler="DDPMScheduler")
+    pipeline(output_type="latent")
+    pipeline.scheduler = DDIMScheduler.from_config(trailing.config)
+    with pytest.raises(ValueError, match="Expected DDPMScheduler, whose 4 steps .* got DDIMScheduler"):
+        pipeline(output_type="latent")
+    with pytest.raises(ValueError, match="Expected a distilled_scheduler among DDIMScheduler, DDPMScheduler .*'PNDM"):
+        BYOCPipeline(*parts, **distilled, distilled_scheduler="PNDMScheduler")

@@ -48,6 +48,11 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
         )
     _check_lora(parser, args, given_arguments(parser, argv))
     _check_distillation(parser, args, given_arguments(parser, argv))
+    if args.freeze_encoder and (args.stage != "autoencoder" or args.pretrained is None):
+        parser.error(
+            "Expected --stage autoencoder and a --pretrained pipeline for --freeze_encoder, got --stage"
+            f" {args.stage} and {args.pretrained}. An untrained encoder says nothing about a cell. Say both."
+        )
     _check_autoguidance(parser, args, given_arguments(parser, argv))
     if args.push_to_hub and args.stage not in ("all", "diffusion", "distillation"):
         parser.error(
@@ -179,6 +184,10 @@ def _make_parser(description: str) -> argparse.ArgumentParser:
 
     add("--share_codebook", **FLAG, help="one codebook for all channels, the ablation 'unimodal'")
     add("--autoencoder_crop_size", type=positive, help="train on crops around the cell, voxels (default: all)")
+    help_text = "most noise on the latents that autoencoder and texture decode, in their deviation in a cell; 0: none"
+    add("--latent_noise", type=float, default=0.0, help=help_text)
+    help_text = "train the decoder alone, so that --pretrained's U-Net goes on knowing the latents"
+    add("--freeze_encoder", **FLAG, help=help_text)
 
     add = parser.add_argument_group("texture").add_argument
     add("--texture_crop_size", type=positive, default=40, help="crops around the cell, voxels")
