@@ -956,7 +956,6 @@ def test_an_adapter_is_trained_of_the_class_it_was_told(continue_base, base_dir,
             ["--stage", "distillation", "--pretrained", "x", "--num_teacher_steps", 8],
             "Expected --distillation_method progressive for --num_teacher_steps, got moment_matching",
         ),
-        (["--freeze_encoder"], "Expected --stage autoencoder and a --pretrained pipeline for --freeze_encoder"),
         (["--weak_unet", "x"], "Expected a --pretrained pipeline and --stage diffusion for --weak_unet"),
         (
             ["--reset_unet", "--pretrained", "x", "--stage", "diffusion", "--vqvae_path", "y"],
@@ -1046,23 +1045,6 @@ def test_the_scale_of_the_latents_stays_with_the_unet_that_knows_it(continue_bas
     vqvae_path = ("--vqvae_path", tmp_path / "base/vqvae")
     assert statistics(*diffusion_alone, *vqvae_path, name="path") != [0.5] * 8
     assert statistics(*diffusion_alone, "--latent_scaling", "standardize", name="scaled") != [0.5] * 8
-
-
-def test_the_decoder_alone_learns_noisy_latents(continue_base, base_dir, monkeypatch):
-    """Encoder, codebooks and statistics stay, and with them what a U-Net knows."""
-    noises, add_noise = [], MultiCodebookVQModel.add_latent_noise
-    monkeypatch.setattr(
-        MultiCodebookVQModel, "add_latent_noise", lambda *args: noises.append(args[3]) or add_noise(*args)
-    )
-    arguments = ("--stage", "autoencoder", "--label", "nocodazole", "--latent_noise", 0.5, "--freeze_encoder")
-    folder = continue_base(*arguments)
-    before, after = (load_file(path / FINAL_WEIGHTS[0]) for path in (base_dir, folder))
-    changed = {name.partition(".")[0] for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {"decoder"}
-    configs = [json.loads((path / "vqvae/config.json").read_text()) for path in (base_dir, folder)]
-    assert configs[0]["latents_std"] == configs[1]["latents_std"]
-    deviations = torch.cat(noises).flatten(1).std(1)
-    assert (deviations < 0.55).all() and len(set(deviations.tolist())) == len(deviations)
 
 
 # ---------------------------------------------------------------------- few steps

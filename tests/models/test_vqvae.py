@@ -663,21 +663,3 @@ def test_channels_can_share_their_codebooks(num_quantizers, tmp_path):
     assert torch.equal(
         MultiCodebookVQModel.from_pretrained(tmp_path).decode(latents).sample, vqvae.decode(latents).sample
     )
-
-
-@torch.no_grad()
-def test_noise_of_latents_is_in_units_of_the_cells_own():
-    vqvae = model()
-    sample, latents = torch.full((2, 2, 8, 8, 8), -1.0), torch.zeros(2, 8, 4, 4, 4)
-    sample[1, 1, :4, :4, :4] = 0.5  # a cell at eight places of the second volume
-    latents[1, :, :2, :2, :2] = torch.tensor([1.0, -1.0]).repeat_interleave(4).view(2, 2, 2) * 3
-    latents[0] = 100.0  # of background, which has no say
-    noise = torch.randn(2, 8, 4, 4, 4)
-    torch.testing.assert_close(vqvae.add_latent_noise(latents, sample, noise), latents + 3 * noise)
-
-    vqvae.train()
-    still, noisy = vqvae(sample), vqvae(sample, latent_noise=10 * noise)
-    assert torch.equal(still.latents, noisy.latents) and torch.equal(still.indices, noisy.indices)
-    assert torch.equal(still.commit_loss, noisy.commit_loss) and not torch.equal(still.sample, noisy.sample)
-    background = torch.full((2, 2, 8, 8, 8), -1.0)
-    assert vqvae.add_latent_noise(latents, background, noise).isfinite().all()

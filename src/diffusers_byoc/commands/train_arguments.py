@@ -48,11 +48,6 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
         )
     _check_lora(parser, args, given_arguments(parser, argv))
     _check_distillation(parser, args, given_arguments(parser, argv))
-    if args.freeze_encoder and (args.stage != "autoencoder" or args.pretrained is None):
-        parser.error(
-            "Expected --stage autoencoder and a --pretrained pipeline for --freeze_encoder, got --stage"
-            f" {args.stage} and {args.pretrained}. An untrained encoder says nothing about a cell. Say both."
-        )
     _check_autoguidance(parser, args, given_arguments(parser, argv))
     if args.push_to_hub and args.stage not in ("all", "diffusion", "distillation"):
         parser.error(
@@ -184,10 +179,6 @@ def _make_parser(description: str) -> argparse.ArgumentParser:
 
     add("--share_codebook", **FLAG, help="one codebook for all channels, the ablation 'unimodal'")
     add("--autoencoder_crop_size", type=positive, help="train on crops around the cell, voxels (default: all)")
-    help_text = "most noise on the latents that autoencoder and texture decode, in their deviation in a cell; 0: none"
-    add("--latent_noise", type=float, default=0.0, help=help_text)
-    help_text = "train the decoder alone, so that --pretrained's U-Net goes on knowing the latents"
-    add("--freeze_encoder", **FLAG, help=help_text)
 
     add = parser.add_argument_group("texture").add_argument
     add("--texture_crop_size", type=positive, default=40, help="crops around the cell, voxels")
@@ -223,6 +214,8 @@ def _make_parser(description: str) -> argparse.ArgumentParser:
     add("--num_augmented_copies", type=positive, help=help_text)
     add("--prediction_type", choices=["epsilon", "v_prediction", "sample"], help="what the U-Net predicts")
     add("--loss_type", choices=["l1", "l2"], default="l1")
+    help_text = "of the errors of whole regions, down to the cell's mean, beside those of single latents; 0: none"
+    add("--multiscale_weight", type=float, default=0.0, help=help_text)
     add("--snr_gamma", type=float, help="min-SNR weighting of the timesteps (Hang et al. 2023 advise 5)")
     add("--use_ema", **(FLAG | {"default": True}), help="the model is a moving average of the trained weights")
     add("--ema_decay", type=float, default=0.995)

@@ -258,14 +258,8 @@ class MultiCodebookVQModel(CheckedModelMixin, AutoencoderMixin, ConfigMixin):
         sample = self._in_slices(self._decode, latents)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
-    def forward(
-        self, sample: Tensor, return_dict: bool = True, latent_noise: Tensor | None = None
-    ) -> MultiCodebookVQOutput | tuple[Tensor, ...]:
-        """Reconstruct `sample` (B, M, D, H, W) in [-1, 1], straight-through (the training pass).
-
-        With `latent_noise`, see `add_latent_noise`, the codes that are decoded are those of noisy latents; all else
-        is of the latents as they are.
-        """
+    def forward(self, sample: Tensor, return_dict: bool = True) -> MultiCodebookVQOutput | tuple[Tensor, ...]:
+        """Reconstruct `sample` (B, M, D, H, W) in [-1, 1], straight-through (the training pass)."""
         # 1. encode
         latents = self.encode(sample).latents
         # 2. quantise; the commitment pulls the latents to their codes
@@ -274,29 +268,11 @@ class MultiCodebookVQModel(CheckedModelMixin, AutoencoderMixin, ConfigMixin):
         if not self.config.use_ema_codebook:
             commit_loss = commit_loss + F.mse_loss(quantized.float(), latents.detach().float())
         # 3. decode; gradients pass the quantiser unchanged
-        if latent_noise is not None:
-            quantized = self.quantize(self.add_latent_noise(latents, sample, latent_noise)).latents
         straight_through = quantized.detach() + (latents - latents.detach())  # the codes exactly, in any precision
         reconstruction = self.decode(straight_through, force_not_quantize=True).sample
         if not return_dict:
             return (reconstruction, commit_loss, latents, indices)
         return MultiCodebookVQOutput(reconstruction, commit_loss, latents, indices)
-
-    @torch.no_grad()
-    def add_latent_noise(self, latents: Tensor, volumes: Tensor, noise: Tensor) -> Tensor:
-        """Latents (B, M*n, d, h, w), noisy: what a diffusion makes of them errs, too, and is decoded.
-
-        Args:
-            latents: (B, M*n, d, h, w), in the encoder's units.
-            volumes: (B, M, D, H, W) in [-1, 1], what they are of.
-            noise: (B, M*n, d, h, w), in units of the deviation that each feature has where there is a cell.
-        """
-        is_cell = (volumes > -1).any(1, keepdim=True).float()
-        is_cell = F.max_pool3d(is_cell, self.downsampling_factor)[:, 0] > 0  # (B, d, h, w)
-        features = latents.float().movedim(1, -1)  # (B, d, h, w, M*n)
-        features = features[is_cell] if is_cell.any() else features.flatten(0, 3)
-        deviation = features.std(0, correction=0).view(1, -1, 1, 1, 1)
-        return (latents + deviation * noise).to(latents.dtype)
 
     # ------------------------------------------------------------------ scaling for the diffusion
 

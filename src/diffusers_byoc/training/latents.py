@@ -1,7 +1,7 @@
 """Stage two trains on latents: encode each cell once, keep the latents on disk, say how they lie for the diffusion."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..models import MultiCodebookVQModel
 from ..models.fingerprint import fingerprint_weights
-from ..randomness import process_share
 from ..whole_files import whole_or_absent
 
 
@@ -22,22 +21,6 @@ def encode_batches(vqvae: MultiCodebookVQModel, batches: Iterable[Tensor]) -> Te
     """Unquantised latents (N, M*n, d, h, w), float32 on the CPU, of batches of volumes (B, M, D, H, W) in [-1, 1]."""
     vqvae.eval()
     return torch.cat([vqvae.encode(volumes.to(vqvae.device)).latents.float().cpu() for volumes in batches])
-
-
-def draw_latent_noise(
-    largest: float, shape: Sequence[int], generator: torch.Generator, accelerator: Accelerator
-) -> Tensor:
-    """For `MultiCodebookVQModel.add_latent_noise`, this process's part of what is drawn for all.
-
-    Args:
-        largest: deviation; that of each cell is uniform from 0 to it.
-        shape: (B, M*n, d, h, w) of this process.
-        generator: the same in all processes.
-        accelerator: knows how many there are.
-    """
-    noise = torch.randn(shape[0] * accelerator.num_processes, *shape[1:], generator=generator)
-    noise *= largest * torch.rand(len(noise), 1, 1, 1, 1, generator=generator)
-    return process_share(noise, accelerator.process_index, accelerator.num_processes).to(accelerator.device)
 
 
 class CachedLatents:

@@ -9,7 +9,6 @@ from ...models import MultiCodebookVQModel, PatchDiscriminator3D
 from ...randomness import process_share
 from ..batches import augment, remaining_batches
 from ..crops import crop_cells
-from ..latents import draw_latent_noise
 from ..losses import (
     adaptive_weight,
     adversarial_loss,
@@ -32,18 +31,12 @@ class AutoencoderSettings(StageSettings):
         discriminator_weight: of the adversarial gradient against reconstruction's.
         crop_size: edge of crops around the cell to train on, voxels; None trains on whole volumes, which are mostly
             background.
-        latent_noise: most noise that the decoded latents get, in units of their deviation where there is a cell; 0
-            for none. What a diffusion makes has errors of that kind, which the decoder then knows.
-        freeze_encoder: train the decoder alone, so that latents, and a U-Net that was trained on them, keep their
-            meaning.
     """
 
     learning_rate: float = 3e-4
     discriminator_start: int = 10_000
     discriminator_weight: float = 0.1
     crop_size: int | None = None
-    latent_noise: float = 0.0
-    freeze_encoder: bool = False
 
 
 def train_autoencoder(
@@ -66,10 +59,7 @@ def train_autoencoder(
     settings, accelerator = stage.settings, stage.accelerator
 
     # 1. networks and optimizers
-    if settings.freeze_encoder:
-        vqvae.requires_grad_(False).decoder.requires_grad_(True)
-    else:
-        vqvae.set_latent_statistics(None, None)  # of what its encoders are not any more
+    vqvae.set_latent_statistics(None, None)  # of what its encoders are not any more
     discriminator = PatchDiscriminator3D(vqvae.config.num_channels)
     if settings.gradient_checkpointing:
         vqvae.enable_gradient_checkpointing()
@@ -108,13 +98,7 @@ def train_autoencoder(
 
         # autoencoder: reconstruction, commitment, and from some step on the adversary
         with accelerator.accumulate(vqvae, discriminator):
-            noise = None
-            if settings.latent_noise > 0:
-                grid = [size // bare_vqvae.downsampling_factor for size in volumes.shape[2:]]
-                shape = (len(volumes), bare_vqvae.config.num_channels * bare_vqvae.config.latent_channels, *grid)
-                generator = stage.generator("latent noise")
-                noise = draw_latent_noise(settings.latent_noise, shape, generator, accelerator)
-            reconstruction, commit_loss, latents, indices = vqvae(volumes, return_dict=False, latent_noise=noise)
+            reconstruction, commit_loss, latents, indices = vqvae(volumes, return_dict=False)
             loss_reconstruction = reconstruction_loss(reconstruction, volumes)
             loss = loss_reconstruction + commit_loss
             losses = {"loss/reconstruction": loss_reconstruction, "loss/commitment": commit_loss}
@@ -134,9 +118,7 @@ def train_autoencoder(
                 losses["loss/discriminator"] = loss
 
         # codebooks: moving averages and revival
-        codebook_logs = {}
-        if not settings.freeze_encoder:
-            codebook_logs = bare_vqvae.update_codebooks(latents, indices, stage.generator("revival"))
+        codebook_logs = bare_vqvae.update_codebooks(latents, indices, stage.generator("revival"))
         if stage.is_accumulating:
             continue
 

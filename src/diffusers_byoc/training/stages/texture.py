@@ -13,7 +13,6 @@ from ...pipelines.texture import add_texture
 from ...randomness import process_share
 from ..batches import augment, remaining_batches
 from ..crops import crop_cells
-from ..latents import draw_latent_noise
 from ..losses import flow_matching_loss
 from ..optimizers import make_optimizer
 from ..settings import StageSettings
@@ -27,13 +26,11 @@ class TextureSettings(StageSettings):
     Args:
         crop_size: edge of the crops around the cell, voxels; a multiple of the autoencoder's and of the network's
             downsampling.
-        latent_noise: see `AutoencoderSettings`; texture then fits what a diffusion makes.
         ema_decay: of the moving average of the weights, which is the model; it begins lower, (1 + step) / (10 + step).
     """
 
     learning_rate: float = 1e-3
     crop_size: int = 40
-    latent_noise: float = 0.0
     ema_decay: float = 0.999
 
 
@@ -61,7 +58,7 @@ def train_texture(
     vqvae.to(device).requires_grad_(False).eval()
 
     # 1. network, optimizer, moving average
-    set_texture_scale(texture_unet, vqvae, cells.indexable(32, settings.seed), stage)
+    set_texture_scale(texture_unet, vqvae, cells.indexable(32, settings.seed), device)
     if settings.gradient_checkpointing:
         texture_unet.enable_gradient_checkpointing()
     if settings.compile:
@@ -94,7 +91,7 @@ def train_texture(
         )
         volumes = crop_cells(volumes, settings.crop_size, places)
         with torch.no_grad(), accelerator.autocast():
-            reconstruction = decode_noisy(vqvae, volumes, stage, stage.generator("latent noise"))
+            reconstruction = vqvae.decode(vqvae.encode(volumes).latents).sample.float()
 
         with accelerator.accumulate(texture_unet):
             texture = bare_texture_unet.texture(volumes, reconstruction)
@@ -123,24 +120,14 @@ def train_texture(
     return texture_unet
 
 
-def decode_noisy(
-    vqvae: MultiCodebookVQModel, volumes: torch.Tensor, stage: Stage, generator: torch.Generator
-) -> torch.Tensor:
-    """Volumes (B, M, D, H, W) in [-1, 1], encoded and decoded, with `latent_noise` in between."""
-    latents = vqvae.encode(volumes).latents
-    if stage.settings.latent_noise > 0:
-        noise = draw_latent_noise(stage.settings.latent_noise, latents.shape, generator, stage.accelerator)
-        latents = vqvae.add_latent_noise(latents, volumes, noise)
-    return vqvae.decode(latents).sample.float()
-
-
 @torch.no_grad()
-def set_texture_scale(texture_unet: TextureUNet3D, vqvae: MultiCodebookVQModel, cells, stage: Stage) -> None:
+def set_texture_scale(texture_unet: TextureUNet3D, vqvae: MultiCodebookVQModel, cells, device) -> None:
     """Measure `texture_scale`, how far cells are from decoded cells where there is a cell, on up to 32 `cells`."""
-    differences, generator = [], stage.generator("scale of the texture")
+    differences = []
     for index in range(min(len(cells), 32)):
-        volumes = cells[index]["volumes"][None].to(stage.accelerator.device)
-        differences.append((volumes - decode_noisy(vqvae, volumes, stage, generator))[volumes > -1])
+        volumes = cells[index]["volumes"][None].to(device)
+        decoded = vqvae.decode(vqvae.encode(volumes).latents).sample.float()
+        differences.append((volumes - decoded)[volumes > -1])
     texture_unet.register_to_config(texture_scale=float(torch.cat(differences).square().mean().sqrt()))
 
 
