@@ -1,3 +1,6 @@
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -7,11 +10,12 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+from scipy import ndimage
 from torch import nn
 
 from diffusers_byoc import BYOCPipeline, DualChannelUNet3D, MultiCodebookVQModel, TextureUNet3D
 from diffusers_byoc.pipelines.schedulers import make_texture_scheduler
-from diffusers_byoc.pipelines.texture import add_texture
+from diffusers_byoc.pipelines.texture import add_texture, is_connected, largest_piece
 
 
 class GaussianTexture(nn.Module):
@@ -19,9 +23,9 @@ class GaussianTexture(nn.Module):
 
     downsampling_factor, dtype = 4, torch.float32
 
-    def __init__(self, std: float):
+    def __init__(self, std: float, connected_cells: bool = False):
         super().__init__()
-        self.std = std
+        self.std, self.config = std, SimpleNamespace(connected_cells=connected_cells)
 
     def forward(self, sample, timestep, reconstruction, return_dict):
         share = timestep / 1000
@@ -90,6 +94,38 @@ def test_a_volume_without_a_cell_stays_as_it_is():
     volumes = torch.full((1, 2, 8, 8, 8), -0.99)
     textured = add_texture(GaussianTexture(1.0), FlowMatchEulerDiscreteScheduler(), volumes, 4, seeded())
     assert torch.equal(textured, volumes)
+
+
+def test_what_lies_apart_is_left_out_where_cells_are_of_one_piece():
+    volumes = cell(32)
+    volumes[:, 1, 20:22, 20:22, 20:22] = 0.0  # a bead
+    for connected_cells in (False, True):
+        texture = GaussianTexture(1.0, connected_cells)
+        textured = add_texture(texture, FlowMatchEulerDiscreteScheduler(), volumes, 4, seeded())
+        assert (textured[..., 8:16, 8:16, 8:16] != -1).all()
+        assert (textured[..., 20:22, 20:22, 20:22] == -1).all() == connected_cells
+    assert not is_connected(volumes[0]) and is_connected(cell()[0])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.03, 0.1, 1.0])
+def test_the_largest_piece_is_that_of_scipy(share):
+    mask = torch.rand(17, 20, 23, generator=seeded()) < share
+    labels, number = ndimage.label(mask, np.ones((3, 3, 3)))
+    sizes = np.bincount(labels.flatten())[1:]
+    found = largest_piece(mask).numpy()
+    assert found.sum() == (sizes.max() if number else 0)
+    assert len(np.unique(labels[found])) == (number > 0)
+
+
+def test_a_spiral_is_of_one_piece():
+    """However long the way through it."""
+    mask = torch.zeros(1, 41, 41, dtype=torch.bool)
+    for turn in range(10):
+        low, high = 2 * turn, 40 - 2 * turn
+        mask[0, low, low : high + 1] = mask[0, low : high + 1, high] = mask[0, high, low : high + 1] = True
+        mask[0, low + 2 : high + 1, low] = True
+        mask[0, low + 2, low : low + 3] = True
+    assert torch.equal(largest_piece(mask), mask)
 
 
 def test_a_sample_does_not_depend_on_those_beside_it():

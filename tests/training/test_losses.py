@@ -15,7 +15,6 @@ from diffusers_byoc.training import (
     drop_conditions,
     reconstruction_loss,
 )
-from diffusers_byoc.training.losses import multiscale_error
 
 
 SHAPE = (4, 6, 2, 3, 5)
@@ -262,27 +261,3 @@ def test_channels_go_apart_for_their_share():
     assert (drawn == -1).float().mean(0).tolist() == pytest.approx([0.4 * 2 / 3 / 2] * 3, abs=0.02)
     assert (drawn == 999).float().mean(0).tolist() == pytest.approx([0.4 * 2 / 3 / 4] * 3, abs=0.02)
     assert is_with.all(1).float().mean().item() == pytest.approx(0.6 + 0.4 / 16, abs=0.02)
-
-
-@pytest.mark.parametrize("loss_type", ["l1", "l2"])
-def test_independent_errors_count_alike_at_every_scale_and_common_ones_more(loss_type):
-    generator = torch.Generator().manual_seed(0)
-    error = torch.randn(20, 6, 8, 8, 8, generator=generator)
-    single = multiscale_error(error, loss_type, 0.0)
-    torch.testing.assert_close(single, (error.abs() if loss_type == "l1" else error**2).flatten(1).mean(1))
-    whole = multiscale_error(error, loss_type, 0.25)  # of edges 2, 4 and 8
-    torch.testing.assert_close(whole.mean(), 1.75 * single.mean(), rtol=0.1, atol=0)
-    common = torch.ones(2, 6, 4, 8, 4)
-    expected = 1 + 0.25 * sum(size ** (1.5 if loss_type == "l1" else 3) for size in (2, 4))
-    torch.testing.assert_close(multiscale_error(common, loss_type, 0.25), torch.full((2,), expected))
-
-
-def test_every_channel_has_its_scales_at_its_own_timestep():
-    """A clean channel has no error at any scale; the errors of others are not mixed with it."""
-    scheduler = DDPMScheduler(prediction_type="sample")
-    latents, noise = torch.zeros(2, 4, 4, 4, 4), torch.zeros(2, 4, 4, 4, 4)
-    arguments = (FixedUNet(torch.ones(2, 4, 4, 4, 4)), scheduler, latents, noise)
-    options = {"loss_type": "l2", "multiscale_weight": 1.0}
-    one = diffusion_loss(*arguments, torch.tensor([[500, -1], [500, -1]]), **options)
-    both = diffusion_loss(*arguments, torch.tensor([[500, 500], [500, 500]]), **options)
-    assert both == 2 * one == 1 + 8 + 64

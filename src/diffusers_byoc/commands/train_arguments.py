@@ -214,8 +214,6 @@ def _make_parser(description: str) -> argparse.ArgumentParser:
     add("--num_augmented_copies", type=positive, help=help_text)
     add("--prediction_type", choices=["epsilon", "v_prediction", "sample"], help="what the U-Net predicts")
     add("--loss_type", choices=["l1", "l2"], default="l1")
-    help_text = "of the errors of whole regions, down to the cell's mean, beside those of single latents; 0: none"
-    add("--multiscale_weight", type=float, default=0.0, help=help_text)
     add("--snr_gamma", type=float, help="min-SNR weighting of the timesteps (Hang et al. 2023 advise 5)")
     add("--use_ema", **(FLAG | {"default": True}), help="the model is a moving average of the trained weights")
     add("--ema_decay", type=float, default=0.995)

@@ -71,6 +71,8 @@ class TextureUNet3D(CheckedModelMixin, ConfigMixin):
         voxel_gain: predict two numbers for every voxel, the velocity being ``shift + gain * sample``. Where texture is
             noise, as strong as the place is bright, the best velocity is the sample itself times such a gain; the
             trunk's norms lose the size of the sample, and with it some of the noise.
+        connected_cells: the cells trained on are of one connected piece each: what is apart from a decoded cell gets
+            no texture, and is left out (`add_texture`).
         act_fn: activation, by diffusers' names.
 
     Raises:
@@ -91,6 +93,7 @@ class TextureUNet3D(CheckedModelMixin, ConfigMixin):
         texture_scale: float = 0.15,
         background_margin: float = 0.1,
         voxel_gain: bool = True,
+        connected_cells: bool = False,
         act_fn: str = "silu",
     ):
         super().__init__()

@@ -28,8 +28,9 @@ def add_texture(
     """Draw texture into decoded volumes.
 
     Only the decoded cell and what is next to it can have texture; all else becomes background: a network that knows
-    processes too fine to be decoded would draw specks there. A volume without a cell stays as it is. A cell's texture
-    depends on its own generator alone, where there is one per sample.
+    processes too fine to be decoded would draw specks there. Where it was trained on cells of one piece each
+    (`connected_cells`), what is decoded apart from the largest piece becomes background, too. A volume without a cell
+    stays as it is. A cell's texture depends on its own generator alone, where there is one per sample.
 
     Args:
         texture_unet: the network.
@@ -45,8 +46,10 @@ def add_texture(
     reconstruction = reconstruction.float()
     noise = randn_tensor(reconstruction.shape, generator=generator, device=reconstruction.device, dtype=torch.float32)
     textured = torch.full_like(reconstruction, -1.0)
-    is_cell = (reconstruction > _FAINTEST).any(dim=1, keepdim=True).float()
-    is_near = F.max_pool3d(is_cell, 2 * _REACH + 1, stride=1, padding=_REACH) > 0  # (B, 1, D, H, W)
+    is_cell = (reconstruction > _FAINTEST).any(dim=1, keepdim=True)
+    if texture_unet.config.connected_cells:
+        is_cell = torch.stack([largest_piece(mask[0])[None] for mask in is_cell])
+    is_near = F.max_pool3d(is_cell.float(), 2 * _REACH + 1, stride=1, padding=_REACH) > 0  # (B, 1, D, H, W)
     for index, volume in enumerate(reconstruction):
         if not is_near[index].any():
             textured[index] = volume.clamp(-1, 1)
@@ -63,6 +66,30 @@ def add_texture(
         drawn = texture_unet.apply_texture(decoded, texture)
         textured[box] = torch.where(is_near[box], drawn, -1.0)
     return textured
+
+
+def is_connected(volume: Tensor) -> bool:
+    """Whether what is no background in (M, D, H, W), in [-1, 1], is of one piece, all channels taken together."""
+    is_cell = (volume > _FAINTEST).any(dim=0)
+    return torch.equal(largest_piece(is_cell), is_cell)
+
+
+def largest_piece(mask: Tensor) -> Tensor:
+    """The largest connected piece (26 neighbours) of a mask (D, H, W); the mask where there is none."""
+    if not mask.any():
+        return mask
+    box = _box(mask, 1)
+    inside = mask[box]
+    # each voxel knows another one of its piece, with a higher number, and soon the highest
+    labels = inside * torch.arange(1.0, inside.numel() + 1, device=mask.device).view(inside.shape)
+    spread = torch.zeros_like(labels)
+    while not torch.equal(spread, labels):
+        spread = labels
+        labels = inside * F.max_pool3d(labels[None, None], 3, stride=1, padding=1)[0, 0]
+        labels[inside] = labels.flatten()[labels[inside].long() - 1]  # what that one knows
+    piece = torch.zeros_like(mask)
+    piece[box] = inside & (labels == labels[inside].long().bincount().argmax())
+    return piece
 
 
 def _box(is_cell: Tensor, multiple: int) -> tuple[slice, ...]:

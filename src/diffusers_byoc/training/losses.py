@@ -92,7 +92,6 @@ def diffusion_loss(
     snr_gamma: float | None = None,
     conditions: Tensor | None = None,
     autoguidance: Autoguidance | None = None,
-    multiscale_weight: float = 0.0,
 ) -> Tensor:
     """Error of the predicted noise (or v, or sample, by the scheduler's `prediction_type`), a scalar.
 
@@ -107,15 +106,12 @@ def diffusion_loss(
         snr_gamma: weigh every cell by `min_snr_weights` of its timestep; None weighs all alike.
         conditions: of the U-Net, (B, P), or None.
         autoguidance: moves the target away from what a weaker U-Net predicts; None leaves it.
-        multiscale_weight: of the errors of pooled predictions, see `multiscale_error`; 0 for none.
 
     Raises:
         ValueError: for another `loss_type` or `prediction_type`.
 
     Source: BYOC, eq. 9 and 13, Table 3.
     """
-    if loss_type not in ("l1", "l2"):
-        raise ValueError(f"Expected loss_type 'l1' or 'l2', got {loss_type!r}. Choose one.")
     noisy_latents = add_noise(scheduler, latents, noise, timesteps)
     given = {"class_labels": class_labels, "conditions": conditions}
     given = {name: condition for name, condition in given.items() if condition is not None}
@@ -135,39 +131,14 @@ def diffusion_loss(
         )
     if autoguidance is not None:
         target = target + autoguidance.correction(noisy_latents, timesteps, len(scheduler), **given)
-    error = _parts(prediction - target, timesteps)
-    errors = multiscale_error(error, loss_type, multiscale_weight)
+    if loss_type not in ("l1", "l2"):
+        raise ValueError(f"Expected loss_type 'l1' or 'l2', got {loss_type!r}. Choose one.")
+    error = (F.l1_loss if loss_type == "l1" else F.mse_loss)(prediction, target, reduction="none")
     weights = (timesteps.flatten() >= 0).float()
     if snr_gamma is not None:
         snr = compute_snr(scheduler, timesteps.clamp(min=0).flatten())
         weights = weights * min_snr_weights(snr, prediction_type, snr_gamma)
-    return (errors * weights).mean()
-
-
-def multiscale_error(error: Tensor, loss_type: str, multiscale_weight: float) -> Tensor:
-    """Mean absolute ("l1") or squared error of each sample, (B,), and that of its means over ever larger cubes.
-
-    What is the same all over a cell, as its brightness, is a small part of each latent's error, and a network is late
-    to learn it. Independent errors count alike at every scale.
-
-    Args:
-        error: (B, C, d, h, w).
-        loss_type: "l1" or "l2".
-        multiscale_weight: of each of the cubes' edges 2, 4, ... up to the whole grid; 0 for none of them.
-
-    Source: after Hoogeboom et al. 2023 (simple diffusion), section 3.4, there for large images.
-    """
-    size = 1
-    errors = _size_of(error, loss_type)
-    while multiscale_weight > 0 and 2 * size <= min(error.shape[2:]):
-        size *= 2
-        pooled = size**1.5 * F.avg_pool3d(error, size)
-        errors = errors + multiscale_weight * _size_of(pooled, loss_type)
-    return errors
-
-
-def _size_of(error: Tensor, loss_type: str) -> Tensor:
-    return (error.abs() if loss_type == "l1" else error.square()).flatten(1).mean(1)
+    return (_parts(error, timesteps).flatten(1).mean(1) * weights).mean()
 
 
 def add_noise(scheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

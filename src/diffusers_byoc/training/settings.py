@@ -96,5 +96,5 @@ class StageSettings:
 
 def configuration(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """A diffusers model's or scheduler's configuration as inputs of a stage; without what training itself finds."""
-    found = ("latents_mean", "latents_std", "texture_scale")
+    found = ("latents_mean", "latents_std", "texture_scale", "connected_cells")
     return {f"{name}.{key}": value for key, value in config.items() if key[0] != "_" and key not in found}

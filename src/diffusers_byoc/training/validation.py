@@ -69,7 +69,7 @@ def validate_diffusion(
     snr_gamma: float | None = None,
     conditions: Tensor | None = None,
 ) -> dict[str, float]:
-    """`validation/diffusion`: the training loss of every cell at four timesteps, evenly apart, at one scale.
+    """`validation/diffusion`: the training loss of every cell at four timesteps, evenly apart.
 
     Args:
         accelerator: gives autocast and the processes.

@@ -58,7 +58,7 @@ def train(vqvae, cells):
 def test_a_network_is_trained_saved_and_resumed(train, tmp_path):
     whole = train(tmp_path / "whole")
     saved = TextureUNet3D.from_pretrained(tmp_path / "whole" / "texture_unet")
-    assert 0.01 < saved.config.texture_scale < 2
+    assert 0.01 < saved.config.texture_scale < 2 and saved.config.connected_cells
     assert any(parameter.any() for parameter in saved.conv_out.parameters())  # which began at zero
     train(tmp_path / "parts", max_train_steps=2, lr_scheduler="constant")
     train(tmp_path / "whole_constant", lr_scheduler="constant")
@@ -78,3 +78,16 @@ def test_the_autoencoder_stays_as_it_is(train, vqvae, tmp_path):
     before = {name: tensor.clone() for name, tensor in vqvae.state_dict().items()}
     train(tmp_path, max_train_steps=1)
     assert all(torch.equal(tensor, before[name]) for name, tensor in vqvae.state_dict().items())
+
+
+def test_cells_of_several_pieces_are_noticed(train, cells, monkeypatch, tmp_path):
+    item = type(cells).__getitem__
+
+    def with_a_bead(self, index):
+        cell = item(self, index)
+        if index == 3:
+            cell["volumes"][:, :2, :2, :2] = 0.5
+        return cell
+
+    monkeypatch.setattr(type(cells), "__getitem__", with_a_bead)
+    assert not train(tmp_path, max_train_steps=1).config.connected_cells

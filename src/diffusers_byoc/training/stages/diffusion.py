@@ -40,7 +40,7 @@ class DiffusionSettings(StageSettings):
         rank: of the adapter.
         num_augmented_copies: augmentations of every cell, whose latents are encoded once; None to draw another in
             every epoch and to encode it on the way.
-        loss_type, snr_gamma, multiscale_weight: see `diffusion_loss`.
+        loss_type, snr_gamma: see `diffusion_loss`.
         use_ema: the model is a moving average of the trained weights.
         ema_decay, use_ema_warmup, ema_inv_gamma, ema_power: see diffusers' `EMAModel`.
         inference_scheduler: the saved pipeline's, "DDPMScheduler" or "DDIMScheduler".
@@ -54,7 +54,6 @@ class DiffusionSettings(StageSettings):
     num_augmented_copies: int | None = None
     loss_type: str = "l1"
     snr_gamma: float | None = None
-    multiscale_weight: float = 0.0
     use_ema: bool = True
     ema_decay: float = 0.995
     use_ema_warmup: bool = False
@@ -176,7 +175,7 @@ def train_diffusion(
         with accelerator.accumulate(unet):
             weighting = (settings.loss_type, settings.snr_gamma)
             with accelerator.autocast():
-                given = (class_labels, *weighting, vectors, autoguidance, settings.multiscale_weight)
+                given = (class_labels, *weighting, vectors, autoguidance)
                 loss = diffusion_loss(unet, noise_scheduler, clean, noise, timesteps, *given)
             stage.apply(loss, unet, optimizer, lr_scheduler)
         if stage.is_accumulating:

@@ -9,7 +9,7 @@ from ...data import Cells
 from ...models import MultiCodebookVQModel, TextureUNet3D
 from ...models.fingerprint import fingerprint_weights
 from ...pipelines.schedulers import make_texture_scheduler
-from ...pipelines.texture import add_texture
+from ...pipelines.texture import add_texture, is_connected
 from ...randomness import process_share
 from ..batches import augment, remaining_batches
 from ..crops import crop_cells
@@ -59,6 +59,9 @@ def train_texture(
 
     # 1. network, optimizer, moving average
     set_texture_scale(texture_unet, vqvae, cells.indexable(32, settings.seed), device)
+    many = cells.indexable(256, settings.seed)
+    are_connected = all(is_connected(many[index]["volumes"]) for index in range(min(len(many), 256)))
+    texture_unet.register_to_config(connected_cells=are_connected)
     if settings.gradient_checkpointing:
         texture_unet.enable_gradient_checkpointing()
     if settings.compile:
