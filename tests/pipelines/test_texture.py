@@ -98,12 +98,14 @@ def test_a_volume_without_a_cell_stays_as_it_is():
 
 def test_what_lies_apart_is_left_out_where_cells_are_of_one_piece():
     volumes = cell(32)
-    volumes[:, 1, 20:22, 20:22, 20:22] = 0.0  # a bead
+    volumes[:, 0, 14:22, 14, 14] = -0.8  # a faint thread
+    volumes[:, 1, 22:24, 14:16, 14:16] = 0.0  # a bead
     for connected_cells in (False, True):
         texture = GaussianTexture(1.0, connected_cells)
         textured = add_texture(texture, FlowMatchEulerDiscreteScheduler(), volumes, 4, seeded())
         assert (textured[..., 8:16, 8:16, 8:16] != -1).all()
-        assert (textured[..., 20:22, 20:22, 20:22] == -1).all() == connected_cells
+        assert (textured[..., 16:18, 14, 14] != -1).all()
+        assert (textured[..., 22:24, 14:16, 14:16] == -1).all() == connected_cells
     assert not is_connected(volumes[0]) and is_connected(cell()[0])
 
 

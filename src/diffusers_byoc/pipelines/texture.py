@@ -12,6 +12,7 @@ from ..models import TextureUNet3D
 
 
 _FAINTEST = -0.95  # of a cell's voxels, once decoded; in [-1, 1]
+_BRIGHT = -0.6  # where pieces of a cell are told apart: decoded processes are no fainter
 _REACH = 2  # voxels around them that may belong to the cell
 # Between two steps the cubes of 2³ voxels in which the network works move by a voxel: their borders fall elsewhere.
 _PHASES = tuple(product((0, 1), repeat=3))
@@ -29,7 +30,7 @@ def add_texture(
 
     Only the decoded cell and what is next to it can have texture; all else becomes background: a network that knows
     processes too fine to be decoded would draw specks there. Where it was trained on cells of one piece each
-    (`connected_cells`), what is decoded apart from the largest piece becomes background, too. A volume without a cell
+    (`connected_cells`), what is decoded apart from the largest one becomes background, too. A volume without a cell
     stays as it is. A cell's texture depends on its own generator alone, where there is one per sample.
 
     Args:
@@ -46,10 +47,10 @@ def add_texture(
     reconstruction = reconstruction.float()
     noise = randn_tensor(reconstruction.shape, generator=generator, device=reconstruction.device, dtype=torch.float32)
     textured = torch.full_like(reconstruction, -1.0)
-    is_cell = (reconstruction > _FAINTEST).any(dim=1, keepdim=True)
+    is_cell = (reconstruction > _FAINTEST).any(dim=1)
     if texture_unet.config.connected_cells:
-        is_cell = torch.stack([largest_piece(mask[0])[None] for mask in is_cell])
-    is_near = F.max_pool3d(is_cell.float(), 2 * _REACH + 1, stride=1, padding=_REACH) > 0  # (B, 1, D, H, W)
+        is_cell = torch.stack(list(map(_without_loose_pieces, is_cell, reconstruction)))
+    is_near = _dilate(is_cell)[:, None]  # (B, 1, D, H, W)
     for index, volume in enumerate(reconstruction):
         if not is_near[index].any():
             textured[index] = volume.clamp(-1, 1)
@@ -69,9 +70,24 @@ def add_texture(
 
 
 def is_connected(volume: Tensor) -> bool:
-    """Whether what is no background in (M, D, H, W), in [-1, 1], is of one piece, all channels taken together."""
-    is_cell = (volume > _FAINTEST).any(dim=0)
-    return torch.equal(largest_piece(is_cell), is_cell)
+    """Whether what is bright in (M, D, H, W), in [-1, 1], is of one piece, all channels taken together."""
+    return not _loose_pieces(volume).any()
+
+
+def _loose_pieces(volume: Tensor) -> Tensor:
+    is_bright = (volume > _BRIGHT).any(dim=0)
+    return is_bright & ~largest_piece(is_bright)
+
+
+def _without_loose_pieces(is_cell: Tensor, volume: Tensor) -> Tensor:
+    """`is_cell` (D, H, W) of `volume` (M, D, H, W), but for bright pieces apart and what is faint around them."""
+    loose = _loose_pieces(volume)
+    return largest_piece(is_cell & ~_dilate(loose[None])[0]) if loose.any() else is_cell
+
+
+def _dilate(masks: Tensor) -> Tensor:
+    """Masks (B, D, H, W) and the voxels next to them."""
+    return F.max_pool3d(masks.float(), 2 * _REACH + 1, stride=1, padding=_REACH) > 0
 
 
 def largest_piece(mask: Tensor) -> Tensor:
