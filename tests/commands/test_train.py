@@ -501,7 +501,8 @@ def test_the_report_is_made_on_the_device(fresh_state, preset, unbroken, tmp_pat
     [
         ("FSDP", True, [], "got FSDP"),
         ("DEEPSPEED", False, ["--stage", "diffusion"], "Expected GPUs for DeepSpeed"),
-        ("DEEPSPEED", True, [], "Use it with --stage diffusion"),
+        ("DEEPSPEED", True, [], "the two of the autoencoder. Use it with --stage diffusion"),
+        ("DEEPSPEED", True, ["--stage", "distillation", "--pretrained", "x"], "the two of moment matching. Use it"),
         ("DEEPSPEED", True, ["--stage", "diffusion", "--mixed_precision", "fp16"], "Say --mixed_precision bf16 or no"),
     ],
 )

@@ -226,7 +226,7 @@ def _make_parser(description: str) -> argparse.ArgumentParser:
     add("--inference_scheduler", choices=schedulers, default="DDPMScheduler", help="the saved pipeline's")
 
     add = parser.add_argument_group("distillation").add_argument
-    help_text = "ancestral steps that match the teacher's moments, or steps of DDIM that halve its number"
+    help_text = "to ancestral steps after which the teacher corrects nothing, or to DDIM's from more of them"
     methods = ["moment_matching", "progressive"]
     add("--distillation_method", choices=methods, default="moment_matching", help=help_text)
     add("--num_distilled_steps", type=positive, default=4, help="that the distilled U-Net takes, and no others")

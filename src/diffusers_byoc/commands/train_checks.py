@@ -28,9 +28,11 @@ def check_arguments(
     if uses_deepspeed():
         if is_cpu_training():
             raise ValueError("Expected GPUs for DeepSpeed, as accelerate does, got none. Use torchrun.")
-        if args.stage in ("all", "autoencoder"):
+        matches_moments = args.stage == "distillation" and args.distillation_method == "moment_matching"
+        if args.stage in ("all", "autoencoder") or matches_moments:
+            name = "moment matching" if matches_moments else "the autoencoder"
             raise ValueError(
-                "Expected one optimizer for DeepSpeed, got the autoencoder's two. Use it with --stage diffusion."
+                f"Expected one optimizer for DeepSpeed, got the two of {name}. Use it with --stage diffusion."
             )
         if (fastest_precision() if args.mixed_precision == "auto" else args.mixed_precision) == "fp16":
             raise ValueError("Expected bf16 or float32 with DeepSpeed, got fp16. Say --mixed_precision bf16 or no.")
