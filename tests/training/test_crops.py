@@ -32,3 +32,9 @@ def test_a_volume_without_a_cell_is_cropped_anywhere():
 def test_a_crop_must_fit():
     with pytest.raises(ValueError, match="Expected a crop_size of at most 8, the volumes' edge, got 12"):
         crop_cells(torch.zeros(1, 1, 8, 8, 8), 12, torch.zeros(1))
+
+
+def test_what_belongs_to_a_cell_is_cropped_with_it():
+    volumes = volumes_with_cell((slice(0, 3), slice(5, 9), slice(14, 16))).expand(3, -1, -1, -1, -1)
+    crops, others = crop_cells(volumes, 8, torch.tensor([0.0, 0.5, 0.9]), volumes[:, :1] - 1)
+    assert torch.equal(others, crops[:, :1] - 1)

@@ -80,8 +80,9 @@ def check_sample_size(args: argparse.Namespace, vqvae: MultiCodebookVQModel | No
         vqvae = vqvae or make_autoencoder(any_size)
         step = smallest = vqvae.downsampling_factor
         if args.with_texture:
-            step = smallest = math.lcm(step, make_texture_unet(args, vqvae).downsampling_factor)
-            check_crop_size(args.texture_crop_size, "texture", args.sample_size, step)
+            texture_step = make_texture_unet(args, vqvae).downsampling_factor
+            step = smallest = math.lcm(step, texture_step)
+            check_crop_size(args.texture_crop_size, "texture", args.sample_size, texture_step)
         if args.autoencoder_crop_size is not None:
             check_crop_size(args.autoencoder_crop_size, "autoencoder", args.sample_size, vqvae.downsampling_factor)
         if args.stage not in ("autoencoder", "texture"):

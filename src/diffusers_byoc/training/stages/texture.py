@@ -24,8 +24,7 @@ class TextureSettings(StageSettings):
     """Settings of the texture's training, beside those of any stage.
 
     Args:
-        crop_size: edge of the crops around the cell, voxels; a multiple of the autoencoder's and of the network's
-            downsampling.
+        crop_size: edge of the crops around the cell, voxels; a multiple of the network's downsampling.
         ema_decay: of the moving average of the weights, which is the model; it begins lower, (1 + step) / (10 + step).
     """
 
@@ -92,9 +91,10 @@ def train_texture(
             process_share(x, accelerator.process_index, accelerator.num_processes).to(device)
             for x in (places, times, noise)
         )
-        volumes = crop_cells(volumes, settings.crop_size, places)
+        # whole cells are decoded, as they will be: at the border of a crop the autoencoder would know less of its cell
         with torch.no_grad(), accelerator.autocast():
             reconstruction = vqvae.decode(vqvae.encode(volumes).latents).sample.float()
+        volumes, reconstruction = crop_cells(volumes, settings.crop_size, places, reconstruction)
 
         with accelerator.accumulate(texture_unet):
             texture = bare_texture_unet.texture(volumes, reconstruction)
