@@ -7,6 +7,7 @@ from accelerate.state import AcceleratorState, GradientState
 from diffusers_byoc import MultiCodebookVQModel, TextureUNet3D, VolumeProcessor
 from diffusers_byoc.data import PhantomCells
 from diffusers_byoc.training import CheckpointError, Stage
+from diffusers_byoc.training.stages import texture
 from diffusers_byoc.training.stages.texture import TextureSettings, train_texture
 
 
@@ -91,3 +92,24 @@ def test_cells_of_several_pieces_are_noticed(train, cells, monkeypatch, tmp_path
 
     monkeypatch.setattr(type(cells), "__getitem__", with_a_bead)
     assert not train(tmp_path, max_train_steps=1).config.connected_cells
+
+
+def test_it_learns_from_cells_that_were_decoded_as_a_whole(train, tmp_path, vqvae, cells, monkeypatch):
+    """A crop that was encoded alone looks otherwise, up to as far from its border as the autoencoder sees."""
+    seen = []
+
+    def flow_matching_loss(network, target, reconstruction, *others):
+        seen.extend(reconstruction)
+        return original(network, target, reconstruction, *others)
+
+    original = texture.flow_matching_loss
+    monkeypatch.setattr(texture, "flow_matching_loss", flow_matching_loss)
+    train(tmp_path, max_train_steps=3)
+    with torch.no_grad():
+        whole = torch.stack([cells[index]["volumes"] for index in range(4)])
+        decoded = vqvae.decode(vqvae.encode(whole).latents).sample
+    windows = decoded.unfold(2, 16, 1).unfold(3, 16, 1).unfold(4, 16, 1)  # (4, M, 17, 17, 17, 16, 16, 16), a view
+    assert len(seen) == 6
+    for crop in seen:
+        near = (windows[..., 8, 8, 8] - crop[:, 8, 8, 8][:, None, None, None]).abs().amax(1) < 1e-5
+        assert any(torch.allclose(windows[c, :, z, y, x], crop, atol=1e-5) for c, z, y, x in near.nonzero())
