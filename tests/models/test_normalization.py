@@ -86,11 +86,7 @@ def test_voxel_norm_is_layer_norm_over_the_features(memory_format):
     volume = torch.randn(2, 5, 3, 4, 2).contiguous(memory_format=memory_format)
     plain = nn.LayerNorm(5, eps=norm.eps)
     plain.load_state_dict({"weight": norm.weight, "bias": norm.bias})
-    expected = plain(volume.permute(0, 2, 3, 4, 1)).permute(0, 4, 1, 2, 3)
-    torch.testing.assert_close(norm(volume), expected)
-    scale, shift = torch.randn(2, 2, 5)
-    expected = expected * (1 + scale[..., None, None, None]) + shift[..., None, None, None]
-    torch.testing.assert_close(norm(volume, scale, shift), expected)
+    torch.testing.assert_close(norm(volume), plain(volume.permute(0, 2, 3, 4, 1)).permute(0, 4, 1, 2, 3))
 
 
 @pytest.mark.parametrize("num_features", [1, 3])

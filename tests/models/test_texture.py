@@ -120,38 +120,3 @@ def test_the_velocity_is_the_sample_by_a_gain_plus_a_shift():
     velocity = network(sample, 500, reconstruction).sample
     torch.testing.assert_close(velocity, 0.25 - 2.0 * sample)
     assert TextureUNet3D(2, (8,), (1,), voxel_gain=False).conv_out.out_channels == 16
-
-
-@torch.no_grad()
-def test_context_begins_as_nothing():
-    """A network that was trained without it goes on as it was."""
-    plain, told = TextureUNet3D(**TINY), TextureUNet3D(**TINY, cell_context=True)
-    torch.nn.init.normal_(plain.conv_out.weight)
-    assert not told.load_state_dict(plain.state_dict(), strict=False).unexpected_keys
-    sample, reconstruction = torch.randn(2, 2, 2, 8, 8, 8)
-    assert torch.equal(told(sample, 500, reconstruction).sample, plain(sample, 500, reconstruction).sample)
-
-
-@pytest.mark.parametrize("widths", [(8,), (8, 16)])
-@torch.no_grad()
-def test_context_reaches_the_whole_cell_and_comes_from_the_cell_alone(widths):
-    layers = (1,) * len(widths)
-    plain, told = (model(block_out_channels=widths, layers_per_block=layers, cell_context=c) for c in (False, True))
-    sample = torch.randn(1, 2, 4, 4, 128)
-    reconstruction = torch.zeros(1, 2, 4, 4, 128)
-    reconstruction[..., 64:] = -1  # the cell ends in the middle
-    brighter, empty = sample.clone(), sample.clone()
-    brighter[..., :8] += 1  # its one end
-    empty[..., 120:] += 1  # background
-    at_the_other_end = (..., slice(48, 56))
-    for network, reaches in ((plain, False), (told, True)):
-        velocity = network(sample, 500, reconstruction).sample[at_the_other_end]
-        moved = (network(brighter, 500, reconstruction).sample[at_the_other_end] - velocity).abs().max()
-        assert (moved > 1e-3) == reaches
-        torch.testing.assert_close(network(empty, 500, reconstruction).sample[at_the_other_end], velocity)
-
-
-@torch.no_grad()
-def test_context_of_a_volume_without_a_cell_is_finite():
-    volume = torch.full((1, 2, 8, 8, 8), -1.0)
-    assert model(cell_context=True)(torch.randn_like(volume), 500, volume).sample.isfinite().all()

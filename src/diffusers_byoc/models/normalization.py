@@ -115,8 +115,8 @@ class VoxelNorm(nn.Module):
     """Layer normalisation over the features of each voxel of `(B, C, D, H, W)`.
 
     The autoencoder's norm: it knows no other voxel, so decoding in tiles differs only where a tile's border is near.
-    Group statistics of a tile of empty background are not those of the cell beside it, and they forget how bright a
-    cell is as a whole. In `channels_last_3d` it is one fused kernel over contiguous memory.
+    Group statistics of a tile of empty background are not those of the cell beside it. In `channels_last_3d` it is one
+    fused kernel over contiguous memory.
     """
 
     def __init__(self, num_features: int, eps: float = 1e-6):
@@ -125,31 +125,10 @@ class VoxelNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(num_features))
         self.bias = nn.Parameter(torch.zeros(num_features))
 
-    def forward(self, hidden_states: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-        """Normalise `hidden_states` (B, C, D, H, W); `scale`, `shift` (B, C) give `norm * (1 + scale) + shift`."""
+    def forward(self, hidden_states: Tensor) -> Tensor:
         voxels = hidden_states.movedim(1, -1)  # a view in channels_last_3d
         weight, bias = self.weight.to(voxels.dtype), self.bias.to(voxels.dtype)
-        normalized = F.layer_norm(voxels, weight.shape, weight, bias, self.eps)
-        if scale is not None:
-            gain, offset = (x.to(normalized.dtype)[:, None, None, None] for x in (1 + scale, shift))
-            normalized = torch.addcmul(offset, normalized, gain)
-        return normalized.movedim(-1, 1)
-
-
-def make_norm(num_features: int, norm_num_groups: int | None, norm_type: str) -> InstanceNorm | VoxelNorm:
-    """The norm of a network's configuration: "group" over a cell's voxels, or "layer" over a voxel's features.
-
-    Raises:
-        ValueError: for another `norm_type`, or groups of a layer norm.
-    """
-    if norm_type == "group":
-        return InstanceNorm(num_features, norm_num_groups)
-    if norm_type != "layer" or norm_num_groups is not None:
-        raise ValueError(
-            f"Expected norm_type 'group', or 'layer' without norm_num_groups, got {norm_type!r} with norm_num_groups="
-            f"{norm_num_groups}. Correct the configuration."
-        )
-    return VoxelNorm(num_features)
+        return F.layer_norm(voxels, weight.shape, weight, bias, self.eps).movedim(-1, 1)
 
 
 def to_fast_memory_format(tensor: Tensor) -> Tensor:

@@ -22,9 +22,6 @@ from .convolution import Conv3d
 from .normalization import VoxelNorm, to_fast_memory_format
 
 
-FAINTEST = -0.95  # of a cell's voxels, once decoded; in [-1, 1]
-
-
 @dataclass
 class TextureUNet3DOutput(BaseOutput):
     """`sample` (B, M, D, H, W): the velocity, noise minus texture."""
@@ -52,8 +49,8 @@ class TextureBlock(nn.Module):
 
     def forward(self, hidden_states: Tensor, time_embedding: Tensor) -> Tensor:
         residual = self.conv1(self.nonlinearity(self.norm1(hidden_states)))
-        scale, shift = self.time_emb_proj(time_embedding).chunk(2, dim=1)  # (B, C) each
-        residual = self.conv2(self.nonlinearity(self.norm2(residual, scale, shift)))
+        scale, shift = self.time_emb_proj(time_embedding)[:, :, None, None, None].chunk(2, dim=1)
+        residual = self.conv2(self.nonlinearity(self.norm2(residual) * (1 + scale) + shift))
         return self.conv_shortcut(hidden_states) + residual
 
 
@@ -74,8 +71,6 @@ class TextureUNet3D(CheckedModelMixin, ConfigMixin):
         voxel_gain: predict two numbers for every voxel, the velocity being ``shift + gain * sample``. Where texture is
             noise, as strong as the place is bright, the best velocity is the sample itself times such a gain; the
             trunk's norms lose the size of the sample, and with it some of the noise.
-        cell_context: tell all voxels what the cell as a whole is like: the mean of its features and of their squares
-            joins the time. What is common to a cell, as how far it is too dark, no neighbourhood shows.
         connected_cells: the cells trained on are of one connected piece each: what is apart from a decoded cell gets
             no texture, and is left out (`add_texture`).
         act_fn: activation, by diffusers' names.
@@ -86,7 +81,7 @@ class TextureUNet3D(CheckedModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["TextureBlock"]
-    _skip_layerwise_casting_patterns = ["norm", "time_embedding", "context_embedding"]
+    _skip_layerwise_casting_patterns = ["norm", "time_embedding"]
     _supports_group_offloading = True
 
     @register_to_config
@@ -98,7 +93,6 @@ class TextureUNet3D(CheckedModelMixin, ConfigMixin):
         texture_scale: float = 0.15,
         background_margin: float = 0.1,
         voxel_gain: bool = True,
-        cell_context: bool = False,
         connected_cells: bool = False,
         act_fn: str = "silu",
     ):
@@ -115,12 +109,6 @@ class TextureUNet3D(CheckedModelMixin, ConfigMixin):
         time_dim = 128
         self.time_proj = Timesteps(time_dim // 2, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(time_dim // 2, time_dim, act_fn=act_fn)
-
-        self.context_embedding = None
-        if cell_context:
-            self.context_embedding = TimestepEmbedding(2 * widths[0], time_dim, act_fn=act_fn)
-            nn.init.zeros_(self.context_embedding.linear_2.weight)  # so that a network trained without it can go on
-            nn.init.zeros_(self.context_embedding.linear_2.bias)
 
         # 2. in: noisy texture and volume, in cubes
         self.conv_in = Conv3d(2 * 8 * num_channels, widths[0], 3, padding=1)
@@ -173,8 +161,7 @@ class TextureUNet3D(CheckedModelMixin, ConfigMixin):
         if not torch.is_tensor(timestep):
             timestep = torch.tensor([timestep], device=sample.device)
         timesteps = timestep.reshape(-1).to(sample.device).expand(len(sample))
-        time_embedding = self.time_embedding(self.time_proj(timesteps).to(sample.dtype))
-        embedding = self.nonlinearity(time_embedding)
+        embedding = self.nonlinearity(self.time_embedding(self.time_proj(timesteps).to(sample.dtype)))
 
         # 2. in
         cubes = to_cubes(torch.cat([sample, reconstruction.to(sample.dtype)], dim=1))  # (B, 2*8*M, D/2, H/2, W/2)
@@ -187,10 +174,7 @@ class TextureUNet3D(CheckedModelMixin, ConfigMixin):
             skips.append(hidden_states)
             hidden_states = downsampler(hidden_states)
 
-        # 4. middle, where the cell as a whole joins the time
-        if self.context_embedding is not None:
-            context = _mean_in_cell(skips[0] if skips else hidden_states, reconstruction)
-            embedding = self.nonlinearity(time_embedding + self.context_embedding(context.to(time_embedding.dtype)))
+        # 4. middle
         hidden_states = self._run(self.mid_blocks, hidden_states, embedding)
 
         # 5. up
@@ -237,14 +221,6 @@ class TextureUNet3D(CheckedModelMixin, ConfigMixin):
                 f"Expected axes divisible by {self.downsampling_factor}, got {tuple(sample.shape[2:])}. "
                 "Pad the volume with background, -1."
             )
-
-
-def _mean_in_cell(hidden_states: Tensor, reconstruction: Tensor) -> Tensor:
-    """(B, 2C): the mean of (B, C, d, h, w) and of its square over the cubes that hold some of the decoded cell."""
-    is_cell = F.max_pool3d((reconstruction > FAINTEST).any(dim=1, keepdim=True).float(), 2)  # (B, 1, d, h, w)
-    features = torch.cat([hidden_states, hidden_states.square()], dim=1)
-    sums = (features * is_cell.to(features.dtype)).sum((2, 3, 4), dtype=torch.float32)
-    return sums / is_cell.sum((2, 3, 4)).clamp(min=1)
 
 
 def to_cubes(volumes: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .attention import AxialAttention
 from .checked_loading import CheckedModelMixin
 from .convolution import Conv3d
-from .normalization import make_norm, to_fast_memory_format
+from .normalization import InstanceNorm, to_fast_memory_format
 
 
 @dataclass
@@ -29,20 +29,12 @@ class DualChannelUNet3DOutput(BaseOutput):
 class TimeResidualBlock(nn.Module):
     """norm, act, conv; norm scaled and shifted by the time embedding, act, conv; plus the (projected) input."""
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        time_dim: int,
-        norm_num_groups: int | None,
-        norm_type: str,
-        act_fn: str,
-    ):
+    def __init__(self, in_features: int, out_features: int, time_dim: int, norm_num_groups: int | None, act_fn: str):
         super().__init__()
-        self.norm1 = make_norm(in_features, norm_num_groups, norm_type)
+        self.norm1 = InstanceNorm(in_features, norm_num_groups)
         self.conv1 = Conv3d(in_features, out_features, 3, padding=1)
         self.time_emb_proj = nn.Linear(time_dim, 2 * out_features)
-        self.norm2 = make_norm(out_features, norm_num_groups, norm_type)
+        self.norm2 = InstanceNorm(out_features, norm_num_groups)
         self.conv2 = Conv3d(out_features, out_features, 3, padding=1)
         self.conv_shortcut = Conv3d(in_features, out_features, 1) if in_features != out_features else nn.Identity()
         self.nonlinearity = get_activation(act_fn)
@@ -57,9 +49,9 @@ class TimeResidualBlock(nn.Module):
 class UNetBlock(nn.Module):
     """A residual block; if `head_dim` is given, then attention within the depth planes and along the depth."""
 
-    def __init__(self, in_features, out_features, time_dim, norm_num_groups, norm_type, act_fn, head_dim: int | None):
+    def __init__(self, in_features, out_features, time_dim, norm_num_groups, act_fn, head_dim: int | None):
         super().__init__()
-        self.resnet = TimeResidualBlock(in_features, out_features, time_dim, norm_num_groups, norm_type, act_fn)
+        self.resnet = TimeResidualBlock(in_features, out_features, time_dim, norm_num_groups, act_fn)
         axes = () if head_dim is None else ("spatial", "depth")
         self.attentions = nn.ModuleList(AxialAttention(out_features, head_dim, a) for a in axes)
 
@@ -101,8 +93,6 @@ class DualChannelUNet3D(CheckedModelMixin, AttentionMixin, ConfigMixin, PeftAdap
             has one number for each resolution, finest first; 0 is none down, and one up without attention, which
             joins what came in to what comes back.
         norm_num_groups: groups of the group norm; `None` is instance normalisation (Table 3).
-        norm_type: "group", over all places of the latents, or "layer", over the features of each place alone, which
-            does not forget how bright a cell is as a whole (`docs/quality.md`). The same weights fit both.
         attention_head_dim: features per attention head.
         num_class_embeds: number of classes (drugs) that can be given as `class_labels`; `None` for none.
         class_embed_type: "projection" for a vector (a dose, a time, an embedding) that can be given as `conditions`,
@@ -143,7 +133,6 @@ class DualChannelUNet3D(CheckedModelMixin, AttentionMixin, ConfigMixin, PeftAdap
         projection_class_embeddings_input_dim: int | None = None,
         conditioning_dropout_prob: float = 0.0,
         channel_timesteps_prob: float = 0.0,
-        norm_type: str = "group",
     ):
         super().__init__()
         self._check_conditions_of_config()
@@ -177,7 +166,7 @@ class DualChannelUNet3D(CheckedModelMixin, AttentionMixin, ConfigMixin, PeftAdap
         self.conv_in = Conv3d(num_channels * latent_channels, widths[0], 3, padding=1)
 
         # 3. down
-        block_arguments = (time_dim, norm_num_groups, norm_type, act_fn)
+        block_arguments = (time_dim, norm_num_groups, act_fn)
         self.down_blocks, self.downsamplers = nn.ModuleList(), nn.ModuleList()
         for level, (width, num_layers) in enumerate(zip(widths, self._layers, strict=True)):
             for layer in range(num_layers):
@@ -201,7 +190,7 @@ class DualChannelUNet3D(CheckedModelMixin, AttentionMixin, ConfigMixin, PeftAdap
                 self.upsamplers.append(Upsample(width, widths[level - 1]))
 
         # 6. out
-        self.norm_out = make_norm(widths[0], norm_num_groups, norm_type)
+        self.norm_out = InstanceNorm(widths[0], norm_num_groups)
         self.nonlinearity = get_activation(act_fn)
         self.conv_out = Conv3d(widths[0], num_channels * latent_channels, 3, padding=1)
         self.input_gain = nn.Linear(time_dim, num_channels * latent_channels)
@@ -381,10 +370,9 @@ class DualChannelUNet3D(CheckedModelMixin, AttentionMixin, ConfigMixin, PeftAdap
                 f"{len(self.config.block_out_channels)} resolutions), got {tuple(sizes)}. "
                 "Choose another size, or fewer entries in block_out_channels."
             )
-        is_instance_norm = self.config.norm_type == "group" and self.config.norm_num_groups is None
-        if is_instance_norm and all(size == factor for size in sizes):
+        if self.config.norm_num_groups is None and all(size == factor for size in sizes):
             raise ValueError(
                 f"Expected a {name} larger than {factor}, got {tuple(sizes)}: the deepest features would be 1x1x1, "
                 "and instance norm of a single voxel is zero. Remove an entry of block_out_channels, choose a larger "
-                "size, or set norm_num_groups or norm_type='layer'."
+                "size, or set norm_num_groups."
             )

@@ -9,9 +9,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..models import TextureUNet3D
-from ..models.texture import FAINTEST
 
 
+_FAINTEST = -0.95  # of a cell's voxels, once decoded; in [-1, 1]
 _BRIGHT = -0.6  # where pieces of a cell are told apart: decoded processes are no fainter
 _REACH = 2  # voxels around them that may belong to the cell
 # Between two steps the cubes of 2³ voxels in which the network works move by a voxel: their borders fall elsewhere.
@@ -47,7 +47,7 @@ def add_texture(
     reconstruction = reconstruction.float()
     noise = randn_tensor(reconstruction.shape, generator=generator, device=reconstruction.device, dtype=torch.float32)
     textured = torch.full_like(reconstruction, -1.0)
-    is_cell = (reconstruction > FAINTEST).any(dim=1)
+    is_cell = (reconstruction > _FAINTEST).any(dim=1)
     if texture_unet.config.connected_cells:
         is_cell = torch.stack(list(map(_without_loose_pieces, is_cell, reconstruction)))
     is_near = _dilate(is_cell)[:, None]  # (B, 1, D, H, W)
