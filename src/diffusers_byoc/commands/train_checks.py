@@ -82,7 +82,8 @@ def check_sample_size(args: argparse.Namespace, vqvae: MultiCodebookVQModel | No
         if args.with_texture:
             texture_step = make_texture_unet(args, vqvae).downsampling_factor
             step = smallest = math.lcm(step, texture_step)
-            check_crop_size(args.texture_crop_size, "texture", args.sample_size, texture_step)
+            crop_step = texture_step if args.texture_decode_whole_cells else step
+            check_crop_size(args.texture_crop_size, "texture", args.sample_size, crop_step)
         if args.autoencoder_crop_size is not None:
             check_crop_size(args.autoencoder_crop_size, "autoencoder", args.sample_size, vqvae.downsampling_factor)
         if args.stage not in ("autoencoder", "texture"):

@@ -94,7 +94,7 @@ def test_cells_of_several_pieces_are_noticed(train, cells, monkeypatch, tmp_path
     assert not train(tmp_path, max_train_steps=1).config.connected_cells
 
 
-def test_it_learns_from_cells_that_were_decoded_as_a_whole(train, tmp_path, vqvae, cells, monkeypatch):
+def test_it_can_learn_from_cells_that_were_decoded_as_a_whole(train, tmp_path, vqvae, cells, monkeypatch):
     """A crop that was encoded alone looks otherwise, up to as far from its border as the autoencoder sees."""
     seen = []
 
@@ -104,7 +104,7 @@ def test_it_learns_from_cells_that_were_decoded_as_a_whole(train, tmp_path, vqva
 
     original = texture.flow_matching_loss
     monkeypatch.setattr(texture, "flow_matching_loss", flow_matching_loss)
-    train(tmp_path, max_train_steps=3)
+    train(tmp_path, max_train_steps=3, decode_whole_cells=True)
     with torch.no_grad():
         whole = torch.stack([cells[index]["volumes"] for index in range(4)])
         decoded = vqvae.decode(vqvae.encode(whole).latents).sample

@@ -24,12 +24,16 @@ class TextureSettings(StageSettings):
     """Settings of the texture's training, beside those of any stage.
 
     Args:
-        crop_size: edge of the crops around the cell, voxels; a multiple of the network's downsampling.
+        crop_size: edge of the crops around the cell, voxels; a multiple of the autoencoder's and of the network's
+            downsampling, of the latter alone with `decode_whole_cells`.
+        decode_whole_cells: cut the crops out of decoded cells, which takes longer, where otherwise each is decoded
+            alone and at its border the autoencoder knows less than it will.
         ema_decay: of the moving average of the weights, which is the model; it begins lower, (1 + step) / (10 + step).
     """
 
     learning_rate: float = 1e-3
     crop_size: int = 40
+    decode_whole_cells: bool = False
     ema_decay: float = 0.999
 
 
@@ -91,10 +95,12 @@ def train_texture(
             process_share(x, accelerator.process_index, accelerator.num_processes).to(device)
             for x in (places, times, noise)
         )
-        # whole cells are decoded, as they will be: at the border of a crop the autoencoder would know less of its cell
+        if not settings.decode_whole_cells:
+            volumes = crop_cells(volumes, settings.crop_size, places)
         with torch.no_grad(), accelerator.autocast():
             reconstruction = vqvae.decode(vqvae.encode(volumes).latents).sample.float()
-        volumes, reconstruction = crop_cells(volumes, settings.crop_size, places, reconstruction)
+        if settings.decode_whole_cells:
+            volumes, reconstruction = crop_cells(volumes, settings.crop_size, places, reconstruction)
 
         with accelerator.accumulate(texture_unet):
             texture = bare_texture_unet.texture(volumes, reconstruction)
