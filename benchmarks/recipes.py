@@ -147,11 +147,14 @@ def cosine(share: float) -> float:
 
 
 def batches(volumes: Tensor, recipe: Recipe, generator: torch.Generator):
-    """Endless (B, M, D, H, W) of whole volumes, and places to crop them at."""
+    """Endless (B, M, D, H, W)."""
     while True:
         chosen = volumes[torch.randint(len(volumes), (recipe.batch_size,), generator=generator)].float()
         flips = [axis for axis in (2, 3, 4) if torch.rand((), generator=generator) < 0.5]
-        yield chosen.flip(flips), torch.rand(len(chosen), generator=generator)
+        chosen = chosen.flip(flips)
+        if recipe.crop_size is not None:
+            chosen = crop_cells(chosen, recipe.crop_size, torch.rand(len(chosen), generator=generator))
+        yield chosen
 
 
 def train_autoencoder(recipe: Recipe, volumes: Tensor, seconds: float) -> tuple[MultiCodebookVQModel, int]:
@@ -172,13 +175,11 @@ def train_autoencoder(recipe: Recipe, volumes: Tensor, seconds: float) -> tuple[
     discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), 2e-4, (0.5, 0.9), fused=True)
 
     start, step = time.process_time(), 0
-    for batch, places in batches(volumes, recipe, generator):
+    for batch in batches(volumes, recipe, generator):
         share = (time.process_time() - start) / seconds
         if share >= 1:
             break
         optimizer.param_groups[0]["lr"] = 1e-3 * cosine(share)
-        if recipe.crop_size is not None:
-            batch = crop_cells(batch, recipe.crop_size, places)
         with torch.autocast("cpu", torch.bfloat16):
             if step == 0:
                 with torch.no_grad():
@@ -230,7 +231,7 @@ def train_texture(vqvae: MultiCodebookVQModel, recipe: Recipe, volumes: Tensor, 
     average = [parameter.detach().clone() for parameter in network.parameters()]
     optimizer = torch.optim.Adam(network.parameters(), 1e-3, (0.9, 0.99), fused=True)
     start, step = time.process_time(), 0
-    for batch, places in batches(volumes, recipe, generator):
+    for batch in batches(volumes, recipe, generator):
         share = (time.process_time() - start) / seconds
         if share >= 1:
             break
@@ -238,8 +239,6 @@ def train_texture(vqvae: MultiCodebookVQModel, recipe: Recipe, volumes: Tensor, 
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
                 decoded = decode(vqvae, recipe, batch)
-            if recipe.crop_size is not None:
-                batch, decoded = crop_cells(batch, recipe.crop_size, places, decoded)
             texture = network.texture(batch, decoded)
             noise = torch.randn(texture.shape, generator=generator)
             times = torch.randn(len(batch), generator=generator).sigmoid()
