@@ -182,7 +182,7 @@ def _make_parser(description: str) -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("texture").add_argument
     add("--texture_crop_size", type=positive, default=40, help="crops around the cell, voxels")
-    add("--texture_decode_whole_cells", **FLAG, help="and crop then: slower, better in a long training")
+    add("--texture_decode_whole_cells", **FLAG, help="and crop then: nearer to what a pipeline decodes, but slower")
     add("--texture_ema_decay", type=float, default=0.999, help="the model is a moving average")
     add("--num_texture_steps", type=positive, default=8, help="the saved pipeline's default")
 
