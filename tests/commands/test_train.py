@@ -536,6 +536,7 @@ def test_bad_input_ends_the_process_without_a_traceback(preset, tmp_path):
             ["--num_augmented_copies", "3", "--augmentation", "none"],
             "for --num_augmented_copies 3, got none: the copies would be equal.",
         ),
+        (["--autoencoder_latent_noise", "-1"], "Expected an --autoencoder_latent_noise of at least 0, got -1.0."),
         (["--lerning_rate", "1"], "unrecognized arguments"),
     ],
 )

@@ -5,6 +5,7 @@ import torch
 
 from diffusers_byoc import MultiCodebookVQModel
 from diffusers_byoc.models.encoder_decoder import ResidualBlock
+from diffusers_byoc.models.vqvae import is_cell_place
 
 
 TINY = {
@@ -417,6 +418,32 @@ def test_background_is_zero_to_the_scaling_by_cells():
     assert background.std((2, 3, 4)).max() > 0.01  # near the borders it is not what it is inside
     torch.testing.assert_close(vqvae.normalize_latents(background), torch.zeros_like(background))
     torch.testing.assert_close(vqvae.normalize_latents(background + 2), torch.full_like(background, 4.0))
+
+
+def test_noise_on_the_latents_is_measured_by_them():
+    vqvae = model(block_out_channels=(8, 8, 16), sample_size=32)
+    sample = torch.full((2, 2, 32, 32, 32), -1.0)
+    sample[:, :, 8:16, 8:16, 8:16] = torch.rand(2, 2, 8, 8, 8)
+    clean = vqvae(sample).sample
+    torch.testing.assert_close(vqvae(sample, latent_noise=torch.zeros(2, 8, 8, 8, 8)).sample, clean)
+    noise = 0.3 * torch.randn(2, 8, 8, 8, 8)
+    noisy = vqvae(sample, latent_noise=noise)
+    assert not torch.allclose(noisy.sample, clean)
+    torch.testing.assert_close(noisy.latents, vqvae.encode(sample).latents)  # the codebooks follow what is encoded
+
+    # in the units of latent_scaling="cell": latents that grow gain nothing by it
+    latents = vqvae.encode(sample).latents
+    deviation = vqvae._cell_deviation(latents)
+    squares = (latents - vqvae.background_latents((8, 8, 8))).square().movedim(1, -1)  # (B, d, h, w, M*n)
+    expected = squares[is_cell_place(squares, squares.mean((0, 1, 2, 3)))].mean(0).sqrt()
+    assert deviation.shape == (1, 8, 1, 1, 1)
+    torch.testing.assert_close(deviation.flatten(), expected)
+    with torch.no_grad():
+        vqvae.encoders[0].conv_out.weight.mul_(10)
+        vqvae.encoders[0].conv_out.bias.mul_(10)
+    torch.testing.assert_close(vqvae._cell_deviation(vqvae.encode(sample).latents), 10 * deviation, rtol=1e-3, atol=0)
+    vqvae._cell_deviation(vqvae.encode(sample).latents).sum().backward()
+    assert vqvae.encoders[0].conv_out.weight.grad.abs().sum() > 0
 
 
 @torch.no_grad()

@@ -54,6 +54,10 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
             f"Expected a run that ends with a pipeline for --push_to_hub, got --stage {args.stage}. Push with the"
             " diffusion."
         )
+    if args.autoencoder_latent_noise < 0:
+        parser.error(
+            f"Expected an --autoencoder_latent_noise of at least 0, got {args.autoencoder_latent_noise}. Correct it."
+        )
     if (args.num_augmented_copies or 1) > 1 and args.augmentation == "none" and not args.intensity_jitter:
         parser.error(
             f"Expected an --augmentation or --intensity_jitter for --num_augmented_copies {args.num_augmented_copies},"
@@ -179,6 +183,8 @@ def _make_parser(description: str) -> argparse.ArgumentParser:
 
     add("--share_codebook", **FLAG, help="one codebook for all channels, the ablation 'unimodal'")
     add("--autoencoder_crop_size", type=positive, help="train on crops around the cell, voxels (default: all)")
+    help_text = "decode latents with noise of up to so many of their deviations: errors of the diffusion matter less"
+    add("--autoencoder_latent_noise", type=float, default=0.0, help=help_text)
 
     add = parser.add_argument_group("texture").add_argument
     add("--texture_crop_size", type=positive, default=40, help="crops around the cell, voxels")

@@ -54,6 +54,15 @@ class MultiCodebookVQOutput(BaseOutput):
     indices: Tensor
 
 
+def is_cell_place(squares: Tensor, means: Tensor) -> Tensor:
+    """Whether there is a cell (..., bool), by the `squares` (..., M*n) of the latents' distance from background.
+
+    There is one where the latents are further from it than on average, `means` (M*n,): a cell fills a few of a hundred
+    places, and is some fifteen times the average.
+    """
+    return (squares / means.clamp(min=1e-12)).mean(-1) > 1
+
+
 class MultiCodebookVQModel(CheckedModelMixin, AutoencoderMixin, ConfigMixin):
     """Vector-quantising autoencoder for volumes of M biological channels, with one codebook per channel.
 
@@ -258,8 +267,17 @@ class MultiCodebookVQModel(CheckedModelMixin, AutoencoderMixin, ConfigMixin):
         sample = self._in_slices(self._decode, latents)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
-    def forward(self, sample: Tensor, return_dict: bool = True) -> MultiCodebookVQOutput | tuple[Tensor, ...]:
-        """Reconstruct `sample` (B, M, D, H, W) in [-1, 1], straight-through (the training pass)."""
+    def forward(
+        self, sample: Tensor, return_dict: bool = True, latent_noise: Tensor | None = None
+    ) -> MultiCodebookVQOutput | tuple[Tensor, ...]:
+        """Reconstruct `sample`, straight-through (the training pass).
+
+        Args:
+            sample: (B, M, D, H, W) in [-1, 1]; whole cells, or crops around them.
+            return_dict: return the dataclass, or a plain tuple.
+            latent_noise: (B, M*n, d, h, w), added to the latents that are decoded, in the units of `latent_scaling`
+                "cell": latents that grow gain nothing by it. None adds none.
+        """
         # 1. encode
         latents = self.encode(sample).latents
         # 2. quantise; the commitment pulls the latents to their codes
@@ -268,7 +286,11 @@ class MultiCodebookVQModel(CheckedModelMixin, AutoencoderMixin, ConfigMixin):
         if not self.config.use_ema_codebook:
             commit_loss = commit_loss + F.mse_loss(quantized.float(), latents.detach().float())
         # 3. decode; gradients pass the quantiser unchanged
-        straight_through = quantized.detach() + (latents - latents.detach())  # the codes exactly, in any precision
+        decoded = latents
+        if latent_noise is not None:
+            decoded = latents + latent_noise.to(latents.dtype) * self._cell_deviation(latents)
+            quantized = self.quantize(decoded).latents
+        straight_through = quantized.detach() + (decoded - decoded.detach())  # the codes exactly, in any precision
         reconstruction = self.decode(straight_through, force_not_quantize=True).sample
         if not return_dict:
             return (reconstruction, commit_loss, latents, indices)
@@ -315,6 +337,18 @@ class MultiCodebookVQModel(CheckedModelMixin, AutoencoderMixin, ConfigMixin):
                 f"Expected latent_scaling 'codebook_range' for latent_range={self.config.latent_range!r}, got "
                 f"{self.config.latent_scaling!r}. The other scalings do not look at codebooks: leave the range out."
             )
+
+    def _cell_deviation(self, latents: Tensor) -> Tensor:
+        """(1, M*n, 1, 1, 1), of these latents, what `latent_scaling` "cell" divides by; with its gradient."""
+        grid = latents.shape[2:]
+        shape = (1, self.config.num_channels, *(self.downsampling_factor * size for size in grid))
+        background = self._encode_whole(torch.full(shape, -1.0, dtype=latents.dtype, device=latents.device))
+        squares = (latents.float() - background.float()).square()
+        # a crop's cell is all of the cell that there is in the whole volume
+        num_places = len(latents) * max((self.config.sample_size // self.downsampling_factor) ** 3, math.prod(grid))
+        is_cell = is_cell_place(squares.detach().movedim(1, -1), squares.detach().sum((0, 2, 3, 4)) / num_places)
+        total = (squares * is_cell[:, None]).sum((0, 2, 3, 4), keepdim=True)
+        return (total / is_cell.sum().clamp(min=1) + 1e-12).sqrt().to(latents.dtype)
 
     def _latent_affine(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Shift and scale, float32, that broadcast to `latents`."""

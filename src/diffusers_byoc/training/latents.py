@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..models import MultiCodebookVQModel
 from ..models.fingerprint import fingerprint_weights
+from ..models.vqvae import is_cell_place
 from ..whole_files import whole_or_absent
 
 
@@ -166,21 +167,17 @@ def measure_latents(vqvae: MultiCodebookVQModel, latents: CachedLatents) -> None
 
 
 def _cell_deviation(vqvae: MultiCodebookVQModel, latents: CachedLatents) -> Tensor:
-    """Root mean square, (M*n,), of each feature's distance from background, where there is a cell.
-
-    There is a cell where the latents are further from background than on average: it fills a few of a hundred places,
-    and is some fifteen times the average.
-    """
+    """Root mean square, (M*n,), of each feature's distance from background, where there is a cell."""
 
     def squares() -> Iterator[Tensor]:
         for chunk in latents.chunks():
             background = vqvae.background_latents(tuple(chunk.shape[2:])).float().cpu()
             yield (chunk - background).square().double().movedim(1, -1).flatten(0, -2)  # (places, M*n)
 
-    means = torch.stack([chunk.mean(0) for chunk in squares()]).mean(0).clamp(min=1e-12)
+    means = torch.stack([chunk.mean(0) for chunk in squares()]).mean(0)
     total, count = torch.zeros_like(means), 0
     for chunk in squares():
-        is_cell = (chunk / means).mean(1) > 1
+        is_cell = is_cell_place(chunk, means)
         total, count = total + chunk[is_cell].sum(0), count + int(is_cell.sum())
     return (total / max(count, 1)).sqrt().clamp(min=1e-6).float()
 

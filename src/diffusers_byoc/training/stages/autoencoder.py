@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ...data import Cells
 from ...models import MultiCodebookVQModel, PatchDiscriminator3D
@@ -31,12 +32,15 @@ class AutoencoderSettings(StageSettings):
         discriminator_weight: of the adversarial gradient against reconstruction's.
         crop_size: edge of crops around the cell to train on, voxels; None trains on whole volumes, which are mostly
             background.
+        latent_noise: the greatest deviation of noise on the latents that the decoder sees, in units of their own in a
+            cell; each cell's is drawn below it. What a diffusion does not get quite right then matters less.
     """
 
     learning_rate: float = 3e-4
     discriminator_start: int = 10_000
     discriminator_weight: float = 0.1
     crop_size: int | None = None
+    latent_noise: float = 0.0
 
 
 def train_autoencoder(
@@ -98,7 +102,8 @@ def train_autoencoder(
 
         # autoencoder: reconstruction, commitment, and from some step on the adversary
         with accelerator.accumulate(vqvae, discriminator):
-            reconstruction, commit_loss, latents, indices = vqvae(volumes, return_dict=False)
+            noise = draw_latent_noise(stage, bare_vqvae, volumes) if settings.latent_noise > 0 else None
+            reconstruction, commit_loss, latents, indices = vqvae(volumes, return_dict=False, latent_noise=noise)
             loss_reconstruction = reconstruction_loss(reconstruction, volumes)
             loss = loss_reconstruction + commit_loss
             losses = {"loss/reconstruction": loss_reconstruction, "loss/commitment": commit_loss}
@@ -139,3 +144,14 @@ def train_autoencoder(
     if accelerator.is_main_process:
         vqvae.save_pretrained(stage.output_dir / "vqvae")
     return vqvae
+
+
+def draw_latent_noise(stage: Stage, vqvae: MultiCodebookVQModel, volumes: Tensor) -> Tensor:
+    """For the latents of `volumes`, this process's share of the noise of all."""
+    config, accelerator = vqvae.config, stage.accelerator
+    grid = (size // vqvae.downsampling_factor for size in volumes.shape[2:])
+    shape = (len(volumes) * accelerator.num_processes, config.num_channels * config.latent_channels, *grid)
+    generator = stage.generator("latent noise")
+    deviations = stage.settings.latent_noise * torch.rand(shape[0], 1, 1, 1, 1, generator=generator)
+    noise = deviations * torch.randn(shape, generator=generator)
+    return process_share(noise, accelerator.process_index, accelerator.num_processes).to(accelerator.device)
