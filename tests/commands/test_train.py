@@ -18,7 +18,7 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.state import PartialState
 from diffusers import DDPMScheduler, DiffusionPipeline
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.directory_watcher import DirectoryDeletedError
@@ -140,25 +140,10 @@ def run_process(command, check=True, timeout=240):
     return done
 
 
-def reset_accelerate():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
-@pytest.fixture
-def fresh_state():
-    """accelerate's initial state, which runs in this process change."""
-    threads = torch.get_num_threads()
-    reset_accelerate()
-    yield
-    reset_accelerate()
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def train(fresh_state, preset, tmp_path):
     def run(*arguments, output_dir=tmp_path / "out"):
-        reset_accelerate()
+        fresh_state()
         main(["--preset", str(preset), "--output_dir", str(output_dir), *map(str, arguments)])
         return output_dir
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
@@ -81,23 +80,15 @@ def preset_of(tmp_path):
 
 
 @pytest.fixture
-def train(preset_of):
-    threads = torch.get_num_threads()
-
-    def reset():
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-
+def train(fresh_state, preset_of):
     def run(baseline, output_dir, *arguments):
-        reset()
+        fresh_state()
         main(
             ["--baseline", baseline, "--preset", str(preset_of(baseline)), "--output_dir", str(output_dir)]
             + [str(argument) for argument in arguments]
         )
 
-    yield run
-    reset()
-    torch.set_num_threads(threads)
+    return run
 
 
 def parse(*arguments):

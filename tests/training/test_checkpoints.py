@@ -1,7 +1,6 @@
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 
 from diffusers_byoc.training import (
     CheckpointError,
@@ -11,6 +10,9 @@ from diffusers_byoc.training import (
     save_checkpoint,
 )
 from diffusers_byoc.training.checkpoints import check_record, checkpoint_step, read_record
+
+
+pytestmark = pytest.mark.usefixtures("fresh_state")
 
 
 class Run:
@@ -33,17 +35,6 @@ class Run:
 
     def weights(self):
         return torch.cat([parameter.detach().flatten() for parameter in self.model.parameters()]).tolist()
-
-
-@pytest.fixture(autouse=True)
-def fresh_state():
-    def reset():
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-
-    reset()
-    yield
-    reset()
 
 
 def restore(accelerator, directory, name):

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffusers_byoc.training import CheckpointError, Stage, StageSettings, hardware, list_checkpoints
@@ -18,17 +17,7 @@ from diffusers_byoc.training.stages.autoencoder import AutoencoderSettings
 from diffusers_byoc.training.stages.diffusion import DiffusionSettings
 
 
-@pytest.fixture(autouse=True)
-def fresh_state():
-    def reset():
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-
-    threads = torch.get_num_threads()
-    reset()
-    yield reset
-    reset()
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("fresh_state")
 
 
 @pytest.fixture

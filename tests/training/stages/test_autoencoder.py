@@ -2,7 +2,6 @@ import dataclasses
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 
 from diffusers_byoc import MultiCodebookVQModel, VolumeProcessor
 from diffusers_byoc.data import PhantomCells
@@ -23,14 +22,12 @@ SETTINGS = AutoencoderSettings(
 
 
 @pytest.fixture
-def train(monkeypatch, tmp_path):
+def train(fresh_state, monkeypatch, tmp_path):
     """Train, and say what noise the network was given."""
-    threads = torch.get_num_threads()
     cells = PhantomCells(4, VolumeProcessor(sample_size=32), ["nocodazole"])
 
     def train(name, **settings):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        fresh_state()
         torch.manual_seed(0)
         vqvae = MultiCodebookVQModel(
             latent_channels=4, num_vq_embeddings=16, block_out_channels=(4, 8, 8), layers_per_block=1, sample_size=32
@@ -46,10 +43,7 @@ def train(monkeypatch, tmp_path):
             train_autoencoder(stage, vqvae, cells)
         return MultiCodebookVQModel.from_pretrained(tmp_path / name / "vqvae"), noises
 
-    yield train
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    torch.set_num_threads(threads)
+    return train
 
 
 def test_latents_get_noise_of_many_deviations(train):

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffusers_byoc import HAGAN, WGAN, AlphaGAN, BaselinePipeline, VolumeProcessor
@@ -47,14 +46,12 @@ def cells(tmp_path_factory):
 
 
 @pytest.fixture
-def train(cells, monkeypatch):
-    threads = torch.get_num_threads()
+def train(fresh_state, cells, monkeypatch):
     monkeypatch.setattr(Stage, "log_volumes", lambda stage, rows, names: shown.append(rows))
     shown = []
 
     def train(name, folder, model=None, seed=0, **settings):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        fresh_state()
         torch.manual_seed(seed)
         model_class, config, settings_class, train_gan = GANS[name]
         model = model or model_class(**config)
@@ -64,10 +61,7 @@ def train(cells, monkeypatch):
         return pipeline
 
     train.shown = shown
-    yield train
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    torch.set_num_threads(threads)
+    return train
 
 
 def assert_same(one, other):

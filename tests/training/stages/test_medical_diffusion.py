@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate.state import AcceleratorState, GradientState
 from diffusers import DDPMScheduler
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -60,15 +59,13 @@ def make_unet():
 
 
 @pytest.fixture
-def train(cells, monkeypatch):
+def train(fresh_state, cells, monkeypatch):
     """Trains the stage that the settings are of."""
-    threads = torch.get_num_threads()
     shown = []
     monkeypatch.setattr(Stage, "log_volumes", lambda stage, rows, names: shown.append(rows))
 
     def train(folder, settings, vqvae=None, scheduler=None, **changes):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        fresh_state()
         settings = dataclasses.replace(settings, **changes)
         if isinstance(settings, MedicalDiffusionSettings):
             with Stage(folder, "diffusion", settings) as stage:
@@ -81,10 +78,7 @@ def train(cells, monkeypatch):
             return train_medical_autoencoder(stage, vqvae, discriminator, cells)
 
     train.shown = shown
-    yield train
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    torch.set_num_threads(threads)
+    return train
 
 
 def initialized(cells):

@@ -2,7 +2,6 @@ import dataclasses
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 
 from diffusers_byoc import MultiCodebookVQModel, TextureUNet3D, VolumeProcessor
 from diffusers_byoc.data import PhantomCells
@@ -39,21 +38,15 @@ def vqvae(cells):
 
 
 @pytest.fixture
-def train(vqvae, cells):
-    threads = torch.get_num_threads()
-
+def train(fresh_state, vqvae, cells):
     def train(folder, **settings):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        fresh_state()
         torch.manual_seed(0)
         network = TextureUNet3D(block_out_channels=(8, 16), layers_per_block=(1, 1))
         with Stage(folder, "texture", dataclasses.replace(SETTINGS, **settings)) as stage:
             return train_texture(stage, network, vqvae, cells)
 
-    yield train
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    torch.set_num_threads(threads)
+    return train
 
 
 def test_a_network_is_trained_saved_and_resumed(train, tmp_path):
