@@ -183,7 +183,7 @@ def _make_parser(description: str) -> argparse.ArgumentParser:
 
     add("--share_codebook", **FLAG, help="one codebook for all channels, the ablation 'unimodal'")
     add("--autoencoder_crop_size", type=positive, help="train on crops around the cell, voxels (default: all)")
-    help_text = "decode latents with noise of up to so many of their deviations: errors of the diffusion matter less"
+    help_text = "decode latents with noise of up to so many of their deviations, which the decoder learns to bear"
     add("--autoencoder_latent_noise", type=float, default=0.0, help=help_text)
 
     add = parser.add_argument_group("texture").add_argument

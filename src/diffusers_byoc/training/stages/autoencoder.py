@@ -32,8 +32,8 @@ class AutoencoderSettings(StageSettings):
         discriminator_weight: of the adversarial gradient against reconstruction's.
         crop_size: edge of crops around the cell to train on, voxels; None trains on whole volumes, which are mostly
             background.
-        latent_noise: the greatest deviation of noise on the latents that the decoder sees, in units of their own in a
-            cell; each cell's is drawn below it. What a diffusion does not get quite right then matters less.
+        latent_noise: the greatest deviation of noise on the latents that the decoder sees, in units of their own in
+            the cells of this process's batch; each cell's is drawn below it, evenly.
     """
 
     learning_rate: float = 3e-4
@@ -147,7 +147,7 @@ def train_autoencoder(
 
 
 def draw_latent_noise(stage: Stage, vqvae: MultiCodebookVQModel, volumes: Tensor) -> Tensor:
-    """For the latents of `volumes`, this process's share of the noise of all."""
+    """(B, M*n, d, h, w) for the latents of `volumes`: this process's share of what is drawn for all."""
     config, accelerator = vqvae.config, stage.accelerator
     grid = (size // vqvae.downsampling_factor for size in volumes.shape[2:])
     shape = (len(volumes) * accelerator.num_processes, config.num_channels * config.latent_channels, *grid)
