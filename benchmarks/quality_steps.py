@@ -9,6 +9,7 @@ noise. Timesteps are spaced "trailing", or "leading" where the pipeline demands 
 
 Steps change the latents alone, so decoded latents are compared with decoded phantoms, both without texture, which
 would take most of the time: 37 measurements of shape and brightness, in standard deviations of the decoded phantoms.
+Pieces apart from a cell, which texture would leave out (`connected_cells`), are left out all the same.
 `--with_texture` compares whole cells with phantoms. The dotted line is the floor: other phantoms, treated alike.
 """
 
@@ -29,6 +30,7 @@ from diffusers_byoc.data import PHENOTYPES, PhantomCells
 from diffusers_byoc.metrics import frechet_distance, measure_cells, morphology_features, standardize_features
 from diffusers_byoc.optional import optional
 from diffusers_byoc.pipelines.schedulers import NEEDS_LEADING_SPACING, SCHEDULERS_FOR
+from diffusers_byoc.pipelines.texture import loose_pieces
 from diffusers_byoc.training import keep_freed_memory
 from diffusers_byoc.visualization import degradation_curves, write_png
 from diffusers_byoc.whole_files import whole_or_absent
@@ -96,6 +98,9 @@ def generated_features(pipeline, labels: list[str] | None, count: int, steps: in
             generator=[torch.Generator().manual_seed(start + index) for index in range(number)],
         ).volumes
         seconds += time.perf_counter() - started
+        if not with_texture and pipeline.texture_unet is not None and pipeline.texture_unet.config.connected_cells:
+            for volume in volumes:
+                volume[:, loose_pieces(torch.from_numpy(volume) * 2 - 1).numpy()] = 0.0
         features.append(morphology_features(measure_cells(volumes)))
     return np.concatenate(features), seconds / count
 

@@ -71,17 +71,18 @@ def add_texture(
 
 def is_connected(volume: Tensor) -> bool:
     """Whether what is bright in (M, D, H, W), in [-1, 1], is of one piece, all channels taken together."""
-    return not _loose_pieces(volume).any()
+    return not loose_pieces(volume).any()
 
 
-def _loose_pieces(volume: Tensor) -> Tensor:
+def loose_pieces(volume: Tensor) -> Tensor:
+    """Mask (D, H, W) of what is bright in (M, D, H, W), in [-1, 1], and apart from the largest bright piece."""
     is_bright = (volume > _BRIGHT).any(dim=0)
     return is_bright & ~largest_piece(is_bright)
 
 
 def _without_loose_pieces(is_cell: Tensor, volume: Tensor) -> Tensor:
     """`is_cell` (D, H, W) of `volume` (M, D, H, W), but for bright pieces apart and what is faint around them."""
-    loose = _loose_pieces(volume)
+    loose = loose_pieces(volume)
     return largest_piece(is_cell & ~_dilate(loose[None])[0]) if loose.any() else is_cell
 
 
