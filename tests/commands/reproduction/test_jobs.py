@@ -74,7 +74,7 @@ def test_changed_arguments_are_noticed_by_name(make, ran):
     make().run(0)
     changed = make(train_minutes=90)
     assert [changed.state(job) for job in changed.jobs[:3]] == ["changed", "open", "waiting"]
-    message = "Expected byoc-train-baseline max_train_minutes 4.5 in .*w_gan/all, got 90.0. Delete that folder"
+    message = "Expected byoc-train-baseline max_train_minutes 15.0 in .*w_gan/all, got 90.0. Delete that folder"
     with pytest.raises(ValueError, match=message):
         changed.check()
     with pytest.raises(ValueError, match=message):

@@ -123,8 +123,19 @@ def test_a_short_training_has_as_much_fewer_steps():
     """Its cosine schedule ends, too."""
     (job, *_) = (job for job in read_plan("cpu", tune=True).jobs(TABLE) if job.name == "tune/medical_diffusion/3")
     args = parsed(job)
-    assert (args.autoencoder_max_train_steps, args.diffusion_max_train_steps) == (65, 175)  # 1.5 of 4.5 minutes
+    assert (args.autoencoder_max_train_steps, args.diffusion_max_train_steps) == (65, 175)  # 1.5 of 15 minutes
     assert minutes(args) == pytest.approx(1.5)
+
+
+def test_another_time_has_as_many_more_steps():
+    """Or a training would end with the steps that fit into the preset's time."""
+    jobs = {job.name: parsed(job) for job in read_plan("cpu", train_minutes=45).jobs(TABLE) if job.kind == "train"}
+    args = jobs["train/nocodazole/medical_diffusion/all"]
+    assert (args.autoencoder_max_train_steps, args.diffusion_max_train_steps) == (1950, 5250)
+    assert args.discriminator_start == 1701 and minutes(args) == pytest.approx(45)
+    args = jobs["train/nocodazole/byoc/all"]
+    stages = ("autoencoder", "texture", "diffusion")
+    assert [getattr(args, f"{stage}_max_train_steps") for stage in stages] == [1620, 12_000, 2250]
 
 
 def test_figure_6_needs_byoc():

@@ -22,6 +22,7 @@ PARSERS = {
     "byoc-evaluate": evaluate.parse_args,
 }
 UNSEEN_SEED, TUNING_SEED = 10_000, 20_000  # added to the seed: phantoms that no model was trained, or tuned, on
+OF_THE_TIME = ("max_train_steps", "discriminator_start")  # a preset's numbers of steps that another time multiplies
 
 
 @dataclass(frozen=True)
@@ -262,7 +263,8 @@ def read_plan(preset: str, cells: Mapping[str, Any] = {}, evaluation: Mapping[st
         preset: cpu, paper, or the path of a JSON file.
         cells: in place of the preset's: another source of cells replaces its own.
         evaluation: likewise, of its evaluations.
-        more: fields of `Plan`, in place of the preset's; None leaves them.
+        more: fields of `Plan`, in place of the preset's; None leaves them. Other ``train_minutes`` multiply the steps
+            that the preset gives its models, whose learning-rate schedules then end as before.
 
     Raises:
         ValueError: if there is no such preset, or it cannot be meant.
@@ -286,6 +288,11 @@ def read_plan(preset: str, cells: Mapping[str, Any] = {}, evaluation: Mapping[st
         entries["evaluation"].pop("num_phantoms", None)
     entries["cells"] |= cells
     entries["evaluation"] |= evaluation
+    if entries["train_minutes"] and more.get("train_minutes"):
+        factor = more["train_minutes"] / entries["train_minutes"]
+        for arguments in (entry["arguments"] for entry in entries["models"].values()):
+            steps = {name: value for name, value in arguments.items() if name.endswith(OF_THE_TIME)}
+            arguments |= {name: max(1, round(value * factor)) for name, value in steps.items()}
     return Plan(**entries | {name: value for name, value in more.items() if value is not None})
 
 
