@@ -52,6 +52,9 @@ _FOR_FLOW_MATCHING = {"prediction_type": "flow_prediction", "use_flow_sigmas": T
 # With any other spacing these give wrong samples (Heun) or diverge (PNDM), without a word.
 NEEDS_LEADING_SPACING = ("HeunDiscreteScheduler", "PNDMScheduler")
 
+# DDIM moves a cell by a whole number of timesteps, however far apart its own are: by so much of a step it may fall short.
+_DDIM_MAY_FALL_SHORT = 0.1
+
 
 def make_texture_scheduler() -> DPMSolverMultistepScheduler:
     """The scheduler for a texture network: of second order, the steps closer together where little noise is left.
@@ -135,6 +138,18 @@ def check_scheduler(scheduler, prediction_type: str, trained_noise_schedule: dic
             f"Expected {name} with timestep_spacing='leading', got {spacing!r}, with which it samples wrongly. "
             f"Make it with {name}.from_config(pipe.scheduler.config, timestep_spacing='leading')."
         )
+    if name == "DDIMScheduler" and spacing != "leading":
+        num_timesteps = scheduler.config.num_train_timesteps
+        moved, apart = num_timesteps // num_inference_steps, num_timesteps / num_inference_steps
+        if apart - moved > _DDIM_MAY_FALL_SHORT * apart:
+            divisors = [steps for steps in range(1, num_timesteps + 1) if num_timesteps % steps == 0]
+            below = max(steps for steps in divisors if steps < num_inference_steps)
+            above = min(steps for steps in divisors if steps > num_inference_steps)
+            raise ValueError(
+                f"Expected num_inference_steps that divide the {num_timesteps} timesteps, or fewer, got"
+                f" {num_inference_steps}: timesteps {apart:.3g} apart, by which {name} moves cells only {moved}."
+                f" Take {below} or {above}, or another scheduler."
+            )
     if name == "PNDMScheduler" and not scheduler.config.skip_prk_steps and num_inference_steps < 4:
         raise ValueError(
             f"Expected at least 4 num_inference_steps for the Runge-Kutta start of {name}, got {num_inference_steps}. "
