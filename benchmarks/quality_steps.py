@@ -36,7 +36,7 @@ from diffusers_byoc.visualization import degradation_curves, write_png
 from diffusers_byoc.whole_files import whole_or_absent
 
 
-STEPS = (1, 2, 3, 5, 8, 12, 20, 35, 60, 100, 200, 400, 1000)
+STEPS = (1, 2, 3, 5, 8, 12, 20, 35, 60, 100, 200, 500, 1000)
 # draw noise in every step: the others follow one path
 STOCHASTIC = (
     "DDPMScheduler",

@@ -118,12 +118,11 @@ def test_schedulers_that_need_leading_spacing_say_so(scheduler_class, spacing):
         pipeline(num_inference_steps=4)
 
 
-@pytest.mark.parametrize(("steps", "above"), [(400, 500), (600, 1000)])
-def test_ddim_refuses_steps_that_its_timesteps_do_not_allow(steps, above):
+@pytest.mark.parametrize(("steps", "below", "above"), [(150, 125, 200), (400, 250, 500), (600, 500, 1000)])
+def test_ddim_refuses_steps_that_its_timesteps_do_not_allow(steps, below, above):
     """It moves a cell by 1000 // 400 = 2, where the timesteps are 2.5 apart: measured, the cells are then wrong."""
     pipeline = make_pipeline(timestep_spacing="trailing")
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
-    below = {400: 250, 600: 500}[steps]
     with pytest.raises(ValueError, match=f"got {steps}: .*DDIMScheduler.* Take {below} or {above}"):
         pipeline(num_inference_steps=steps)
     pipeline(num_inference_steps=30)  # falls short by a hundredth of a step

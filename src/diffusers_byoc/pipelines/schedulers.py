@@ -53,7 +53,7 @@ _FOR_FLOW_MATCHING = {"prediction_type": "flow_prediction", "use_flow_sigmas": T
 NEEDS_LEADING_SPACING = ("HeunDiscreteScheduler", "PNDMScheduler")
 
 # DDIM moves a cell by a whole number of timesteps, however far apart its own are: by so much of a step it may fall short.
-_DDIM_MAY_FALL_SHORT = 0.1
+_DDIM_MAY_FALL_SHORT = 0.05
 
 
 def make_texture_scheduler() -> DPMSolverMultistepScheduler:
