@@ -101,12 +101,37 @@ def test_what_lies_apart_is_left_out_where_cells_are_of_one_piece():
     volumes[:, 0, 14:22, 14, 14] = -0.8  # a faint thread
     volumes[:, 1, 22:24, 14:16, 14:16] = 0.0  # a bead
     for connected_cells in (False, True):
-        texture = GaussianTexture(1.0, connected_cells)
+        texture = GaussianTexture(0.1, connected_cells)
         textured = add_texture(texture, FlowMatchEulerDiscreteScheduler(), volumes, 4, seeded())
         assert (textured[..., 8:16, 8:16, 8:16] != -1).all()
         assert (textured[..., 16:18, 14, 14] != -1).all()
         assert (textured[..., 22:24, 14:16, 14:16] == -1).all() == connected_cells
     assert not is_connected(volumes[0]) and is_connected(cell()[0])
+
+
+def test_what_texture_breaks_off_is_left_out_likewise():
+    class Darkening(GaussianTexture):
+        def apply_texture(self, reconstruction, texture):
+            return torch.where(reconstruction < -0.5, -1.0, reconstruction)
+
+    volumes = cell(32)
+    volumes[:, 0, 14:24, 14, 14] = -0.55  # a process, bright enough to join
+    volumes[:, 1, 22:24, 14:16, 14:16] = 0.0
+    volumes[:, 0, 8:16, 8:16, 8:16] = 0.0
+    assert is_connected(volumes[0])
+    for connected_cells in (False, True):
+        texture = Darkening(1.0, connected_cells)
+        textured = add_texture(texture, FlowMatchEulerDiscreteScheduler(), volumes, 2, seeded())
+        assert is_connected(textured[0]) == connected_cells
+        assert (textured[..., 8:16, 8:16, 8:16] == 0).all()
+
+
+def test_what_lies_close_by_takes_nothing_bright_of_the_cell_with_it():
+    volumes = cell(32)
+    volumes[:, 0, 17, 12, 12] = 0.0  # a voxel of background between
+    texture = GaussianTexture(0.0, connected_cells=True)
+    textured = add_texture(texture, FlowMatchEulerDiscreteScheduler(), volumes, 2, seeded())
+    torch.testing.assert_close(textured, cell(32))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.03, 0.1, 1.0])

@@ -30,8 +30,9 @@ def add_texture(
 
     Only the decoded cell and what is next to it can have texture; all else becomes background: a network that knows
     processes too fine to be decoded would draw specks there. Where it was trained on cells of one piece each
-    (`connected_cells`), what is decoded apart from the largest one becomes background, too. A volume without a cell
-    stays as it is. A cell's texture depends on its own generator alone, where there is one per sample.
+    (`connected_cells`), what lies apart from the largest one becomes background, too: what is decoded so, and what is
+    apart once texture has broken a process. A volume without a cell stays as it is. A cell's texture depends on its
+    own generator alone, where there is one per sample.
 
     Args:
         texture_unet: the network.
@@ -64,8 +65,11 @@ def add_texture(
             velocity = texture_unet(next(inputs), timestep, next(inputs), return_dict=False)[0].float()
             velocity = _shift(velocity, [-distance for distance in phase])
             texture = scheduler.step(velocity, timestep, texture, return_dict=False)[0]
-        drawn = texture_unet.apply_texture(decoded, texture)
-        textured[box] = torch.where(is_near[box], drawn, -1.0)
+        drawn = torch.where(is_near[box], texture_unet.apply_texture(decoded, texture), -1.0)
+        if texture_unet.config.connected_cells:
+            is_cell = _without_loose_pieces((drawn[0] > -1).any(dim=0), drawn[0])
+            drawn = torch.where(is_cell, drawn, -1.0)
+        textured[box] = drawn
     return textured
 
 
@@ -83,7 +87,10 @@ def loose_pieces(volume: Tensor) -> Tensor:
 def _without_loose_pieces(is_cell: Tensor, volume: Tensor) -> Tensor:
     """`is_cell` (D, H, W) of `volume` (M, D, H, W), but for bright pieces apart and what is faint around them."""
     loose = loose_pieces(volume)
-    return largest_piece(is_cell & ~_dilate(loose[None])[0]) if loose.any() else is_cell
+    if not loose.any():
+        return is_cell
+    is_faint = (volume <= _BRIGHT).all(dim=0)
+    return largest_piece(is_cell & ~loose & ~(is_faint & _dilate(loose[None])[0]))
 
 
 def _dilate(masks: Tensor) -> Tensor:
