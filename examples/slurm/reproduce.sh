@@ -30,5 +30,6 @@ for kind in tune train evaluate; do
   after=(--dependency "afterany:${id%%;*}")
 done
 # what failed is missing in the table, which says so; otherwise nothing is left to run
-sbatch --parsable --job-name "$study" ${after[@]+"${after[@]}"} --output "$study-%j.log" --time 1:00:00 \
+# shellcheck disable=SC2086
+sbatch --parsable --job-name "$study" ${after[@]+"${after[@]}"} $options --output "$study-%j.log" --time 1:00:00 \
   --wrap "exec $command --write_only" | sed "s/^/$study: /"

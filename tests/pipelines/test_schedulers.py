@@ -125,6 +125,8 @@ def test_ddim_refuses_steps_that_its_timesteps_do_not_allow(steps, below, above)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     with pytest.raises(ValueError, match=f"got {steps}: .*DDIMScheduler.* Take {below} or {above}"):
         pipeline(num_inference_steps=steps)
+    with pytest.raises(ValueError, match="cannot be larger than"):  # as diffusers says
+        pipeline(num_inference_steps=1500)
     pipeline(num_inference_steps=30)  # falls short by a hundredth of a step
     pipeline.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     pipeline(num_inference_steps=400)
@@ -199,6 +201,15 @@ def test_defaults_of_another_scheduler_do_not_replace_the_bounds_of_a_linear_sch
     pipeline = BYOCPipeline(pipeline.vqvae, pipeline.unet, linear)
     pipeline.scheduler = HeunDiscreteScheduler.from_config(linear.config, timestep_spacing="leading")
     with pytest.raises(ValueError, match="beta_start=0.0001.*got HeunDiscreteScheduler.*beta_start=0.00085"):
+        pipeline(num_inference_steps=2)
+
+
+@pytest.mark.parametrize("setting", ["clip_sample", "thresholding"])
+def test_cutting_latents_off_is_refused(setting):
+    """`clip_sample` is diffusers' default of DDPM and DDIM: for images, which end at 1."""
+    pipeline = make_pipeline()
+    pipeline.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, **{setting: True})
+    with pytest.raises(ValueError, match=f"Expected a scheduler with {setting}=False"):
         pipeline(num_inference_steps=2)
 
 

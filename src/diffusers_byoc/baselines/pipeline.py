@@ -108,7 +108,7 @@ class BaselinePipeline(DiffusionPipeline):
                 f"Expected no num_inference_steps, as {type(self.model).__name__} makes cells in one pass, got"
                 f" {num_inference_steps}. Leave it out."
             )
-        steps = num_inference_steps or self.config.default_num_inference_steps
+        steps = self.config.default_num_inference_steps if num_inference_steps is None else num_inference_steps
         if self.unet is not None and not (steps and steps >= 1):
             raise ValueError(f"Expected num_inference_steps of at least 1, got {steps}. Raise it.")
         device = self._execution_device

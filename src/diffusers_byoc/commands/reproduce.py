@@ -102,7 +102,12 @@ def make_plan(args: argparse.Namespace) -> Plan:
     )
     changes = {}
     if args.models:
-        changes["models"] = {name: plan.models[name] for name in MODELS if name in args.models and name in plan.models}
+        if unknown := set(args.models) - set(plan.models):
+            raise ValueError(
+                f"Expected --models of the preset ({', '.join(plan.models)}), got {', '.join(sorted(unknown))}. Leave"
+                " them out, or add them to a preset of your own."
+            )
+        changes["models"] = {name: plan.models[name] for name in MODELS if name in args.models}
     if args.med3d:
         features = ["med3d", *plan.evaluation.get("features", ("morphology", "texture"))]
         changes["evaluation"] = plan.evaluation | {"med3d": args.med3d, "features": list(dict.fromkeys(features))}

@@ -29,8 +29,8 @@ def load_pretrained(args: argparse.Namespace) -> BYOCPipeline:
     """The pipeline that the run begins with; its networks' configurations take the place of the preset's.
 
     Raises:
-        ValueError: if its U-Net was trained to predict something else, or from other noise, or if it has a codebook
-            for each channel where one is asked for.
+        ValueError: if its U-Net was trained to predict something else, or from other noise, if it has other channels
+            than the preset names, or a codebook for each channel where one is asked for.
     """
     with hub_errors(args.pretrained):
         pipeline = BYOCPipeline.from_pretrained(args.pretrained)
@@ -41,6 +41,12 @@ def load_pretrained(args: argparse.Namespace) -> BYOCPipeline:
         raise ValueError(
             f"Expected a scheduler with {theirs}, as {args.pretrained} was trained with, got {ours}. Say so in the"
             " preset's `scheduler`, or with --prediction_type."
+        )
+    channel_names = list(pipeline.vqvae.config.channel_names)
+    if list(args.vqvae.get("channel_names") or channel_names) != channel_names:
+        raise ValueError(
+            f"Expected a pipeline of the preset's channels ({', '.join(args.vqvae['channel_names'])}), got"
+            f" {args.pretrained} with {', '.join(channel_names)}. Take another one, or a preset without channel_names."
         )
     for name, not_taken in (("vqvae", {"sample_size"}), ("texture_unet", {"num_channels"}), ("unet", MADE_HERE)):
         network = getattr(pipeline, name)

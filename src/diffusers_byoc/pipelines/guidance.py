@@ -1,6 +1,7 @@
 """Guidance: by a scale, or by diffusers' guiders; what they need to know of the U-Net, and a step of them."""
 
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -99,7 +100,7 @@ def prepare_guidance_scale(
         return 1.0
     if guidance_scale is None:
         return pipeline.config.default_guidance_scale if is_conditional and can_lack else 1.0
-    if not isinstance(guidance_scale, (int, float)) or not np.isfinite(guidance_scale):
+    if not isinstance(guidance_scale, Real) or not np.isfinite(guidance_scale):
         raise ValueError(f"Expected a finite guidance_scale, got {guidance_scale!r}. Correct it.")
     if guidance_scale != 1 and not (is_conditional and can_lack) and not has_given_channels:
         got = "neither class_labels nor conditions" if can_lack else "a model that cannot do without its conditions"

@@ -59,13 +59,13 @@ def draw_ends(
     elif generator is None:
         noise = torch.randn(2, *shape)
     elif len(generators) in (1, 2):
-        noise = torch.cat([randn_tensor((1, *shape), generator=each, dtype=torch.float32) for each in generators])
+        noise = torch.cat([randn_tensor((1, *shape), each, each.device, torch.float32).cpu() for each in generators])
     else:
         raise ValueError(f"Expected one generator, or one for each end, got {len(generators)}. Give one or two.")
     source = generators[0]
     device = "cpu" if source is None else source.device
     seed = int(torch.randint(2**62, (), generator=source, device=device))
-    return noise.expand(2, *shape), len(noise) == 2, seed
+    return noise.expand(2, *shape), not torch.equal(noise[0], noise[-1]), seed
 
 
 def path_batches(

@@ -52,7 +52,8 @@ _FOR_FLOW_MATCHING = {"prediction_type": "flow_prediction", "use_flow_sigmas": T
 # With any other spacing these give wrong samples (Heun) or diverge (PNDM), without a word.
 NEEDS_LEADING_SPACING = ("HeunDiscreteScheduler", "PNDMScheduler")
 
-# DDIM moves a cell by a whole number of timesteps, however far apart its own are: by so much of a step it may fall short.
+# DDIM moves a cell by a whole number of timesteps, however far apart its own are. By so much of a step it may
+# fall short.
 _DDIM_MAY_FALL_SHORT = 0.05
 
 
@@ -132,14 +133,20 @@ def check_scheduler(scheduler, prediction_type: str, trained_noise_schedule: dic
             f"got {name} with {_listed(noise_schedule(scheduler))}. Make it with "
             f"{name}.from_config(pipe.scheduler.config, {_listed(trained_noise_schedule)})."
         )
+    for setting in ("clip_sample", "thresholding"):
+        if scheduler.config.get(setting):
+            raise ValueError(
+                f"Expected a scheduler with {setting}=False (latents have no bounds), got {name} with {setting}=True,"
+                f" which cuts them off. Make it with {name}.from_config(pipe.scheduler.config, {setting}=False)."
+            )
     spacing = scheduler.config.get("timestep_spacing")
     if name in NEEDS_LEADING_SPACING and spacing != "leading":
         raise ValueError(
             f"Expected {name} with timestep_spacing='leading', got {spacing!r}, with which it samples wrongly. "
             f"Make it with {name}.from_config(pipe.scheduler.config, timestep_spacing='leading')."
         )
-    if name == "DDIMScheduler" and spacing != "leading":
-        num_timesteps = scheduler.config.num_train_timesteps
+    num_timesteps = scheduler.config.num_train_timesteps
+    if name == "DDIMScheduler" and spacing != "leading" and num_inference_steps <= num_timesteps:
         moved, apart = num_timesteps // num_inference_steps, num_timesteps / num_inference_steps
         if apart - moved > _DDIM_MAY_FALL_SHORT * apart:
             divisors = [steps for steps in range(1, num_timesteps + 1) if num_timesteps % steps == 0]

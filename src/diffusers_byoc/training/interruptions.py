@@ -1,4 +1,4 @@
-"""A SIGTERM that ends a run after its step."""
+"""A SIGTERM or Ctrl-C that ends a run after its step."""
 
 import ctypes
 import os
@@ -13,24 +13,29 @@ _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 class Termination:
-    """Notices SIGTERM, as clusters send it before they kill, in place of dying of it, from construction to `close`.
+    """Notices SIGTERM, as clusters send it before they kill, and Ctrl-C, in place of dying of it.
 
-    ``requested`` tells, after each step, whether any process got one, so that all stop at the same step.
+    From construction to `close`. ``requested`` tells, after each step, whether any process got one, so that all stop
+    at the same step. A second Ctrl-C ends the step at once, as if it were the first.
     """
 
     def __init__(self):
         self._is_received = False
-        self._previous = signal.signal(signal.SIGTERM, self._receive)
+        self._previous = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def close(self) -> None:
-        """Back to what SIGTERM did before."""
-        signal.signal(signal.SIGTERM, self._previous)
+        """Back to what the signals did before."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def _receive(self, signum, frame) -> None:
+        if signum == signal.SIGINT and self._is_received:
+            self.close()
+            raise KeyboardInterrupt
         self._is_received = True
 
     def requested(self, accelerator: Accelerator) -> bool:
-        """Whether a SIGTERM has come to any process; all processes must ask at the same point."""
+        """Whether any process has been told to end; all processes must ask at the same point."""
         flag = torch.tensor(float(self._is_received), device=accelerator.device)
         return bool(accelerator.reduce(flag, reduction="sum") > 0)
 
@@ -45,5 +50,6 @@ def follow_launcher() -> None:
 
 
 def ignore_termination(worker_id: int) -> None:
-    """`worker_init_fn` of a DataLoader: a SIGTERM to the whole group must not take the data from the last step."""
+    """`worker_init_fn` of a DataLoader: a signal to the whole group must not take the data from the last step."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -178,14 +178,14 @@ class Stage:
     # ------------------------------------------------------------------ steps
 
     def steps(self, batches: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
-        """(step, batch) of every micro-step left. Saves when it is time, or when told to end by SIGTERM; then ends.
+        """(step, batch) of every micro-step left. Saves when it is time, or when told to end, by a signal; then ends.
 
         It also ends, as after the last step, when the steps have taken `max_train_minutes`.
         """
         accumulation, max_steps = self.settings.gradient_accumulation_steps, self.settings.max_train_steps
         hidden = not self.accelerator.is_local_main_process
         self.progress = tqdm(total=max_steps, initial=self.first_step, desc=self.name.capitalize(), disable=hidden)
-        self._termination = Termination()  # a SIGTERM now waits for the end of its step
+        self._termination = Termination()  # which now waits for the end of its step
         started = self._started - self.seconds
         self.step = self.first_step
         for micro_step, batch in enumerate(batches, self.first_step * accumulation):
@@ -272,7 +272,7 @@ class Stage:
         if is_told_to_end:
             self._termination.close()
             self.accelerator.print(
-                f"SIGTERM: saved {path}; go on with --resume_from_checkpoint latest", file=sys.stderr
+                f"Told to end: saved {path}; go on with --resume_from_checkpoint latest", file=sys.stderr
             )
             raise SystemExit(143)
 

@@ -82,6 +82,19 @@ def test_changed_arguments_are_noticed_by_name(make, ran):
     assert len(ran) == 1 and make().state(make().jobs[0]) == "done"
 
 
+def test_a_mistake_that_nothing_was_begun_with_may_be_corrected(make, ran, monkeypatch):
+    def refuse(job, commands):
+        raise ValueError("Expected a folder of cells, got none.")
+
+    with monkeypatch.context() as context:
+        context.setattr(running, "run_commands", refuse)
+        with pytest.raises(ValueError, match="Expected a folder of cells"):
+            make().run(0)
+    corrected = make(train_minutes=90)
+    corrected.run(0)
+    assert corrected.state(corrected.jobs[0]) == "done"
+
+
 def test_a_changed_preset_of_a_model_is_noticed(make, ran, tmp_path):
     preset = tmp_path / "mine.json"
     models = {"w_gan": {"arguments": {"preset": str(preset)}}}

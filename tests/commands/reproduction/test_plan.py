@@ -157,6 +157,8 @@ def test_every_stage_of_a_model_has_its_rate_multiplied():
     ("change", "message"),
     [
         ({"models": {"d_gan": {}}}, "Expected models among ha_gan, .*, got .*d_gan"),
+        ({"train_minutes": 0}, "train_minutes above 0, got 0"),
+        ({"models": {"byoc": {"arguments": {}}}}, "Expected shares of byoc for train_minutes, got none"),
         ({"num_folds": 1}, "num_folds of at least 2, got 1"),
         ({"models": {"byoc": {"shares": {"diffusion": 0.4}}}}, "shares of byoc that add up to 1, got 0.4"),
         ({"models": {"byoc": {"argument": {}}}}, "Expected arguments, shares, rate_factor of byoc"),

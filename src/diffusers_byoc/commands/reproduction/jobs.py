@@ -16,6 +16,7 @@ from .plan import Command, Job
 
 
 IDENTITY_NAME, RESULT_NAME, LOG_NAME = "job.json", "done.json", "log.txt"
+INTERRUPTED = 143  # exit status of a training that a signal ended
 HELD = 75  # exit status of a job that another process is at: EX_TEMPFAIL of sysexits.h
 PAUSE = 5  # seconds between looks at what other processes do
 # where a command finds and leaves things, and how fast; all else decides what it computes
@@ -172,7 +173,14 @@ class Jobs:
                 temporary.write_text(json.dumps(self._identity(job), indent=1), encoding="utf-8")
             from .running import run_commands  # torch
 
-            found = run_commands(job, [(c, self._more(job, c, num_cpu_threads=num_cpu_threads)) for c in job.commands])
+            commands = [(c, self._more(job, c, num_cpu_threads=num_cpu_threads)) for c in job.commands]
+            try:
+                found = run_commands(job, commands)
+            except (Exception, SystemExit) as error:
+                is_begun = any((folder / "run").rglob("checkpoint-*")) or (folder / "evaluation").is_dir()
+                if not is_begun and getattr(error, "code", None) != INTERRUPTED:
+                    (folder / IDENTITY_NAME).unlink()  # other arguments may correct what was wrong
+                raise
             found |= {"finished": datetime.now(timezone.utc).isoformat(timespec="microseconds")}
             with whole_or_absent(folder / RESULT_NAME) as temporary:
                 temporary.write_text(json.dumps(found, indent=1), encoding="utf-8")

@@ -21,6 +21,8 @@ PARSERS = {
     "byoc-train-baseline": partial(train_baseline_arguments.parse_args, ""),
     "byoc-evaluate": evaluate.parse_args,
 }
+OF_STAGES = ("medical_diffusion", "byoc")  # an autoencoder, then others
+
 UNSEEN_SEED, TUNING_SEED = 10_000, 20_000  # added to the seed: phantoms that no model was trained, or tuned, on
 OF_THE_TIME = ("max_train_steps", "discriminator_start")  # a preset's numbers of steps that another time multiplies
 
@@ -125,10 +127,17 @@ class Plan:
             raise ValueError(f"Expected models among {', '.join(MODELS)}, got {sorted(unknown)}. Correct the name.")
         if self.num_folds < 2:
             raise ValueError(f"Expected num_folds of at least 2, got {self.num_folds}. Raise it.")
+        if self.train_minutes is not None and not self.train_minutes > 0:
+            raise ValueError(f"Expected train_minutes above 0, got {self.train_minutes:g}. Raise it.")
         for model, entry in self.models.items():
             if unknown := set(entry) - {"arguments", "shares", "rate_factor"}:
                 raise ValueError(
                     f"Expected arguments, shares, rate_factor of {model}, got {sorted(unknown)}. Correct it."
+                )
+            if self.train_minutes is not None and model in OF_STAGES and "shares" not in entry:
+                raise ValueError(
+                    f"Expected shares of {model} for train_minutes, got none: each of its stages would have them all."
+                    " Add shares, that add up to 1, to the preset."
                 )
             total = sum(entry.get("shares", {"": 1}).values())
             if abs(total - 1) > 1e-6:

@@ -196,11 +196,11 @@ def page_of(
     if study == TABLE:
         lines += ["", "*paper*: Table 1 of the paper, on other data (7,083 melanoma cells that are not public)."]
     devices = sorted({row.speed["device"] for row in rows if row.speed})
-    lines += ["", "Cells of each model beside real ones: `evaluate/DRUG/MODEL/FOLD/evaluation/cells.png` of this folder."]
+    lines += ["", "Cells of each model beside real ones: `evaluate/DRUG/MODEL/FOLD/evaluation/cells.png`."]
     lines += [f"Seconds a cell: the faster of two batches, on {', '.join(devices) or 'nothing yet'}."]
     lines += ["Parameters: of all networks of the saved pipeline, of a GAN of its generator alone."]
     clock = "processor time of the training's threads" if plan.training.get("minutes_of") == "processor" else "time"
-    lines += [f"Minutes: {clock} in steps, all stages together. Samples seen: volumes, stage by stage."]
+    lines += [f"Minutes: {clock} in steps, all stages together. Samples seen: cells or crops of them, by stage."]
     if plan.train_minutes is not None:
         lines += [f"Every training: at most {plan.train_minutes:g} minutes."]
     if scores:
