@@ -1,4 +1,4 @@
-# make demo        cells of a pretrained pipeline of phantoms: outputs/demo/{cells.png, surfaces.png, report.md, volumes/}
+# make demo        cells of a pretrained pipeline of phantoms: outputs/demo_cells/{cells.png, surfaces.png, report.md, volumes/}
 # make train-demo  train such a pipeline in minutes, smaller: outputs/train-demo/
 # make test        the tests; make test ARGS="-m slow" for the long ones
 # make app         a page that generates cells and shows them, on this machine alone; make app ARGS="--port 8000"
@@ -47,7 +47,7 @@ $(DOCS_STAMP): $(STAMP)
 	@touch $@
 
 demo: $(STAMP)
-	$(BIN)/python examples/demo.py --output_dir outputs/demo $(ARGS)
+	$(BIN)/python examples/demo.py --output_dir outputs/demo_cells $(ARGS)
 
 train-demo: $(STAMP)
 	$(BIN)/accelerate launch --quiet examples/train_byoc.py --output_dir outputs/train-demo $(ARGS)
@@ -65,5 +65,5 @@ lint: $(TEST_STAMP)
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf $(VENV) outputs/demo outputs/train-demo outputs/site build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) outputs/demo_cells outputs/train-demo outputs/site build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,6 +1,6 @@
 """Cells of a pretrained pipeline beside phantoms, which it was trained on: pictures, surfaces, volumes, a report.
 
-python examples/demo.py    eight cells of each phenotype: outputs/demo/{cells.png, surfaces.png, report.md, volumes/}
+python examples/demo.py    eight cells of each phenotype: outputs/demo_cells/{cells,surfaces}.png, report.md, volumes/
 """
 
 import argparse
@@ -22,7 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--pretrained", default=str(REPOSITORY / "pretrained" / "byoc-phantom"), help="folder or name on the Hub")
-    add("--output_dir", default="outputs/demo")
+    add("--output_dir", default="outputs/demo_cells")
     add("--num_samples", type=int, default=8, help="cells of each phenotype")
     add("--seed", type=int, default=0, help="of the generated cells and of the phantoms beside them")
     args = parser.parse_args()

@@ -25,6 +25,7 @@ from diffusers_byoc.training.lora import TARGET_MODULES
 REPOSITORY = Path(__file__).parents[1]
 SAVED = REPOSITORY / "tests" / "pipelines" / "saved"
 PAGES = ["README.md", *sorted(str(path.relative_to(REPOSITORY)) for path in REPOSITORY.glob("docs/**/*.md"))]
+CARDS = sorted(str(path.relative_to(REPOSITORY)) for path in REPOSITORY.glob("pretrained/*/README.md"))
 SLOW = "resnet_50.pth"  # in a block: writes and reads a whole ResNet-50
 SLOW_PAGE = "docs/figures.md"  # draws surfaces, ten seconds of them
 MED3D = """
@@ -212,7 +213,7 @@ def check_script(words):
         assert not word.startswith("--") or word in text, f"{words[0]} has no {word}"
 
 
-@pytest.mark.parametrize("words", [line for page in PAGES for line in lines(page)])
+@pytest.mark.parametrize("words", [line for page in PAGES + CARDS for line in lines(page)])
 def test_every_command_line_exists(words, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     command, *rest = words
