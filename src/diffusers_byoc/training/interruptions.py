@@ -20,7 +20,7 @@ class Termination:
     """
 
     def __init__(self):
-        self._is_received = False
+        self._received: set[int] = set()
         self._previous = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def close(self) -> None:
@@ -29,14 +29,14 @@ class Termination:
             signal.signal(number, handler)
 
     def _receive(self, signum, frame) -> None:
-        if signum == signal.SIGINT and self._is_received:
+        if signum == signal.SIGINT and signum in self._received:
             self.close()
             raise KeyboardInterrupt
-        self._is_received = True
+        self._received.add(signum)
 
     def requested(self, accelerator: Accelerator) -> bool:
         """Whether any process has been told to end; all processes must ask at the same point."""
-        flag = torch.tensor(float(self._is_received), device=accelerator.device)
+        flag = torch.tensor(float(bool(self._received)), device=accelerator.device)
         return bool(accelerator.reduce(flag, reduction="sum") > 0)
 
 
