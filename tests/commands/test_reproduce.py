@@ -83,6 +83,14 @@ def plan(*arguments):
 # ---------------------------------------------------------------------- arguments
 
 
+def test_models_that_the_preset_lacks_are_refused(tmp_path):
+    entries = json.loads((REPOSITORY / "src/diffusers_byoc/commands/presets/reproduction/cpu.json").read_text())
+    entries["models"] = {"w_gan": entries["models"]["w_gan"]}
+    (tmp_path / "mine.json").write_text(json.dumps(entries))
+    with pytest.raises(ValueError, match=r"--models of the preset \(w_gan\), got byoc"):
+        plan("table1", "--preset", str(tmp_path / "mine.json"), "--models", "byoc", "w_gan")
+
+
 def test_the_command_line_wins_over_the_preset():
     args = [
         "--train_minutes",

@@ -117,7 +117,7 @@ def test_what_texture_breaks_off_is_left_out_likewise():
     volumes = cell(32)
     volumes[:, 0, 14:24, 14, 14] = -0.55  # a process, bright enough to join
     volumes[:, 1, 22:24, 14:16, 14:16] = 0.0
-    volumes[:, 0, 8:16, 8:16, 8:16] = 0.0
+    volumes[..., 8:16, 8:16, 8:16] = 0.0
     assert is_connected(volumes[0])
     for connected_cells in (False, True):
         texture = Darkening(1.0, connected_cells)

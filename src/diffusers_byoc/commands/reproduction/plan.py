@@ -22,7 +22,6 @@ PARSERS = {
     "byoc-evaluate": evaluate.parse_args,
 }
 OF_STAGES = ("medical_diffusion", "byoc")  # an autoencoder, then others
-
 UNSEEN_SEED, TUNING_SEED = 10_000, 20_000  # added to the seed: phantoms that no model was trained, or tuned, on
 OF_THE_TIME = ("max_train_steps", "discriminator_start")  # a preset's numbers of steps that another time multiplies
 
