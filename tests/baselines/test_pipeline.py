@@ -143,6 +143,8 @@ def test_a_denoiser_and_its_scheduler_take_noise_to_latents():
     assert len(pipeline.scheduler.timesteps) == 10
     pipeline(2, num_inference_steps=3, generator=seeded())
     assert len(pipeline.scheduler.timesteps) == 3
+    with pytest.raises(ValueError, match="Expected num_inference_steps of at least 1, got 0"):
+        pipeline(2, num_inference_steps=0)
     with pytest.raises(ValueError, match="Expected num_inference_steps of at least 1, got None"):
         BaselinePipeline(Halves(), unet, scheduler)(2)
 

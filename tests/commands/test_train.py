@@ -856,6 +856,16 @@ def test_a_pipeline_that_predicts_something_else_is_refused(unbroken, train):
         train("--pretrained", unbroken[0], "--prediction_type", "v_prediction")
 
 
+def test_a_pipeline_of_other_channels_than_the_preset_names_is_refused(unbroken, train, tmp_path):
+    config = json.loads(json.dumps(TINY))
+    config["vqvae"] |= {"num_channels": 3, "channel_names": ["cell", "nucleus", "mitochondria"]}
+    (tmp_path / "three.json").write_text(json.dumps(config))
+    with pytest.raises(
+        SystemExit, match=r"preset's channels \(cell, nucleus, mitochondria\), got .* with cell, nucleus"
+    ):
+        train("--preset", tmp_path / "three.json", "--pretrained", unbroken[0])
+
+
 def test_the_codebooks_of_a_pipeline_are_not_made_one(unbroken, train):
     with pytest.raises(SystemExit, match="Expected a pipeline with one codebook for --share_codebook, got .*each cha"):
         train("--pretrained", unbroken[0], "--share_codebook")

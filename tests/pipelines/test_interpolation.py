@@ -79,6 +79,7 @@ def test_frames_are_volumes_and_the_finer_the_path_the_smaller_the_steps():
     [
         ({"class_labels": 1, "generator": seeded()}, "two ends that differ"),
         ({"class_labels": [1, 1], "generator": seeded()}, "two ends that differ"),
+        ({"class_labels": 1, "generator": [seeded(), seeded()]}, "two ends that differ"),
         ({"num_frames": 1}, "num_frames of at least 2.*got 1"),
         ({"batch_size": 0}, "batch_size of at least 1.*0"),
         ({"class_labels": [0, 1, 2]}, r"one per sample \(2\), got 3"),
