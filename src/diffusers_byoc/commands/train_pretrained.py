@@ -129,6 +129,18 @@ def keep_conditions(args: argparse.Namespace, pipeline: BYOCPipeline) -> None:
     args.condition_columns = names
 
 
+def what_is_dropped(args: argparse.Namespace, pipeline: BYOCPipeline) -> dict[str, str]:
+    """What the U-Net of `pipeline` is told and that of the run is not, by the argument that would keep it."""
+    config, names = pipeline.unet.config, [condition["name"] for condition in pipeline.config.conditions or ()]
+    dropped = {
+        "--class_conditional": config.num_class_embeds is not None and not args.class_conditional,
+        f"--condition_columns {' '.join(names)}": bool(names) and not args.condition_columns,
+        f"--channel_timesteps_prob {config.channel_timesteps_prob:g}": config.channel_timesteps_prob > 0 and not args.channel_timesteps_prob,
+    }
+    told = ("its class", f"its {', '.join(names)}", "a timestep for each channel")
+    return {argument: what for (argument, is_dropped), what in zip(dropped.items(), told, strict=True) if is_dropped}
+
+
 def check_lora(args: argparse.Namespace, pipeline: BYOCPipeline) -> None:
     """Refuse what an adapter of `pipeline` cannot be trained with."""
     optional("peft", "lora")

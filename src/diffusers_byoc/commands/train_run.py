@@ -43,6 +43,7 @@ from .train_pretrained import (
     load_pretrained,
     load_weak_unet,
     measure_or_take_conditions,
+    what_is_dropped,
 )
 from .training_runs import (
     check_resumable,
@@ -91,6 +92,9 @@ def run(
         weak_unet = load_weak_unet(args, vqvae, cells.class_names, conditions) if args.weak_unet else None
     check_stages_resumable(args, state.num_processes, inputs)
     prepare_upload(args, state)
+    if pretrained and "diffusion" in stages_of(args) and not (args.reset_unet or keeps_unet(args)):
+        for argument, what in what_is_dropped(args, pretrained).items():
+            logger.info(f"The U-Net of {args.pretrained} was told {what}, this one will not be: {argument} keeps it.")
     if state.is_main_process:
         write_record(args, stages_of(args), NETWORKS, data, cells, state.num_processes)
 

@@ -120,10 +120,11 @@ def test_learning_rates_are_tried_where_none_is_settled():
 
 
 def test_a_short_training_has_as_much_fewer_steps():
-    """Its cosine schedule ends, too."""
+    """Its cosine schedule ends, too, and its adversaries join."""
     (job, *_) = (job for job in read_plan("cpu", tune=True).jobs(TABLE) if job.name == "tune/medical_diffusion/3")
     args = parsed(job)
     assert (args.autoencoder_max_train_steps, args.diffusion_max_train_steps) == (65, 175)  # 1.5 of 15 minutes
+    assert args.discriminator_start == 57  # of 650: a rate is judged with its adversaries
     assert minutes(args) == pytest.approx(1.5)
 
 

@@ -247,10 +247,12 @@ class Plan:
         return {name: float(f"{value * factor:.6g}") for name, value in rates.items()}
 
     def _fewer_steps(self, model: str, minutes: float) -> dict[str, int]:
-        """Steps of a shorter training, so that its learning-rate schedules end as those of a whole one do."""
+        """Steps of a shorter training, so that its schedules end, and its adversaries join, as in a whole one."""
         if self.train_minutes is None:
             return {}
+        given = self.models[model]["arguments"]
         steps = self._stage_arguments(model, "max_train_steps")
+        steps |= {name: value for name, value in given.items() if name.endswith(OF_THE_TIME)}
         return {name: max(1, round(value * minutes / self.train_minutes)) for name, value in steps.items()}
 
     def _stage_arguments(self, model: str, name: str) -> dict[str, Any]:
