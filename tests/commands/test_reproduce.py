@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from diffusers_byoc.commands.reproduce import make_plan, parse_args
+from diffusers_byoc.commands.reproduce import main, make_plan, parse_args
 
 
 REPOSITORY = Path(__file__).parents[2]
@@ -114,6 +114,14 @@ def test_the_command_line_wins_over_the_preset():
     assert found.evaluation["med3d"] == "weights" and not found.train_each_fold
     assert plan("table1").cells["num_phantoms"] == 480  # a default is no word of the command line
     assert plan("figure6", "--train_data_dir", "x", "--train_each_fold").train_each_fold
+
+
+def test_weights_that_are_not_there_are_missed_before_the_training(tmp_path):
+    arguments = ["table1", "--med3d", str(tmp_path / "none.pth"), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match="Expected .*none.pth"):
+        main([*arguments, "--job", "0"])
+    assert not (tmp_path / "out").exists()
+    main([*arguments, "--list_jobs"])  # needs none
 
 
 def test_help_waits_for_no_torch():

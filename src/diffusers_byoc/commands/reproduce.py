@@ -64,6 +64,8 @@ def reproduce(args: argparse.Namespace, argv: list[str]) -> None:
     if args.list_jobs:
         print("\n".join(jobs.listing()))
         return
+    if not args.write_only:
+        check_med3d(jobs)
     if args.job is not None:
         jobs.run(args.job, args.num_cpu_threads)
         return
@@ -74,6 +76,15 @@ def reproduce(args: argparse.Namespace, argv: list[str]) -> None:
     write_results(args.study, plan, jobs)
     if failed:
         raise SystemExit("\n".join(failed))
+
+
+def check_med3d(jobs: Jobs) -> None:
+    """Load the weights that evaluations will ask for: without them days of training would come before the error."""
+    evaluation = next(job for job in jobs.jobs if job.kind == "evaluate").commands[0].parse(pretrained="run")
+    if "med3d" in evaluation.features:
+        from ..metrics import load_med3d  # an extra, which the other features do without
+
+        load_med3d(evaluation.med3d)
 
 
 def run_all(args: argparse.Namespace, argv: list[str], jobs: Jobs) -> list[str]:

@@ -42,6 +42,11 @@ def test_the_cpu_preset_trains_every_model_of_every_drug_for_the_same_time():
         assert not getattr(args, "class_conditional", False)
 
 
+def test_a_label_is_one_folder_of_its_own():
+    names = {job.name for job in read_plan("cpu", drugs=["a/b", "a%2Fb", "c d"]).jobs(TABLE)}
+    assert {name.count("/") for name in names} == {3} and len(names) == 2 * 3 * len(MODELS)
+
+
 def test_models_that_are_trained_once_are_judged_on_other_phantoms():
     jobs = read_plan("cpu", seed=3).jobs(TABLE)
     trained = {parsed(job).seed for job in of_kind(jobs, "train")}

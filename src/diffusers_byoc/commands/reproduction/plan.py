@@ -205,13 +205,13 @@ class Plan:
         if not tuned:
             extra = extra | self._rates(model, self.models[model].get("rate_factor", 1.0))
         command = self._train(model, drug, fold, self.train_minutes, extra)
-        name = f"train/{drug}/{row}/{_folder(fold)}"
+        name = _name("train", drug, row, fold)
         return Job("train", name, drug, row, (command,), fold, tuple(rates), rates=rates)
 
     def _evaluation_job(self, row, training, drug, fold, latent_range) -> Job:
-        trained_by = f"train/{drug}/{training}/{_folder(fold)}"
+        trained_by = _name("train", drug, training, fold)
         command = self._evaluate(drug, fold, UNSEEN_SEED, latent_range=latent_range)
-        name = f"evaluate/{drug}/{row}/{_folder(fold)}"
+        name = _name("evaluate", drug, row, fold)
         return Job("evaluate", name, drug, row, (command,), fold, (trained_by,), trained_by)
 
     # ------------------------------------------------------------------ commands
@@ -306,5 +306,7 @@ def read_plan(preset: str, cells: Mapping[str, Any] = {}, evaluation: Mapping[st
     return Plan(**entries | {name: value for name, value in more.items() if value is not None})
 
 
-def _folder(fold: int | None) -> str:
-    return "all" if fold is None else f"fold_{fold}"
+def _name(kind: str, drug: str, row: str, fold: int | None) -> str:
+    """Of a job, which is its folder, too: a label is one folder, also with a slash in it."""
+    folder = drug.replace("%", "%25").replace("/", "%2F")
+    return f"{kind}/{folder}/{row}/{'all' if fold is None else f'fold_{fold}'}"
