@@ -86,6 +86,10 @@ def test_frames_are_volumes_and_the_finer_the_path_the_smaller_the_steps():
         ({"generator": [seeded()] * 3}, "one for each end, got 3"),
         ({"latents": torch.zeros(3, 8, 4, 4, 4)}, r"latents \(1 or 2, 8, 4, 4, 4\)"),
         ({"latents": torch.zeros(2, 8, 4, 4, 4), "generator": [seeded(), seeded()]}, "at most one generator"),
+        (
+            {"class_labels": 1, "latents": torch.tensor([1.0, -1]).view(2, 1, 1, 1, 1).expand(2, 8, 4, 4, 4)},
+            "its opposite",
+        ),
         ({"conditions": {"dose_um": [0, 1, 2]}}, r"one per sample \(2\), got 3"),
         ({"class_labels": [0, 1], "conditions": {"time_h": 3}}, "names .'dose_um'.*got .'time_h'"),
     ],

@@ -46,7 +46,7 @@ def draw_ends(
         (2, C, d, h, w) float32 on the CPU; whether the ends differ; and a seed for what else the frames draw.
 
     Raises:
-        ValueError: for other numbers of generators or another shape.
+        ValueError: for other numbers of generators, another shape, or noise and its opposite.
     """
     generators = generator if isinstance(generator, list) else [generator]
     if latents is not None:
@@ -62,6 +62,11 @@ def draw_ends(
         noise = torch.cat([randn_tensor((1, *shape), each, each.device, torch.float32).cpu() for each in generators])
     else:
         raise ValueError(f"Expected one generator, or one for each end, got {len(generators)}. Give one or two.")
+    if torch.allclose(noise[0], -noise[-1], atol=1e-3):
+        raise ValueError(
+            "Expected noise with one way from end to end, got its opposite, to which all great circles lead. Take other"
+            " noise for one end."
+        )
     source = generators[0]
     device = "cpu" if source is None else source.device
     seed = int(torch.randint(2**62, (), generator=source, device=device))
