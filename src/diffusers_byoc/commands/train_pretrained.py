@@ -132,13 +132,14 @@ def keep_conditions(args: argparse.Namespace, pipeline: BYOCPipeline) -> None:
 def what_is_dropped(args: argparse.Namespace, pipeline: BYOCPipeline) -> dict[str, str]:
     """What the U-Net of `pipeline` is told and that of the run is not, by the argument that would keep it."""
     config, names = pipeline.unet.config, [condition["name"] for condition in pipeline.config.conditions or ()]
-    dropped = {
-        "--class_conditional": config.num_class_embeds is not None and not args.class_conditional,
-        f"--condition_columns {' '.join(names)}": bool(names) and not args.condition_columns,
-        f"--channel_timesteps_prob {config.channel_timesteps_prob:g}": config.channel_timesteps_prob > 0 and not args.channel_timesteps_prob,
-    }
-    told = ("its class", f"its {', '.join(names)}", "a timestep for each channel")
-    return {argument: what for (argument, is_dropped), what in zip(dropped.items(), told, strict=True) if is_dropped}
+    dropped = {}
+    if config.num_class_embeds is not None and not args.class_conditional:
+        dropped["--class_conditional"] = "its class"
+    if names and not args.condition_columns:
+        dropped[f"--condition_columns {' '.join(names)}"] = f"its {', '.join(names)}"
+    if config.channel_timesteps_prob > 0 and not args.channel_timesteps_prob:
+        dropped[f"--channel_timesteps_prob {config.channel_timesteps_prob:g}"] = "a timestep for each channel"
+    return dropped
 
 
 def check_lora(args: argparse.Namespace, pipeline: BYOCPipeline) -> None:

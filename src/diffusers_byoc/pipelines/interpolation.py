@@ -64,8 +64,8 @@ def draw_ends(
         raise ValueError(f"Expected one generator, or one for each end, got {len(generators)}. Give one or two.")
     if torch.allclose(noise[0], -noise[-1], atol=1e-3):
         raise ValueError(
-            "Expected noise with one way from end to end, got its opposite, to which all great circles lead. Take other"
-            " noise for one end."
+            "Expected noise with one way from end to end, got its opposite, to which all great circles lead. Take"
+            " other noise for one end."
         )
     source = generators[0]
     device = "cpu" if source is None else source.device
