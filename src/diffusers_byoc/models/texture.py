@@ -71,8 +71,8 @@ class TextureUNet3D(CheckedModelMixin, ConfigMixin):
         voxel_gain: predict two numbers for every voxel, the velocity being ``shift + gain * sample``. Where texture is
             noise, as strong as the place is bright, the best velocity is the sample itself times such a gain; the
             trunk's norms lose the size of the sample, and with it some of the noise.
-        connected_cells: the cells trained on are of one connected piece each: what is apart from a decoded cell gets
-            no texture, and is left out (`add_texture`).
+        connected_cells: all but a few of the cells trained on are of one connected piece: what is apart from a
+            generated cell gets no texture, and is left out (`add_texture`).
         act_fn: activation, by diffusers' names.
 
     Raises:

@@ -12,7 +12,8 @@ from ..models import TextureUNet3D
 
 
 _FAINTEST = -0.95  # of a cell's voxels, once decoded; in [-1, 1]
-_BRIGHT = -0.6  # where pieces of a cell are told apart: decoded processes are no fainter
+# where pieces of a cell are told apart: decoded processes are no fainter; with texture, near Otsu's for phantoms
+_BRIGHT, _BRIGHT_WITH_TEXTURE = -0.6, -0.4
 _REACH = 2  # voxels around them that may belong to the cell
 # Between two steps the cubes of 2³ voxels in which the network works move by a voxel: their borders fall elsewhere.
 _PHASES = tuple(product((0, 1), repeat=3))
@@ -50,7 +51,9 @@ def add_texture(
     textured = torch.full_like(reconstruction, -1.0)
     is_cell = (reconstruction > _FAINTEST).any(dim=1)
     if texture_unet.config.connected_cells:
-        is_cell = torch.stack(list(map(_without_loose_pieces, is_cell, reconstruction)))
+        is_cell = torch.stack(
+            [_without_loose_pieces(*each, _BRIGHT) for each in zip(is_cell, reconstruction, strict=True)]
+        )
     is_near = _dilate(is_cell)[:, None]  # (B, 1, D, H, W)
     for index, volume in enumerate(reconstruction):
         if not is_near[index].any():
@@ -67,29 +70,30 @@ def add_texture(
             texture = scheduler.step(velocity, timestep, texture, return_dict=False)[0]
         drawn = torch.where(is_near[box], texture_unet.apply_texture(decoded, texture), -1.0)
         if texture_unet.config.connected_cells:
-            is_cell = _without_loose_pieces((drawn[0] > -1).any(dim=0), drawn[0])
-            drawn = torch.where(is_cell, drawn, -1.0)
+            for brightness in (_BRIGHT, _BRIGHT_WITH_TEXTURE):
+                is_cell = _without_loose_pieces((drawn[0] > -1).any(dim=0), drawn[0], brightness)
+                drawn = torch.where(is_cell, drawn, -1.0)
         textured[box] = drawn
     return textured
 
 
 def is_connected(volume: Tensor) -> bool:
-    """Whether what is bright in (M, D, H, W), in [-1, 1], is of one piece, all channels taken together."""
-    return not loose_pieces(volume).any()
+    """Whether what is bright in a cell (M, D, H, W), in [-1, 1], is of one piece, all channels taken together."""
+    return not any(loose_pieces(volume, brightness).any() for brightness in (_BRIGHT, _BRIGHT_WITH_TEXTURE))
 
 
-def loose_pieces(volume: Tensor) -> Tensor:
-    """Mask (D, H, W) of what is bright in (M, D, H, W), in [-1, 1], and apart from the largest bright piece."""
-    is_bright = (volume > _BRIGHT).any(dim=0)
+def loose_pieces(volume: Tensor, brightness: float = _BRIGHT) -> Tensor:
+    """Mask (D, H, W) of what is brighter in (M, D, H, W), in [-1, 1], and apart from the largest such piece."""
+    is_bright = (volume > brightness).any(dim=0)
     return is_bright & ~largest_piece(is_bright)
 
 
-def _without_loose_pieces(is_cell: Tensor, volume: Tensor) -> Tensor:
-    """`is_cell` (D, H, W) of `volume` (M, D, H, W), but for bright pieces apart and what is faint around them."""
-    loose = loose_pieces(volume)
+def _without_loose_pieces(is_cell: Tensor, volume: Tensor, brightness: float) -> Tensor:
+    """`is_cell` (D, H, W) of `volume` (M, D, H, W), but for brighter pieces apart and what is fainter around them."""
+    loose = loose_pieces(volume, brightness)
     if not loose.any():
         return is_cell
-    is_faint = (volume <= _BRIGHT).all(dim=0)
+    is_faint = (volume <= brightness).all(dim=0)
     return largest_piece(is_cell & ~loose & ~(is_faint & _dilate(loose[None])[0]))
 
 
