@@ -1028,6 +1028,10 @@ def test_a_pipeline_learns_to_move_away_from_a_weaker_one(continue_base, base_di
         with pytest.raises(SystemExit, match=name):
             continue_base(*guided, f"--{name}", value, *resumed, output_dir=tmp_path / "broken")
 
+    noise = continue_base(*drugs, "--reset_unet", "--prediction_type", "epsilon", output_dir=tmp_path / "noise")
+    assert BYOCPipeline.from_pretrained(noise).config.prediction_type == "epsilon"
+    with pytest.raises(SystemExit, match="Expected a --weak_unet with a scheduler as this run has, got others"):
+        continue_base(*drugs, "--weak_unet", noise, output_dir=tmp_path / "y")
     with pytest.raises(SystemExit, match="Expected a --weak_unet with inputs as this run has, got others"):
         continue_base("--stage", "diffusion", "--label", "nocodazole", "--weak_unet", weak, output_dir=tmp_path / "x")
     other = ("--label", "binimetinib", "nocodazole")

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,10 +35,8 @@ def load_pretrained(args: argparse.Namespace) -> BYOCPipeline:
     """
     with hub_errors(args.pretrained):
         pipeline = BYOCPipeline.from_pretrained(args.pretrained)
-    scheduler = make_noise_scheduler(args)
-    ours = {"prediction_type": scheduler.config.prediction_type} | noise_schedule(scheduler)
-    theirs = {"prediction_type": pipeline.config.prediction_type} | pipeline.config.noise_schedule
-    if ours != theirs:
+    ours, theirs = diffusion_of_run(args), diffusion_of(pipeline)
+    if ours != theirs and not args.reset_unet:
         raise ValueError(
             f"Expected a scheduler with {theirs}, as {args.pretrained} was trained with, got {ours}. Say so in the"
             " preset's `scheduler`, or with --prediction_type."
@@ -75,6 +74,16 @@ def load_pretrained(args: argparse.Namespace) -> BYOCPipeline:
     return pipeline
 
 
+def diffusion_of_run(args: argparse.Namespace) -> dict[str, Any]:
+    """What its U-Net predicts, and from which noise."""
+    scheduler = make_noise_scheduler(args)
+    return {"prediction_type": scheduler.config.prediction_type} | noise_schedule(scheduler)
+
+
+def diffusion_of(pipeline: BYOCPipeline) -> dict[str, Any]:
+    return {"prediction_type": pipeline.config.prediction_type} | pipeline.config.noise_schedule
+
+
 def load_weak_unet(
     args: argparse.Namespace, vqvae: MultiCodebookVQModel, names: Sequence[str], conditions: list[dict] | None
 ) -> DualChannelUNet3D:
@@ -87,7 +96,7 @@ def load_weak_unet(
         conditions: that its U-Net is told, as the pipeline knows them.
 
     Raises:
-        ValueError: if it was trained on other latents, classes or conditions than the run is.
+        ValueError: if it was trained on other latents, noise, classes or conditions than the run is.
     """
     with hub_errors(args.weak_unet):
         weak = BYOCPipeline.from_pretrained(args.weak_unet)
@@ -101,6 +110,7 @@ def load_weak_unet(
             weak.unet.config[name] != unet.config[name] for name in MADE_HERE - {"conditioning_dropout_prob"}
         ),
         "conditions": (weak.config.conditions or None) != (conditions or None),
+        "a scheduler": diffusion_of(weak) != diffusion_of_run(args),
         "classes": args.class_conditional and class_names(weak) != list(names),
     }
     for name, differs in differing.items():
