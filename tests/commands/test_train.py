@@ -1031,7 +1031,7 @@ def test_a_pipeline_learns_to_move_away_from_a_weaker_one(continue_base, base_di
     noise = continue_base(*drugs, "--reset_unet", "--prediction_type", "epsilon", output_dir=tmp_path / "noise")
     assert BYOCPipeline.from_pretrained(noise).config.prediction_type == "epsilon"
     with pytest.raises(SystemExit, match="Expected a --weak_unet with a scheduler as this run has, got others"):
-        continue_base(*drugs, "--weak_unet", noise, output_dir=tmp_path / "y")
+        continue_base(*drugs, "--weak_unet", noise, output_dir=tmp_path / "w")
     with pytest.raises(SystemExit, match="Expected a --weak_unet with inputs as this run has, got others"):
         continue_base("--stage", "diffusion", "--label", "nocodazole", "--weak_unet", weak, output_dir=tmp_path / "x")
     other = ("--label", "binimetinib", "nocodazole")
