@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import torch
 
 from diffusers_byoc.data import PhantomCells, VolumeProcessor
@@ -52,18 +54,19 @@ def test_conditions_go_with_their_cells(accelerator, tmp_path):
 
 
 def test_batches_of_copies_have_the_latents_and_labels_of_their_cells(accelerator, tmp_path):
+    settings = replace(SETTINGS, seed=8)  # of which no two copies are alike
     cells, vqvae = phantoms(), MultiCodebookVQModel(2, None, 2, 4, 1, (8, 8, 8, 8), 0, sample_size=32)
     vqvae.initialize_codebooks(torch.randn(1, 4, 4, 4, 4))
-    copies = AugmentedCopies(cells, 3, SETTINGS)
+    copies = AugmentedCopies(cells, 3, settings)
     latents = cache_latents(vqvae, copies, tmp_path, accelerator)
     expected = vqvae.normalize_latents(latents[list(range(12))])
     seen = []
-    for clean, labels, _ in latent_batches(accelerator, SETTINGS, cells, vqvae, latents, first_step=0):
+    for clean, labels, _ in latent_batches(accelerator, settings, cells, vqvae, latents, first_step=0):
         for latent, label in zip(clean, labels, strict=True):
             index = (expected - latent).abs().flatten(1).amax(1).argmin().item()
             torch.testing.assert_close(expected[index], latent)
             assert copies[index]["class_labels"] == label
             seen.append(index)
     assert len(seen) == 24 and set(seen) == set(range(12))  # two epochs
-    resumed = latent_batches(accelerator, SETTINGS, cells, vqvae, latents, first_step=5)
+    resumed = latent_batches(accelerator, settings, cells, vqvae, latents, first_step=5)
     torch.testing.assert_close(next(iter(resumed))[0], clean)

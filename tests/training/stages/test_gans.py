@@ -101,7 +101,8 @@ def test_another_batch_is_not_resumed(train, name, tmp_path):
 # steps see an eighth of each volume, is slow
 LEARNING = {
     "w_gan": ({"learning_rate": 2e-3, "num_critic_steps": 2, "max_train_steps": 150}, 0.6),
-    "alpha_gan": ({"learning_rate": 3e-3, "adam_beta1": 0.5, "max_train_steps": 150}, 0.6),
+    # after 150 steps rounding decides: one of three seeds is at 0.25; after 250 all are above 0.9
+    "alpha_gan": ({"learning_rate": 3e-3, "adam_beta1": 0.5, "max_train_steps": 250}, 0.6),
     "ha_gan": (
         {"learning_rate": 4e-4, "discriminator_learning_rate": 4e-4, "max_train_steps": 120, "train_batch_size": 4},
         0.1,
