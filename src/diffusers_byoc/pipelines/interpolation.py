@@ -62,7 +62,8 @@ def draw_ends(
         noise = torch.cat([randn_tensor((1, *shape), each, each.device, torch.float32).cpu() for each in generators])
     else:
         raise ValueError(f"Expected one generator, or one for each end, got {len(generators)}. Give one or two.")
-    if torch.allclose(noise[0], -noise[-1], atol=1e-3):
+    is_moving = not torch.equal(noise[0], noise[-1])
+    if is_moving and torch.allclose(noise[0], -noise[-1], atol=1e-3):
         raise ValueError(
             "Expected noise with one way from end to end, got its opposite, to which all great circles lead. Take"
             " other noise for one end."
@@ -70,7 +71,7 @@ def draw_ends(
     source = generators[0]
     device = "cpu" if source is None else source.device
     seed = int(torch.randint(2**62, (), generator=source, device=device))
-    return noise.expand(2, *shape), not torch.equal(noise[0], noise[-1]), seed
+    return noise.expand(2, *shape), is_moving, seed
 
 
 def path_batches(
