@@ -87,6 +87,17 @@ def test_cells_of_several_pieces_are_noticed(train, cells, monkeypatch, tmp_path
     assert not train(tmp_path, max_train_steps=1).config.connected_cells
 
 
+@pytest.mark.parametrize("num_apart", [1, 2])
+def test_one_of_fifty_may_be_of_several_pieces(fresh_state, vqvae, monkeypatch, tmp_path, num_apart):
+    seen = []
+    monkeypatch.setattr(texture, "is_connected", lambda volume: seen.append(volume) or len(seen) > num_apart)
+    many = PhantomCells(50, VolumeProcessor(sample_size=32), ["nocodazole"])
+    network = TextureUNet3D(block_out_channels=(8, 16), layers_per_block=(1, 1))
+    with Stage(tmp_path, "texture", dataclasses.replace(SETTINGS, max_train_steps=1)) as stage:
+        saved = train_texture(stage, network, vqvae, many)
+    assert len(seen) == 50 and saved.config.connected_cells == (num_apart == 1)
+
+
 def test_it_can_learn_from_cells_that_were_decoded_as_a_whole(train, tmp_path, vqvae, cells, monkeypatch):
     """A crop that was encoded alone looks otherwise, up to as far from its border as the autoencoder sees."""
     seen = []

@@ -19,6 +19,9 @@ from ..settings import StageSettings
 from ..stage import Stage
 
 
+MOST_APART = 0.02  # share of the training cells that may be of several pieces where generated cells shall be of one
+
+
 @dataclass(frozen=True, kw_only=True)
 class TextureSettings(StageSettings):
     """Settings of the texture's training, beside those of any stage.
@@ -63,8 +66,8 @@ def train_texture(
     # 1. network, optimizer, moving average
     set_texture_scale(texture_unet, vqvae, cells.indexable(32, settings.seed), device)
     many = cells.indexable(256, settings.seed)
-    num_apart = sum(not is_connected(many[index]["volumes"]) for index in range(min(len(many), 256)))
-    texture_unet.register_to_config(connected_cells=num_apart <= 0.02 * min(len(many), 256))
+    is_apart = [not is_connected(many[index]["volumes"]) for index in range(min(len(many), 256))]
+    texture_unet.register_to_config(connected_cells=sum(is_apart) <= MOST_APART * len(is_apart))
     if settings.gradient_checkpointing:
         texture_unet.enable_gradient_checkpointing()
     if settings.compile:
